@@ -1,0 +1,28 @@
+PYTHON ?= python
+
+.PHONY: help install test lint smoke clean
+
+help:
+	@echo "make install   packages for running and developing"
+	@echo "make test      all tests"
+	@echo "make lint      ruff, formatting, mypy"
+	@echo "make smoke     every stage in about a minute, on the CPU"
+	@echo "make clean     caches and build leftovers; outputs/ stays"
+
+install:
+	$(PYTHON) -m pip install -r requirements-dev.txt
+
+test:
+	$(PYTHON) -m pytest
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+smoke:
+	$(PYTHON) run.py debug=smoke
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""Compose -> check -> seed -> call the stage -> print the table. `python run.py --help` lists the groups."""
+
+import os
+import sys
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which tells them in one line
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from mmedexpert.quiet import one_line, silence
+
+TRACEBACK = "debug.traceback=true" in sys.argv
+finished: list = []  # (overrides, runs) of each job of this command
+failed: list[str] = []
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def job(composed: DictConfig) -> None:
+    overrides = " ".join(HydraConfig.get().overrides.task)
+    try:
+        from mmedexpert.schema import typed
+
+        config = typed(composed)  # before torch is imported: a mistake is told in a second
+        import lightning
+        import torch
+
+        from mmedexpert import report
+
+        silence(traceback=TRACEBACK)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        lightning.seed_everything(config.seed, verbose=False)
+        runs = hydra.utils.get_method(config.stage.target)(config)
+        report.print_result(runs)
+        finished.append((overrides, runs))
+    except Exception as error:
+        if TRACEBACK:
+            raise
+        # told and kept here, so that the other jobs of a sweep still run
+        failed.append(overrides)
+        print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def main() -> int:
+    try:
+        job()
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if TRACEBACK:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    if len(finished) + len(failed) > 1:
+        from mmedexpert import report
+
+        report.print_jobs(finished, failed)
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

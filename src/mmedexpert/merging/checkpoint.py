@@ -1,0 +1,151 @@
+"""A model's safetensors files: which file holds which tensor, the identity of the whole, and folders written safely."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmedexpert.errors import UserError
+
+HASH_WHOLE_BELOW = 64 * 2**20  # ours: larger files are sampled
+HASH_BLOCK = 2**20  # ours
+HASH_BLOCKS = 32  # ours: sampled blocks per file, 32 MB of each shard of a 7B model
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: its file, its key there, its shape, and the absolute offset of its first byte."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> Tensor:
+        """The tensor in the file's dtype."""
+        with open_safetensors(self.file) as opened:
+            return opened.get_tensor(self.key)
+
+
+def open_safetensors(file: Path) -> Any:
+    """`safe_open(file)`, whose opening checks the header; UserError for a missing, truncated or foreign file."""
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is missing or no complete safetensors file ({error}): save it again") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is missing or not valid JSON ({error}): copy or save the folder again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object: copy or save the folder again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a saved model, sorted; UserError if the folder has none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):  # an index is data: it must not point outside its folder
+            raise UserError(f"{index} names a file outside its folder: do not use this model")
+        return [folder / name for name in names]
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} has no model.safetensors or index of shards: give a folder saved by save_pretrained")
+    return [folder / "model.safetensors"]
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a saved model by their transformers-5 in-memory name, in the order of the files' bytes.
+
+    Qwen2-VL and Qwen2.5-VL are stored under other names (`visual.*`, `model.layers.*`) than they have in memory
+    (`model.visual.*`, `model.language_model.layers.*`); text models and newer VLMs keep one name.
+    """
+    stored: list[StoredTensor] = []
+    for file in weight_files(folder):
+        with open_safetensors(file):  # checks offsets against the file's length
+            header, start = _header(file)
+        entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+            stored.append(StoredTensor(file, key, tuple(entry["shape"]), start + entry["data_offsets"][0]))
+    vision = any(re.match(r"(model\.)?visual\.", tensor.key) for tensor in stored)
+    return {_memory_name(tensor.key) if vision else tensor.key: tensor for tensor in stored}
+
+
+def fingerprint_base(folder: str | Path) -> str:
+    """The identity of a saved model: sha256 over its config.json and every safetensors file, name and size.
+
+    Files under 64 MB are hashed whole; of larger ones the header and 32 evenly spaced blocks of 1 MB (ours): enough to
+    tell bases and fine-tunes apart, not proof against a change of single weights.
+    """
+    folder = Path(folder)
+    digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
+    for file in weight_files(folder):
+        with open_safetensors(file):  # whole, and with a sound header
+            size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as opened:
+            if size < HASH_WHOLE_BELOW:
+                digest.update(opened.read())
+                continue
+            start = _header(file)[1]
+            digest.update(opened.read(start))
+            for i in range(HASH_BLOCKS):
+                opened.seek(start + i * (size - start - HASH_BLOCK) // (HASH_BLOCKS - 1))
+                digest.update(opened.read(HASH_BLOCK))
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(out_folder: str | Path, bytes_needed: int) -> Iterator[Path]:
+    """A temporary sibling folder to write in, renamed to `out_folder` at the end and removed after any error.
+
+    UserError if `out_folder` exists or the disk is too small or runs full.
+    """
+    out = Path(out_folder)
+    if out.exists():
+        raise UserError(f"{out} exists already: delete it or choose another output folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    full = f"not enough disk space for {out}, which needs {bytes_needed} bytes: free some or choose another folder"
+    if shutil.disk_usage(out.parent).free < bytes_needed:
+        raise UserError(full)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(full) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the offset at which its data begin."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        return json.loads(opened.read(length)), 8 + length
+
+
+def _memory_name(key: str) -> str:
+    """The name in memory of a key of a Qwen VLM's file (the renaming rules of transformers' conversion mapping)."""
+    key = re.sub(r"^visual\.", "model.visual.", key)
+    return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", key)

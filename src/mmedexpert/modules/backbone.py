@@ -1,0 +1,110 @@
+"""Load and save Qwen-VL backbones and put LoRA adapters on their language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mmedexpert.data.encode import Encoder
+from mmedexpert.errors import UserError
+
+KINDS = ("qwen2_vl", "qwen2_5_vl")  # model types whose positions and prefix sharing engines/generate.py knows
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a backbone is loaded: `attn_implementation` auto takes flash-attn on CUDA where importable, else sdpa."""
+
+    dtype: str
+    attn_implementation: str
+    min_pixels: int
+    max_pixels: int
+    system_prompt: str | None
+    device: str
+
+
+def resolve(name_or_path: str, revision: str | None) -> Path:
+    """The local folder of a model, downloading a pinned hub revision when it is not a folder; UserError if it cannot."""
+    if Path(name_or_path).is_dir():
+        folder = Path(name_or_path)
+    else:
+        try:
+            folder = Path(snapshot_download(name_or_path, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.py"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"model.name_or_path={name_or_path} is neither a folder nor a hub model that can be downloaded here "
+                f"({type(error).__name__}): give the folder of a downloaded model"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.name_or_path={folder} has no config.json: give a Hugging Face model folder")
+    return folder
+
+
+def attention(choice: str, device: str) -> str:
+    """The attention implementation for `auto`: flash_attention_2 on CUDA where flash-attn is importable, else sdpa."""
+    if choice != "auto":
+        return choice
+    return "flash_attention_2" if device.startswith("cuda") and find_spec("flash_attn") else "sdpa"
+
+
+def load_model(folder: Path, loading: Loading) -> PreTrainedModel:
+    """The model of a folder, in eval mode on its device; UserError for another architecture or missing weights."""
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=getattr(torch, loading.dtype),
+            attn_implementation=attention(loading.attn_implementation, loading.device),
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be loaded as a vision-language model: {str(error).splitlines()[0]}") from error
+    if model.config.model_type not in KINDS:
+        raise UserError(f"{folder} is a {model.config.model_type}; this release handles {', '.join(KINDS)}")
+    return model.to(loading.device).eval()
+
+
+def load_encoder(folder: Path, loading: Loading) -> Encoder:
+    """Tokenizer and image processor of a folder, with the pixel limits of `loading`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        images = Qwen2VLImageProcessorPil.from_pretrained(
+            folder, min_pixels=loading.min_pixels, max_pixels=loading.max_pixels, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no usable tokenizer or image processor: {str(error).splitlines()[0]}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"{folder} has no chat template: add chat_template.json or chat_template.jinja from the model hub")
+    return Encoder(tokenizer, images, system_prompt=loading.system_prompt)
+
+
+def save_backbone(folder: Path, model: PreTrainedModel, encoder: Encoder) -> None:
+    """A Hugging Face folder: safetensors, config, tokenizer, image processor."""
+    model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    encoder.image_processor.save_pretrained(folder)
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: str, gradient_checkpointing: bool
+) -> PeftModel:
+    """A fresh LoRA (Hu et al. 2021) on the modules whose names match; everything else, the vision tower too, is frozen."""
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    if gradient_checkpointing:
+        # only the language model: the frozen vision tower must not build a graph (TRL and HF hook every embedding)
+        language: Any = model.model.language_model
+        language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert isinstance(adapted, PeftModel)
+    return adapted

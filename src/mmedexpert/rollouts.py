@@ -1,0 +1,142 @@
+"""Group rollouts for GBA: prompts under their perspectives, sampled completions, rewards, advantages (DESIGN section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmedexpert import rewards
+from mmedexpert.advantages import RewardScale, group_relative, perspective_terms
+from mmedexpert.data.encode import Batch, Encoder, Prompt
+from mmedexpert.data.record import Record
+from mmedexpert.engines.generate import generate
+from mmedexpert.guidelines import PERSPECTIVES, instructions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled."""
+
+    num_generations: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """GBA's own settings: perspective `weights`, their `scale`, `gate` none|correct, `conditioning` prompted|free."""
+
+    weights: tuple[float, ...]
+    scale: float
+    gate: str
+    conditioning: str
+    scale_rewards: RewardScale
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B groups of G completions: everything the update needs, and what is logged. Rows are b*G+g."""
+
+    prompts: list[Prompt]
+    completions: list[list[int]]
+    texts: list[str]
+    perspectives: list[str | None]
+    old_logps: Tensor  # [B*G, T]
+    mask: Tensor  # [B*G, T]
+    finished: Tensor  # [B*G]
+    outcome: Tensor  # [B, G]
+    parts: dict[str, list[float]]  # each reward function's values [B*G]
+    adherence: Tensor  # [B, G, K], NaN where another perspective was asked for
+    terms: Tensor  # [B, G, K] each perspective's share of the advantage
+    advantages: Tensor  # [B, G]
+
+
+def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
+    """The perspective each of the G completions is prompted with: spread evenly over those with weight > 0. # ours"""
+    active = [name for name, weight in zip(PERSPECTIVES, weights, strict=True) if weight > 0]
+    if conditioning == "free" or not active:
+        return [None] * num_generations
+    return [active[i * len(active) // num_generations] for i in range(num_generations)]
+
+
+def advantages(
+    outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: Tensor
+) -> tuple[Tensor, Tensor]:
+    """GBA advantages [B, G] and each perspective's term [B, G, K]; plain GRPO when every weight is 0."""
+    base = group_relative(outcome, guidance.scale_rewards)
+    gate = correct if guidance.gate == "correct" else None
+    weights = torch.tensor(guidance.weights, dtype=outcome.dtype)
+    terms = perspective_terms(
+        adherence, weights, scale=guidance.scale, gate=gate, reward_scale=guidance.scale_rewards
+    )
+    return (base + terms.sum(-1) if any(guidance.weights) else base), terms
+
+
+def roll_out(
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    image_root: Path,
+    *,
+    sampling: Sampling,
+    guidance: Guidance,
+    reward_weights: dict[str, float],
+    protocol: str,
+    device: str,
+    generator: torch.Generator,
+) -> Rollout:
+    """Sample a group per record, score it and compute its advantages.
+
+    Completions of one record that share an instruction share its prefill; images are patched once per record.
+    """
+    asked = assign_perspectives(guidance.weights, sampling.num_generations, guidance.conditioning)
+    distinct = list(dict.fromkeys(asked))
+    per_prompt = asked.count(distinct[0]) if len({asked.count(name) for name in distinct}) == 1 else 1
+    layout = distinct if per_prompt > 1 else asked
+    prompts = [
+        encoder.prompt(record, image_root, instructions()[name] if name else "") for record in records for name in layout
+    ]
+    sampled = generate(
+        model,
+        to_device(encoder.collate_prompts(prompts), device),
+        end_ids=encoder.end_ids,
+        pad_id=encoder.pad_id,
+        max_new_tokens=sampling.max_new_tokens,
+        num_generations=per_prompt,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        generator=generator,
+    )
+    rows = sampled.rows()
+    texts = [encoder.decode(row) for row in rows]
+    group = sampling.num_generations
+    repeated = [record for record in records for _ in range(group)]
+    perspectives = asked * len(records)
+    outcome, parts = rewards.outcome(
+        texts,
+        options=[record.options for record in repeated],
+        answer=[record.answer for record in repeated],
+        weights=reward_weights,
+        protocol=protocol,
+    )
+    adherence = rewards.adherence_matrix(texts, [record.options for record in repeated], perspectives)
+    scores = torch.tensor(outcome).view(-1, group)
+    followed = torch.tensor(adherence).view(-1, group, len(PERSPECTIVES))
+    correct = torch.tensor(parts["accuracy"]).view(-1, group) == 1.0
+    total, terms = advantages(scores, followed, guidance, correct)
+    return Rollout(
+        [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives, sampled.logps, sampled.mask,
+        sampled.finished, scores, parts, followed, terms, total,
+    )  # fmt: skip
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}

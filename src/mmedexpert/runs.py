@@ -1,0 +1,174 @@
+"""Run folders: content-named, reused when finished, resumed when not (DESIGN section 4)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from rich.console import Console
+
+from mmedexpert.data.records_io import write_atomic
+from mmedexpert.errors import UserError
+
+FORMAT = 1  # raise when a change of code makes older results wrong to reuse
+FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
+console = Console(stderr=True)
+
+
+@dataclass
+class Run:
+    """One stage's folder. `run_id` hashes the stage and everything its result depends on."""
+
+    stage: str
+    name: str
+    run_id: str
+    folder: Path
+    reused: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").exists()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the wall seconds of a block to the manifest."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+def run_id(stage: str, key: Mapping[str, Any]) -> str:
+    """Ten hex digits over the stage name and its key (config part, seed, run_ids of the inputs, fingerprints)."""
+    text = json.dumps({"stage": stage, "format": FORMAT, **key}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def execute(
+    stage: str,
+    name: str,
+    key: Mapping[str, Any],
+    work: Callable[[Run], Mapping[str, float]],
+    *,
+    outputs: str | Path,
+    seed: int,
+    inputs: Mapping[str, str] | None = None,
+) -> Run:
+    """Run `work` in the folder of (stage, name, key), or return at once when that folder is DONE.
+
+    `work(run)` returns flat metrics. A failure leaves FAILED and traceback.txt; an interruption leaves the folder for
+    the next try, whose `work` finds its checkpoints there. Two processes never work in one folder at once.
+    """
+    inputs = dict(inputs or {})
+    identity = run_id(stage, {**key, "seed": seed, "inputs": inputs})
+    run = Run(stage, name, identity, Path(outputs) / stage / f"{name}-{identity}")
+    _make_folder(run.folder)
+    with FileLock(run.folder.parent / f".{run.folder.name}.lock"):
+        if run.done:
+            run.reused = True
+            console.print(f"[dim]{stage:>8}  {name}  reused {run.folder}[/dim]", highlight=False)
+            return run
+        console.print(f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}", highlight=False)
+        for marker in ("FAILED", "traceback.txt"):
+            (run.folder / marker).unlink(missing_ok=True)
+        write_atomic(run.folder / "config.yaml", yaml.safe_dump(_plain(dict(key)), sort_keys=False).encode())
+        start = time.perf_counter()
+        try:
+            metrics = dict(work(run))
+            wall = round(time.perf_counter() - start, 3)
+            write_json(run.folder / "metrics.json", metrics)
+            write_json(run.folder / "manifest.json", _manifest(run, seed, inputs, wall))
+            write_atomic(run.folder / "DONE", b"")
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"the disk is full at {run.folder}: free space or set paths.outputs=<folder>") from error
+            text = traceback.format_exc().encode()
+            write_atomic(run.folder / "traceback.txt", text)
+            write_atomic(run.folder / "FAILED", str(error).encode())
+            raise
+    return run
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): set paths.outputs=<folder>") from error
+    free = shutil.disk_usage(folder).free
+    if free < FREE_BYTES:
+        raise UserError(f"only {free / 1e6:.0f} MB are free at {folder}: free space or set paths.outputs=<folder>")
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file written whole or not at all."""
+    write_atomic(path, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+
+def git_sha() -> str | None:
+    """The checkout's commit, with `+` when files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    sha = git("rev-parse", "HEAD")
+    return f"{sha}{'+' if git('status', '--porcelain', '-uno') else ''}" if sha else None
+
+
+def _manifest(run: Run, seed: int, inputs: dict[str, str], wall: float) -> dict[str, Any]:
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({os.cpu_count()} cores)"
+    return {
+        "run_id": run.run_id,
+        "stage": run.stage,
+        "name": run.name,
+        "git_sha": git_sha(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "lightning", "hydra-core", "wandb")},
+        },
+        "command": sys.argv,
+        "seed": seed,
+        "device": device,
+        "inputs": inputs,
+        "wall_seconds": wall,
+        "phase_seconds": run.seconds,
+        "peak_memory_bytes": peak,
+        **run.notes,
+    }

@@ -1,0 +1,190 @@
+"""Reading the chosen option out of a model's response; shared by evaluation and by the reward.
+
+Two protocols. "medevalkit" gives MedEvalKit's verdicts, quirks included, so that scores compare with published ones.
+"robust" reads every usual way to write an answer, and says *unparsed* where a response does not commit to one option.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from string import ascii_uppercase
+from typing import Literal
+
+Protocol = Literal["medevalkit", "robust"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`picked` is the option letter read from the response, None when there is none; `parsed` says whether one was."""
+
+    correct: bool
+    picked: str | None
+    parsed: bool
+
+
+def score_choice(response: str, choices: Sequence[str], gold: str, protocol: Protocol) -> Verdict:
+    """Score one multiple-choice response.
+
+    Args:
+        response: the model's text.
+        choices: options in order, each like `A. Pneumonia` (a text without its letter will do).
+        gold: the right option's letter.
+        protocol: "medevalkit" (MedEvalKit 9b12e3b: `extract`, then `judge_multi_choice`; never unparsed, and an empty
+            response picks A) or "robust" (ours).
+
+    Raises:
+        ValueError: gold is not the letter of a choice, or the protocol is unknown.
+    """
+    letters = ascii_uppercase[: len(choices)]
+    gold = gold.upper()
+    if len(gold) != 1 or gold not in letters:
+        raise ValueError(f"gold must be one of {', '.join(letters)}, got {gold!r}")
+    if protocol == "medevalkit":
+        picked: str | None = _pick_medevalkit(response, choices)
+    elif protocol == "robust":
+        picked = _pick_robust(response, choices)
+    else:
+        raise ValueError(f"protocol must be medevalkit or robust, got {protocol!r}")
+    return Verdict(correct=picked == gold, picked=picked, parsed=picked is not None)
+
+
+_TAG = re.compile(r"(</?(?:think|answer)>)")
+
+
+def has_format(response: str) -> bool:
+    """Whether the response is one `<think>...</think>`, one `<answer>...</answer>`, and otherwise only whitespace."""
+    pieces = _TAG.split(response)
+    tags, outside = pieces[1::2], pieces[0::4]
+    return tags == ["<think>", "</think>", "<answer>", "</answer>"] and not "".join(outside).strip()
+
+
+# --- medevalkit -------------------------------------------------------------------------------------------------------
+
+# In this order: each one that is present keeps only what follows its last occurrence.
+_MEDEVALKIT_CUES = (
+    "**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:", "\u7b54\u6848:", "final answer",
+    "final answer is",
+)  # fmt: skip
+
+
+def _pick_medevalkit(response: str, choices: Sequence[str]) -> str:
+    letters = ascii_uppercase[: len(choices)].lower()
+    text = _answer_tags(response).lower()
+    paragraphs = text.split("\n\n")
+    for candidate in (paragraphs[0], paragraphs[-1].split(".")[0]):
+        if len(candidate) == 1 and candidate in letters:
+            return candidate.upper()
+
+    text = _boxed(text) if "boxed" in text else _answer_tags(text)
+    for cue in _MEDEVALKIT_CUES:
+        text = text.rpartition(cue)[2]
+    text = text.strip().lower().replace("\n", "")
+
+    short = text.partition(".")[0].rpartition(":")[2]
+    if len(short) == 1 and short in letters:
+        return short.upper()
+    options = [choice.lower() for choice in choices]
+    if short in options:
+        return letters[options.index(short)].upper()
+    return letters[_most_similar(options, text)].upper()
+
+
+def _answer_tags(text: str) -> str:
+    """Contents of all closed answer tags joined by a space, or the whole text where there are none."""
+    contents, end = [], 0
+    # Not a regex: a lazy one is quadratic in unclosed tags.
+    while (start := text.find("<answer>", end)) >= 0 and (close := text.find("</answer>", start)) >= 0:
+        contents.append(text[start + len("<answer>") : close])
+        end = close + len("</answer>")
+    return " ".join(contents).strip() if contents else text
+
+
+def _boxed(text: str) -> str:
+    r"""What the last `\boxed{` holds up to its matching brace, or the string "None" (mathruler 0.1.0)."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[start:]) if start >= 0 else ():
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start + len("\\boxed{") : start + brace.start()]
+    return "None"
+
+
+def _most_similar(options: Sequence[str], text: str) -> int:
+    """Index of the first option with the highest difflib ratio to the text; 0 where all ratios are 0."""
+    matcher = SequenceMatcher(None, "", text)
+    best, best_ratio = 0, 0.0
+    for index, option in enumerate(options):
+        matcher.set_seq1(option)
+        # The two quick ratios are upper bounds, so skipping on them changes no verdict.
+        if matcher.real_quick_ratio() > best_ratio and matcher.quick_ratio() > best_ratio:
+            ratio = matcher.ratio()
+            if ratio > best_ratio:
+                best, best_ratio = index, ratio
+    return best
+
+
+# --- robust  # ours ---------------------------------------------------------------------------------------------------
+
+# Words, keeping "e.g", "2.5" and "isn't" whole; signs that tell options apart; ends of a clause.
+_TOKEN = re.compile(r"[^\W_]+(?:[.'\u2019][^\W_]+)*|[<>\u2264\u2265\xb1+%]|[.!?;\n]")
+_BOX = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]*\})*+)\}")
+# "c) text", "c: text" and "c.text", but not "(c) text" or "e.g": the label ends a clause.
+_LABEL = re.compile(r"(?<![\w(\[.])([a-z])(?:[):]|\.(?=[a-z]{3}|\d))")
+_PREFIX = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
+_CLAUSE = re.compile(r" [.!?;\n] |(?= (?:answer|because|since|as|due) )")
+_ARTICLE = re.compile(r" a  (?:option|choice|letter|correct|right|best|final|most|likely) ")
+# A clause is an answer only if it holds nothing but options and these words; so negations and reasons never are.
+_ANSWER_WORDS = """
+    the final correct right best most likely answer option choice letter diagnosis is it it's so therefore thus hence
+    i my think believe choose select pick would be should must and or boxed text textbf mathrm mathbf \u7b54\u6848
+"""
+_FILLERS = frozenset(_ANSWER_WORDS.split())
+
+
+def _pick_robust(response: str, choices: Sequence[str]) -> str | None:
+    """The one option that every answering clause of the response names, or None."""
+    span = _answer_span(unicodedata.normalize("NFKC", response).casefold())
+    if span is None:
+        return None
+    text = _tokens(_BOX.sub(r"\n\1\n", span))
+    letters = ascii_uppercase[: len(choices)]
+    options_named = {letter.lower(): {letter} for letter in letters}
+
+    # Option texts become their letters in upper case (all of them, where options share a text); the rest is lower case.
+    by_text: dict[str, str] = {}
+    for letter, choice in zip(letters, choices, strict=True):
+        prefix = _PREFIX.match(choice)
+        bare = choice[prefix.end() :] if prefix and prefix[1].upper() == letter else choice
+        tokens = _tokens(unicodedata.normalize("NFKC", bare).casefold())
+        # An option whose text is itself an option's letter (a blood group) is read by its letter only.
+        if tokens and tokens.strip() not in options_named:
+            by_text[tokens] = by_text.get(tokens, "") + letter
+    for tokens in sorted(by_text, key=len, reverse=True):
+        text = text.replace(tokens, f" {by_text[tokens]} ")
+        options_named[by_text[tokens]] = set(by_text[tokens])
+
+    claims: list[set[str]] = []
+    for clause in _CLAUSE.split(text):
+        words = [word for word in clause.split() if word in options_named or word not in _FILLERS]
+        if all(word in options_named for word in words) and not _ARTICLE.search(clause):
+            claims += [options_named[word] for word in words]
+    picked = set.intersection(*claims) if claims else set()
+    return picked.pop() if len(picked) == 1 else None
+
+
+def _answer_span(text: str) -> str | None:
+    """The part of a lower-cased response that may hold its answer: after any thought, in the last closed answer tag."""
+    visible = text.rpartition("</think>")[2].partition("<think>")[0]
+    end = visible.rfind("</answer>")
+    start = visible.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        return visible[start + len("<answer>") : end]
+    return None if "<answer>" in visible else visible.replace("</answer>", "\n")
+
+
+def _tokens(text: str) -> str:
+    """Tokens of a lower-cased text, each between two spaces of its own: replacing a phrase keeps to word boundaries."""
+    return "".join(f" {token} " for token in _TOKEN.findall(_LABEL.sub(r"\1;", text)))

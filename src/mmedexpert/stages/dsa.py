@@ -1,0 +1,87 @@
+"""`stage=dsa`: domain-specific adaptation, one LoRA expert per specialty by SFT on reasoning traces."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mmedexpert.cards import write_card
+from mmedexpert.data.encode import Encoder, Prompt, target_text
+from mmedexpert.data.record import Record
+from mmedexpert.guidelines import instructions
+from mmedexpert.merging.adapters import record_base
+from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
+from mmedexpert.modules.fit import fit
+from mmedexpert.modules.sft import SftModule, sft_stream
+from mmedexpert.runs import Run
+from mmedexpert.schema import Config
+from mmedexpert.stages.common import fit_options, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.data import dataset
+from mmedexpert.stages.pretrain import base_of
+
+
+def run(config: Config) -> dict[str, Run]:
+    """One expert for each name in `specialty`."""
+    for name in config.specialty.names:  # every specialty is checked before the first is trained
+        records_of(dataset(config), "train", [name])
+    return {name: expert(config, name, [name]) for name in config.specialty.names}
+
+
+def expert(config: Config, name: str, specialties: list[str]) -> Run:
+    """The expert `name`, trained on the records of `specialties`; its adapter is `<folder>/adapter`."""
+    base, data = base_of(config), dataset(config)
+    settings, lora = config.dsa, config.model.lora
+    key = {
+        "specialties": specialties,
+        "dsa": {**asdict(settings), "checkpoint_every": None},
+        "lora": asdict(lora),
+        "model": model_key(config),
+    }
+
+    def work(run: Run) -> dict[str, float]:
+        records, image_root = records_of(data, "train", specialties)
+        encoder = load_encoder(base.folder, loading(config))
+        model = add_lora(
+            load_model(base.folder, loading(config)), r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
+            target_modules=lora.target_modules, gradient_checkpointing=config.model.gradient_checkpointing,
+        )  # fmt: skip
+        with run.phase("encode"):
+            samples = [sample(encoder, record, image_root) for record in records]
+        module = SftModule(
+            model, lr=settings.lr, weight_decay=settings.weight_decay, seed=config.seed, steps=settings.steps,
+            warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
+        )  # fmt: skip
+        stream = sft_stream(
+            encoder, samples, batch_size=settings.batch_size, accumulate=settings.accumulate_grad_batches, seed=config.seed
+        )
+        with run.phase("train"), stage_logger(config, run) as logger:
+            fit(
+                module, stream, folder=run.folder, checkpoint_every=settings.checkpoint_every,
+                accumulate_grad_batches=settings.accumulate_grad_batches, logger=logger, **fit_options(config),
+            )  # fmt: skip
+            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
+        save_adapter(run.folder / "adapter", model, base.folder)
+        write_card(
+            run.folder / "adapter", kind="adapter", title=f"{name} expert (DSA)", base_model=config.model.name_or_path,
+            base_fingerprint=fingerprint_base(base.folder), method="LoRA SFT on reasoning traces (DSA)",
+            data={f"{data.name} ({len(records)} training records)": records[0].license}, specialty=name,
+            ingredients={}, metrics=None, library_name="peft",
+        )  # fmt: skip
+        return {"train_records": float(len(records)), **metrics}
+
+    return stage_run(config, "dsa", name, key, work, {"base": base.identity, "data": data.run_id})
+
+
+def sample(encoder: Encoder, record: Record, image_root: Path) -> tuple[Prompt, list[int]]:
+    """Prompt and completion of a training record, under the perspective its trace was written from."""
+    instruction = instructions()[record.trace.perspective] if record.trace else ""
+    return encoder.prompt(record, image_root, instruction), encoder.completion(target_text(record))
+
+
+def save_adapter(folder: Path, model: object, base_folder: Path) -> None:
+    """A PEFT folder that names its base and carries the base's fingerprint, so that a merge can refuse another's."""
+    config = model.peft_config["default"]  # type: ignore[attr-defined]
+    config.base_model_name_or_path = str(base_folder)
+    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    record_base(folder, fingerprint_base(base_folder))

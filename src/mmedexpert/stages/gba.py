@@ -1,0 +1,162 @@
+"""`stage=gba`: guideline-based advantages, GRPO from the experts' merge with four clinical reasoning perspectives."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmedexpert.cards import write_card
+from mmedexpert.data.record import Record
+from mmedexpert.errors import UserError
+from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora, record_base
+from mmedexpert.merging.apply import apply_deltas_
+from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
+from mmedexpert.modules.fit import fit
+from mmedexpert.modules.gba import GbaModule, completion_rows, log_completions, rollout_stream
+from mmedexpert.rollouts import Guidance, Rollout, Sampling, roll_out
+from mmedexpert.runs import Run
+from mmedexpert.schema import Config
+from mmedexpert.stages import dsa
+from mmedexpert.stages.common import device_of, fit_options, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.data import dataset
+from mmedexpert.stages.pretrain import base_of
+
+
+def run(config: Config) -> dict[str, Run]:
+    """The reasoner; with `gba.init=each` one per expert, each on its own specialty."""
+    names = config.specialty.names
+    if config.gba.init == "each":
+        return {f"reasoner-{name}": reasoner(config, name, [name], {name: dsa.expert(config, name, [name])}) for name in names}
+    starts: dict[str, Run] = {}
+    if config.gba.init == "merged_experts":
+        starts = dsa.run(config)
+    elif config.gba.init == "sft_all":
+        starts = {"all": dsa.expert(config, "all", names)}
+    return {"reasoner": reasoner(config, config.gba.name, names, starts)}
+
+
+def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str, Run]) -> Run:
+    """Train a reasoner from the mean of `starts` (the base when empty).
+
+    `<folder>/update` is the RL update alone, relative to its start; `<folder>/adapter` is start and update as one LoRA
+    on the base. # ours: the mean as start
+    """
+    base, data = base_of(config), dataset(config)
+    settings, lora = config.gba, config.model.lora
+    plain = {k: v for k, v in asdict(settings).items() if k not in ("name", "checkpoint_every")}
+    key = {
+        "specialties": specialties,
+        "gba": plain,
+        "lora": asdict(lora),
+        "reward": {k: v for k, v in asdict(config.reward).items() if k != "name"},
+        "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
+    }
+    inputs = {"base": base.identity, "data": data.run_id, **{f"start/{k}": v.run_id for k, v in starts.items()}}
+
+    def work(run: Run) -> dict[str, float]:
+        records, image_root = records_of(data, "train", specialties)
+        if any(record.options is None for record in records):
+            raise UserError(f"data {data.name}: gba needs options in every record, {records[0].id} has none")
+        device = device_of(config)
+        encoder, model = load_encoder(base.folder, loading(config)), load_model(base.folder, loading(config))
+        adapters = [LoraAdapter.load(start.folder / "adapter") for start in starts.values()]
+        weight = 1.0 / max(len(adapters), 1)
+        for adapter in adapters:
+            apply_deltas_(model, ((module, weight * adapter.delta(module)) for module in adapter.modules))
+        policy = add_lora(
+            model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )  # fmt: skip
+        module = GbaModule(
+            policy, encoder, lr=settings.lr, weight_decay=settings.weight_decay, loss_type=settings.loss_type,  # type: ignore[arg-type]
+            epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
+            temperature=settings.temperature, max_completion_length=config.model.max_new_tokens,
+            mask_truncated_completions=settings.mask_truncated_completions, seed=config.seed, steps=settings.steps,
+            warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
+        )  # fmt: skip
+        guidance = Guidance(
+            tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, settings.scale_rewards,  # type: ignore[arg-type]
+        )  # fmt: skip
+        sampling = Sampling(
+            settings.num_generations, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k
+        )
+
+        def sample(batch: list[Record], generator: torch.Generator) -> Rollout:
+            return roll_out(
+                policy, encoder, batch, image_root, sampling=sampling, guidance=guidance,
+                reward_weights={"accuracy": config.reward.accuracy, "format": config.reward.format},
+                protocol=config.reward.protocol, device=device, generator=generator,
+            )  # fmt: skip
+
+        curve = run.folder / "curve.jsonl"
+        with run.phase("train"), stage_logger(config, run) as logger:
+            watch = _Watch(curve, image_root, logger, config.logger.log_completions_every)
+            stream = rollout_stream(
+                records, sample, prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations,
+                seed=config.seed, watch=watch,
+            )  # fmt: skip
+            fit(
+                module, stream, folder=run.folder, checkpoint_every=settings.checkpoint_every, logger=logger,
+                **fit_options(config),
+            )  # fmt: skip
+            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
+        _save(run.folder, policy, base.folder, adapters, weight)
+        write_card(
+            run.folder / "adapter", kind="adapter", title="reasoner (GBA)", base_model=config.model.name_or_path,
+            base_fingerprint=fingerprint_base(base.folder), method=f"GRPO with guideline-based advantages, {plain}",
+            data={f"{data.name} ({len(records)} training records)": records[0].license}, specialty=None,
+            ingredients={key: value.run_id for key, value in starts.items()}, metrics=None, library_name="peft",
+        )  # fmt: skip
+        return {**metrics, **_gain(curve)}
+
+    return stage_run(config, "gba", name, key, work, inputs)
+
+
+class _Watch:
+    """Keeps the curve on disk (one line per rollout, rewritten from where a resumed run starts) and sends completions."""
+
+    def __init__(self, curve: Path, image_root: Path, logger: Any, every: int) -> None:
+        self.curve, self.image_root, self.logger, self.every = curve, image_root, logger, every
+        self.started = False
+
+    def __call__(self, number: int, records: list[Record], rollout: Rollout) -> None:
+        if not self.started:
+            kept = self.curve.read_text().splitlines()[:number] if self.curve.exists() else []
+            self.curve.write_text("".join(f"{line}\n" for line in kept))
+            self.started = True
+        line = {
+            "rollout": number,
+            "reward": float(rollout.outcome.mean()),
+            "accuracy": sum(rollout.parts["accuracy"]) / len(rollout.texts),
+            "adherence": float(rollout.adherence.nanmean().nan_to_num()),
+        }
+        with self.curve.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.every and number % self.every == 0:
+            rows = completion_rows(number, records, rollout, self.image_root)
+            with (self.curve.parent / f"completions-{number:05d}.jsonl").open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            log_completions(self.logger, number, records, rollout, self.image_root)
+
+
+def _gain(curve: Path) -> dict[str, float]:
+    """Mean reward, accuracy and adherence over the first and the last fifth of the rollouts."""
+    rows = [json.loads(line) for line in curve.read_text().splitlines()]
+    fifth = max(1, len(rows) // 5)
+    out = {}
+    for key in ("reward", "accuracy", "adherence"):
+        for place, part in (("start", rows[:fifth]), ("end", rows[-fifth:])):
+            out[f"{key}/{place}"] = sum(row[key] for row in part) / len(part)
+    return out
+
+
+def _save(folder: Path, policy: Any, base_folder: Path, starts: list[LoraAdapter], weight: float) -> None:
+    dsa.save_adapter(folder / "update", policy, base_folder)
+    update = LoraAdapter.load(folder / "update")
+    concatenate_lora([*starts, update], [weight] * len(starts) + [1.0], folder / "adapter")
+    record_base(folder / "adapter", fingerprint_base(base_folder))

@@ -1,0 +1,63 @@
+"""`stage=pipeline`: pretrain -> data -> dsa -> gba -> caci -> eval, and one summary of it all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mmedexpert import report
+from mmedexpert.runs import Run, console, write_json
+from mmedexpert.schema import Config
+from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
+from mmedexpert.stages.common import stage_logger, stage_run
+from mmedexpert.stages.evaluation import flatten, summary_of
+from mmedexpert.tracking import log_metrics, log_table
+
+
+def run(config: Config) -> dict[str, Run]:
+    """Every stage in order (finished ones are reused), then `summary.json`, `table.md` and `outputs/latest`."""
+    done: dict[str, dict[str, Run]] = {}
+    for name, stage in (("data", data), ("pretrain", pretrain), ("dsa", dsa), ("gba", gba), ("caci", caci)):
+        done[name] = stage.run(config)
+    done["eval"] = evaluation.run(config)
+    flat = {f"{stage}/{name}": r for stage, runs in done.items() for name, r in runs.items()}
+
+    def work(run: Run) -> dict[str, float]:
+        summary = summarise(done)
+        write_json(run.folder / "summary.json", summary)
+        rows = report.model_rows(summary)
+        (run.folder / "table.md").write_text(report.markdown(rows), encoding="utf-8")
+        metrics = flatten({name: summary["models"][name] for name in ("base", "reasoner", "caci") if name in summary["models"]})
+        with stage_logger(config, run) as logger:
+            log_metrics(logger, {f"eval/{key}": value for key, value in metrics.items()})
+            log_table(logger, "models", rows)
+        return metrics
+
+    overall = stage_run(
+        config, "pipeline", f"{config.model.name}-{config.data.name}", {}, work, {k: r.run_id for k, r in flat.items()}
+    )
+    point_latest(overall.folder)
+    return {"pipeline": overall, **flat}
+
+
+def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
+    """The machine-readable result of a pipeline (DESIGN section 4)."""
+    evaluated = {name: summary_of(r) for name, r in done["eval"].items()}
+    models: dict[str, Any] = {"base": evaluated["base"], "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated}}
+    models |= {n: evaluated[n] for n in [*done["gba"], *done["caci"], "majority", "blank_image"] if n in evaluated}
+    if len(done["gba"]) == 1:  # whatever gba.name and merge.name say, readers find these two keys
+        models["reasoner"] = evaluated[next(iter(done["gba"]))]
+    seconds = {stage: sum(r.manifest["wall_seconds"] for r in runs.values()) for stage, runs in done.items()}
+    ids = {f"{stage}/{name}": r.run_id for stage, runs in done.items() for name, r in runs.items()}
+    return {"models": models, "wall_seconds": seconds, "run_ids": ids}
+
+
+def point_latest(folder: Path) -> None:
+    """`outputs/latest` -> the newest pipeline folder, swapped in one step."""
+    latest, part = folder.parent.parent / "latest", folder.parent.parent / f".latest-{os.getpid()}"
+    try:
+        part.symlink_to(folder.resolve().relative_to(latest.parent.resolve()), target_is_directory=True)
+        part.replace(latest)
+    except OSError as error:
+        console.print(f"[yellow]outputs/latest was not updated: {error}[/yellow]")

@@ -1,0 +1,132 @@
+"""`stage=pretrain`: the base. Tiny models are built and taught here; real ones are looked up (hub id or folder)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmedexpert.cards import write_card
+from mmedexpert.data.encode import IGNORE, Batch, Encoder, Prompt
+from mmedexpert.data.phantom import lessons
+from mmedexpert.data.phantom.families import SPECIALTIES_OF, draw_value, family_of
+from mmedexpert.data.phantom.text import options, question, trace
+from mmedexpert.guidelines import PERSPECTIVES, guidelines, instructions
+from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.modules import tiny
+from mmedexpert.modules.backbone import resolve, save_backbone
+from mmedexpert.modules.fit import Stream, batch_indices, fit
+from mmedexpert.modules.sft import PretrainModule
+from mmedexpert.runs import Run
+from mmedexpert.schema import ArchitectureConfig, Config, PretrainConfig
+from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
+
+
+def base_of(config: Config) -> Base:
+    """The base of the pipeline, pretrained here first when the model is built in code."""
+    if config.model.name_or_path is not None:
+        folder = resolve(config.model.name_or_path, config.model.revision)
+        return Base(folder, fingerprint_base(folder))
+    run_ = _pretrain(config)
+    return Base(run_.folder / "model", run_.run_id)
+
+
+def run(config: Config) -> dict[str, Run]:
+    """Pretrain the tiny base; a model that has weights already needs nothing."""
+    if config.model.name_or_path is not None:
+        base_of(config)
+        return {}
+    return {"base": _pretrain(config)}
+
+
+def _pretrain(config: Config) -> Run:
+    architecture, settings = config.model.architecture, config.pretrain
+    assert architecture is not None  # schema.check
+    key = {"architecture": asdict(architecture), "pretrain": {**asdict(settings), "checkpoint_every": None}}
+
+    def work(run: Run) -> dict[str, float]:
+        with run.phase("prepare"):
+            tokenizer = tiny.build_tokenizer(corpus(config.seed), architecture.vocab_size)
+            encoder = Encoder(tokenizer, tiny.build_image_processor(architecture.image_size))
+            model = tiny.build_model(tokenizer, seed=config.seed, **_sizes(architecture))
+            stream = lesson_stream(encoder, settings, config.seed)
+        steps = settings.reading_steps + settings.ruling_steps + settings.looking_steps
+        module = PretrainModule(
+            model, muon_lr=settings.muon_lr, lr=settings.lr, weight_decay=0.01, seed=config.seed, steps=steps,
+            warmup_ratio=0.05, max_grad_norm=1.0,
+        )  # fmt: skip
+        with run.phase("train"), stage_logger(config, run) as logger:
+            fit(
+                module, stream, folder=run.folder, checkpoint_every=settings.checkpoint_every, logger=logger,
+                **fit_options(config),
+            )  # fmt: skip
+            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
+        save_backbone(run.folder / "model", model, encoder)
+        write_card(
+            run.folder / "model", kind="base", title="mmedexpert tiny base", base_model=None, base_fingerprint=None,
+            method="lessons on phantom drawings: reading, rule following, looking", library_name="transformers",
+            data={"phantom lessons": "Apache-2.0"}, specialty=None, ingredients={}, metrics=None,
+        )  # fmt: skip
+        return {"parameters": float(sum(p.numel() for p in model.parameters())), **metrics}
+
+    return stage_run(config, "pretrain", config.model.name, key, work)
+
+
+def _sizes(architecture: ArchitectureConfig) -> dict[str, Any]:
+    return {k: v for k, v in asdict(architecture).items() if k not in ("vocab_size", "image_size")}
+
+
+def corpus(seed: int) -> list[str]:
+    """The text the tokenizer is trained on: lessons, and the questions and traces of every guideline."""
+    rng = np.random.default_rng([seed, 7])
+    texts = []
+    for teach in (lessons.reading, lessons.ruling, lessons.looking):
+        for _ in range(1000):
+            lesson = teach(rng)
+            texts.append(lesson.prompt + lesson.completion)
+    for index in range(1200):
+        rule = guidelines()[list(SPECIALTIES_OF)[index % len(SPECIALTIES_OF)]]
+        family, level = family_of(rule.id), int(rng.integers(len(rule.labels)))
+        value, perspective = draw_value(family, rule, level, rng), PERSPECTIVES[index % len(PERSPECTIVES)]
+        choices, letter = options(family, rule.labels, rule.labels[level], rng)
+        listed = "\n".join(f"{key}. {text}" for key, text in choices.items())
+        steps = " ".join(trace(family, rule, value, letter, perspective, rng).steps)
+        texts.append(f"{question(family, rule, rng)}\n{listed}\n{instructions()[perspective]}<think>{steps}")
+    return texts
+
+
+def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stream:
+    """Reading, then ruling, then looking; any step can be made again from the seed."""
+    drawn = np.random.default_rng([seed, 0])
+    pool: list[tuple[Prompt, list[int]]] = []
+    for _ in range(settings.images):
+        lesson = lessons.looking(drawn)
+        assert lesson.image is not None
+        patches, grid = encoder.patches(lesson.image)
+        # half precision keeps 4,000 images in 600 MB; the rounding is far below the 8-bit step of the drawing
+        pool.append((encoder.chat(lesson.prompt, [(patches.half(), grid)]), encoder.completion(lesson.completion)))
+    text_steps = settings.reading_steps + settings.ruling_steps
+
+    def text_batch(step: int) -> tuple[Batch, Tensor]:
+        rng = np.random.default_rng([seed, 1, step])
+        teach = lessons.reading if step < settings.reading_steps else lessons.ruling
+        taught = [teach(rng) for _ in range(settings.text_batch_size)]
+        ids = [encoder.tokenizer(lesson.prompt)["input_ids"] for lesson in taught]
+        answers = [encoder.tokenizer(lesson.completion)["input_ids"] for lesson in taught]
+        batch, labels = encoder.collate([Prompt(i, [], []) for i in ids], answers)
+        for row, lesson in enumerate(taught):
+            scored = {encoder.tokenizer(f" {word}")["input_ids"][0] for word in lesson.scored or ()}
+            labels[row][~torch.isin(labels[row], torch.tensor(sorted(scored)))] = IGNORE
+        return batch, labels
+
+    def stream(step: int) -> Iterator[tuple[Batch, Tensor]]:
+        for number in range(step, text_steps):
+            yield text_batch(number)
+        for chosen in batch_indices(len(pool), settings.batch_size, seed, max(0, step - text_steps)):
+            yield encoder.collate([pool[i][0] for i in chosen], [pool[i][1] for i in chosen])
+
+    return stream

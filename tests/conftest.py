@@ -1,0 +1,48 @@
+"""Shared by all tests: a tiny backbone without weights worth keeping, and the real records where they are present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("WANDB_MODE", "offline")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real development data; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("MMEDEXPERT_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("real development data is not here (MMEDEXPERT_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, encoder) of a random Qwen2.5-VL with few channels, in eval mode."""
+    from mmedexpert.data.encode import Encoder
+    from mmedexpert.modules.tiny import build_image_processor, build_model, build_tokenizer
+
+    words = "the heart rate is low within high so a criterion of adult child 0 1 2 3 4 5 6 7 8 9 A B C D".split()
+    tokenizer = build_tokenizer([" ".join(words)] * 4, 400)
+    model = build_model(
+        tokenizer, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vision_hidden_size=32, vision_depth=2,
+        vision_num_heads=2, seed=0,
+    )  # fmt: skip
+    return model.eval(), Encoder(tokenizer, build_image_processor(56))
+
+
+@pytest.fixture()
+def picture():
+    """A function that makes a noise image of a size from a seed."""
+    from PIL import Image
+
+    def make(seed: int, width: int = 56, height: int = 56) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    return make

@@ -1,0 +1,170 @@
+"""Group-relative and guideline-based advantages against plain numpy, and the properties GBA rests on."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmedexpert.advantages import group_relative, guideline_based, perspective_terms
+
+K = 4
+
+
+def reference(rewards: np.ndarray, scale: str) -> np.ndarray:
+    """TRL's formula, NaN-aware, one completion at a time."""
+    out = np.zeros_like(rewards)
+    for b, group in enumerate(rewards):
+        present = group[~np.isnan(group)]
+        spread = {"group": present, "batch": rewards[~np.isnan(rewards)]}.get(scale)
+        std = 1.0 if spread is None else (np.std(spread, ddof=1) if len(spread) > 1 else 0.0) + 1e-4
+        for i, reward in enumerate(group):
+            out[b, i] = 0.0 if np.isnan(reward) else (reward - present.mean()) / std
+    return out
+
+
+def random_rewards(seed: int, groups: int, size: int, missing: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rewards = rng.normal(size=(groups, size))
+    rewards[rng.random(rewards.shape) < missing] = np.nan
+    return rewards
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    groups=st.integers(1, 4),
+    size=st.integers(1, 8),
+    missing=st.sampled_from([0.0, 0.3]),
+    scale=st.sampled_from(["group", "batch", "none"]),
+)
+def test_group_relative_is_trls_formula(seed: int, groups: int, size: int, missing: float, scale: Any) -> None:
+    rewards = random_rewards(seed, groups, size, missing)
+    with np.errstate(all="ignore"):
+        expected = reference(rewards, scale)
+    actual = group_relative(torch.from_numpy(rewards), scale)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_group_relative_by_hand() -> None:
+    advantages = group_relative(torch.tensor([[0, 1, 1, 0]]))
+    expected = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([[-expected, expected, expected, -expected]]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    value=st.floats(-1e6, 1e6, width=32),
+    size=st.integers(1, 9),
+    scale=st.sampled_from(["group", "batch", "none"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equal_rewards_give_exact_zeros(value: float, size: int, scale: Any, dtype: torch.dtype) -> None:
+    rewards = torch.full((2, size), value, dtype=dtype)
+    rewards[1] = torch.linspace(0, 1, size, dtype=dtype)
+    assert torch.equal(group_relative(rewards, scale)[0], torch.zeros(size, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_one_completion_or_no_reward_gives_zeros(scale: Any) -> None:
+    assert torch.equal(group_relative(torch.tensor([[3.0], [5.0]]), scale), torch.zeros(2, 1))
+    assert torch.equal(group_relative(torch.full((2, 3), math.nan), scale), torch.zeros(2, 3))
+
+
+def test_missing_rewards_change_nothing_for_the_others() -> None:
+    with_missing = group_relative(torch.tensor([[0.0, math.nan, 1.0, 0.3, math.nan]]))
+    without = group_relative(torch.tensor([[0.0, 1.0, 0.3]]))
+    assert torch.equal(with_missing[:, [0, 2, 3]], without)
+    assert torch.equal(with_missing[:, [1, 4]], torch.zeros(1, 2))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.sampled_from(["group", "batch", "none"]), extra=st.floats(0, 5))
+def test_zero_weights_are_plain_grpo_bit_for_bit(seed: int, scale: Any, extra: float) -> None:
+    outcome = torch.from_numpy(random_rewards(seed, 3, 6, 0.1)).float()
+    outcome[0] = 0.7
+    adherence = torch.from_numpy(random_rewards(seed + 1, 18, K, 0.1)).float().reshape(3, 6, K)
+    advantages = guideline_based(outcome, adherence, [0.0] * K, scale=extra, reward_scale=scale)
+    assert torch.equal(bits(advantages), bits(group_relative(outcome, scale)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    weights=st.lists(st.floats(0, 3), min_size=K, max_size=K),
+    scale=st.floats(0, 2),
+    gated=st.booleans(),
+    reward_scale=st.sampled_from(["group", "batch", "none"]),
+)
+def test_guideline_based_is_the_design_formula(
+    seed: int, weights: list[float], scale: float, gated: bool, reward_scale: Any
+) -> None:
+    rng = np.random.default_rng(seed)
+    outcome, adherence = rng.random((3, 5)), rng.random((3, 5, K))
+    gate = rng.random((3, 5)) < 0.5
+    expected = reference(outcome, reward_scale)
+    for k, weight in enumerate(weights):
+        share = weight / sum(weights) if sum(weights) > 0 else 0.0
+        expected = expected + scale * share * (gate if gated else 1) * reference(adherence[:, :, k], reward_scale)
+    actual = guideline_based(
+        torch.from_numpy(outcome),
+        torch.from_numpy(adherence),
+        weights,
+        scale=scale,
+        gate=torch.from_numpy(gate) if gated else None,
+        reward_scale=reward_scale,
+    )
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_only_the_ratio_of_weights_matters() -> None:
+    adherence = torch.rand(2, 6, K, dtype=torch.float64)
+    once, thrice = perspective_terms(adherence, [1, 2, 0, 1]), perspective_terms(adherence, torch.tensor([3, 6, 0, 3]))
+    torch.testing.assert_close(once, thrice)
+    assert torch.equal(once[..., 2], torch.zeros(2, 6, dtype=torch.float64))
+
+
+def test_gate_silences_the_perspectives_and_nothing_else() -> None:
+    outcome, adherence = torch.rand(2, 6), torch.rand(2, 6, K)
+    gate = torch.tensor([[True, False] * 3, [False] * 6])
+    gated = guideline_based(outcome, adherence, [1.0] * K, gate=gate)
+    assert torch.equal(gated[~gate], group_relative(outcome)[~gate])
+    assert torch.equal(gated[gate], guideline_based(outcome, adherence, [1.0] * K)[gate])
+
+
+def test_prompted_completions_are_normalised_within_their_own_perspective() -> None:
+    # Six completions: the first three prompted as perspective 0, the rest as perspective 1.
+    scores = torch.rand(1, 6)
+    adherence = torch.full((1, 6, 2), math.nan)
+    adherence[0, :3, 0], adherence[0, 3:, 1] = scores[0, :3], scores[0, 3:]
+    terms = perspective_terms(adherence, [1.0, 1.0])
+    torch.testing.assert_close(terms[:, :3, 0], 0.5 * group_relative(scores[:, :3]))
+    torch.testing.assert_close(terms[:, 3:, 1], 0.5 * group_relative(scores[:, 3:]))
+    assert torch.equal(terms[:, 3:, 0], torch.zeros(1, 3)) and torch.equal(terms[:, :3, 1], torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 1, 1, 1], [math.nan, 1, 1, 1], [math.inf, 1, 1, 1], [1.0, 1, 1]])
+def test_bad_weights_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        guideline_based(torch.rand(2, 6), torch.rand(2, 6, K), weights)
+
+
+def test_bad_shapes_and_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match="rewards"):
+        group_relative(torch.rand(4))
+    with pytest.raises(ValueError, match="scale"):
+        group_relative(torch.rand(2, 4), "prompt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="outcome"):
+        guideline_based(torch.rand(2, 5), torch.rand(2, 6, K), [1.0] * K)
+    with pytest.raises(ValueError, match="adherence"):
+        perspective_terms(torch.rand(6, K), [1.0] * K)
+    with pytest.raises(ValueError, match="gate"):
+        perspective_terms(torch.rand(2, 6, K), [1.0] * K, gate=torch.ones(6, dtype=torch.bool))

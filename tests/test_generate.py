@@ -1,0 +1,89 @@
+"""Our sampler against transformers' own `generate` and against a plain forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmedexpert.engines.generate import generate, positions
+
+
+def prompts(encoder, picture):
+    one = encoder.patches(picture(1))
+    wide = encoder.patches(picture(2, 84, 56))
+    return [
+        encoder.chat("heart rate", [one]),
+        encoder.chat("the heart rate is low within high", [wide]),
+        encoder.chat("two of a child", [one, wide]),
+        encoder.chat("no picture at all", []),
+    ]
+
+
+def test_greedy_equals_transformers_generate(tiny, picture):
+    model, encoder = tiny
+    batch = encoder.collate_prompts(prompts(encoder, picture))
+    ours = generate(model, batch, end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=12)
+    theirs = model.generate(
+        **batch, max_new_tokens=12, do_sample=False, eos_token_id=encoder.end_ids, pad_token_id=encoder.pad_id
+    )[:, batch["input_ids"].shape[1] :]
+    for row, mask, other in zip(ours.ids, ours.mask, theirs, strict=True):
+        length = int(mask.sum())
+        assert row[:length].tolist() == other[:length].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logps_are_those_of_a_plain_forward_pass(tiny, picture, temperature):
+    model, encoder = tiny
+    chosen = prompts(encoder, picture)[:3]
+    out = generate(
+        model, encoder.collate_prompts(chosen), end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=10,
+        num_generations=3, temperature=temperature, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    rows = out.rows()
+    assert len(rows) == 9 and len({tuple(r) for r in rows[:3]}) > 1
+    for index, row in enumerate(rows):
+        prompt = chosen[index // 3]
+        batch, labels = encoder.collate([prompt], [row])
+        with torch.no_grad():
+            logits = model(**batch).logits.float() / temperature
+        expected = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[0, -len(row) :, 0]
+        assert torch.allclose(out.logps[index, : len(row)], expected, atol=1e-5)
+
+
+def test_end_token_finishes_a_row_and_leaves_the_others(tiny, picture):
+    model, encoder = tiny
+    batch = encoder.collate_prompts(prompts(encoder, picture))
+    plain = generate(model, batch, end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=8)
+    stop = plain.ids[0, 3].item()  # a token row 0 really says
+    out = generate(model, batch, end_ids=[stop], pad_id=encoder.pad_id, max_new_tokens=8)
+    assert out.finished[0] and out.mask[0].sum() <= 4 and out.ids[0, int(out.mask[0].sum()) - 1] == stop
+    for before, after in zip(plain.rows(), out.rows(), strict=True):
+        assert before[: len(after)] == after
+
+
+def test_top_k_one_is_greedy_and_top_p_bounds_the_choice(tiny, picture):
+    model, encoder = tiny
+    batch = encoder.collate_prompts(prompts(encoder, picture))
+    options = {"end_ids": encoder.end_ids, "pad_id": encoder.pad_id, "max_new_tokens": 6}
+    greedy = generate(model, batch, **options)
+    for warp in ({"top_k": 1}, {"top_p": 1e-6}):
+        sampled = generate(model, batch, temperature=1.0, generator=torch.Generator().manual_seed(3), **warp, **options)
+        assert sampled.rows() == greedy.rows()
+
+
+def test_sampling_leaves_training_mode_as_it_was(tiny, picture):
+    model, encoder = tiny
+    model.train()
+    generate(model, encoder.collate_prompts(prompts(encoder, picture)[:1]), end_ids=[1], pad_id=0, max_new_tokens=2)
+    assert model.training
+    model.eval()
+
+
+def test_positions_are_three_dimensional(tiny, picture):
+    """Without mm_token_type_ids transformers falls back to 1-D positions in silence."""
+    model, encoder = tiny
+    batch = encoder.collate_prompts(prompts(encoder, picture)[:1])
+    position_ids, following = positions(model, batch)
+    image = (batch["input_ids"] == encoder.image_token_id)[0]
+    assert not torch.equal(position_ids[0, 0, image], position_ids[1, 0, image])
+    assert following[0] == position_ids.max() + 1

@@ -1,0 +1,276 @@
+"""The four policy losses against independent float64 numpy, and the chunked log-probabilities against the full ones."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmedexpert.losses import kl_k3, masked_mean, policy_loss, selected_logps_and_entropy
+
+N, T = 5, 7
+LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "gspo"]
+
+
+def batch(seed: int = 0, spread: float = 1.0) -> dict[str, Any]:
+    """Off-policy log-probabilities whose ratios fall inside and outside the clip range; the last row is truncated."""
+    rng = np.random.default_rng(seed)
+    logps = -rng.exponential(1.0, (N, T))
+    mask = np.arange(T) < rng.integers(1, T + 1, (N, 1))
+    mask[-1] = False
+    arrays = {
+        "per_token_logps": logps,
+        "old_per_token_logps": logps - rng.normal(0, spread, (N, T)),
+        "ref_per_token_logps": logps - rng.normal(0, spread, (N, T)),
+        "advantages": np.array([1.3, -0.7, 0.4, -1.1, 2.0]),
+        "completion_mask": mask,
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def reference(
+    data: dict[str, Any],
+    loss_type: str,
+    low: float,
+    high: float,
+    beta: float,
+    max_length: int,
+    num_items: int | None,
+) -> tuple[float, dict[str, float]]:
+    """The losses as sums over single tokens, in Python floats."""
+    logps, old, ref, advantages, mask = (
+        data[name].detach().numpy()
+        for name in ("per_token_logps", "old_per_token_logps", "ref_per_token_logps", "advantages", "completion_mask")
+    )
+    per_sequence, tokens, below, above, kls, sequences = [], 0, [], [], [], 0.0
+    for n in range(N):
+        kept = [t for t in range(T) if mask[n, t]]
+        mean_log_ratio = sum(logps[n, t] - old[n, t] for t in kept) / max(len(kept), 1)
+        terms = []
+        for t in kept:
+            ratio = np.exp(mean_log_ratio if loss_type == "gspo" else logps[n, t] - old[n, t])
+            clipped = min(max(ratio, 1 - low), 1 + high)
+            delta = ref[n, t] - logps[n, t]
+            kls.append(np.exp(delta) - delta - 1)
+            terms.append(-min(ratio * advantages[n], clipped * advantages[n]) + beta * kls[-1])
+            if loss_type != "gspo" or t == kept[0]:
+                below.append(ratio < 1 - low and advantages[n] < 0)
+                above.append(ratio > 1 + high and advantages[n] > 0)
+        tokens += len(kept)
+        sequences += sum(terms)
+        per_sequence.append(sum(terms) / max(len(kept), 1))
+    loss = {
+        "grpo": sum(per_sequence) / N,
+        "gspo": sum(per_sequence) / N,
+        "dapo": sequences / (num_items or tokens),
+        "dr_grpo": sequences / (N * max_length),
+    }[loss_type]
+    metrics = {"clip_ratio/low_mean": np.mean(below), "clip_ratio/high_mean": np.mean(above), "kl": np.mean(kls)}
+    return loss, metrics | {"clip_ratio/region_mean": np.mean(below) + np.mean(above)}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("beta", "epsilon_high", "num_items"), [(0.0, None, None), (0.04, 0.28, None), (0.1, 0.5, 99)])
+@pytest.mark.parametrize("seed", range(3))
+def test_policy_loss_is_the_definition(
+    loss_type: Any, beta: float, epsilon_high: float | None, num_items: int | None, seed: int
+) -> None:
+    data = batch(seed)
+    loss, metrics = policy_loss(
+        **data, loss_type=loss_type, beta=beta, epsilon_high=epsilon_high, max_completion_length=11, num_items=num_items
+    )
+    expected, expected_metrics = reference(data, loss_type, 0.2, epsilon_high or 0.2, beta, 11, num_items)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected_metrics, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clip_ratio/low_mean", "clip_ratio/high_mean"])
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+def test_the_batches_above_are_clipped_on_both_sides(loss_type: Any, name: str) -> None:
+    assert sum(policy_loss(**batch(seed), loss_type=loss_type)[1][name].item() for seed in range(3)) > 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_match_finite_differences(loss_type: Any, seed: int) -> None:
+    data = batch(seed)
+    logps = data.pop("per_token_logps").requires_grad_()
+
+    def loss(values: Tensor) -> Tensor:
+        return policy_loss(values, **data, loss_type=loss_type, beta=0.04, max_completion_length=11)[0]
+
+    assert torch.autograd.gradcheck(loss, (logps,))
+
+
+def test_on_policy_gradient_is_the_policy_gradient() -> None:
+    """At ratio 1 nothing is clipped, so d loss / d logp = -A / (N * length) for grpo and gspo alike."""
+    data = batch()
+    logps, mask, advantages = data["per_token_logps"].requires_grad_(), data["completion_mask"], data["advantages"]
+    expected = -advantages[:, None] * mask / mask.sum(1, keepdim=True).clamp(min=1) / N
+    options: list[dict[str, Any]] = [{"loss_type": "grpo"}, {"loss_type": "gspo"}]
+    for option in options:
+        loss, metrics = policy_loss(logps, logps.detach(), advantages, mask, **option)
+        torch.testing.assert_close(torch.autograd.grad(loss, logps)[0], expected)
+        assert metrics["clip_ratio/region_mean"] == 0 and "kl" not in metrics
+
+
+def test_gspo_uses_one_ratio_per_completion() -> None:
+    """Token log-ratios that cancel leave the sequence's ratio at 1, where grpo clips both."""
+    old = torch.full((1, 2), -3.0)
+    logps, mask = old + torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)
+    sequence, metrics = policy_loss(logps, old, torch.ones(1), mask, loss_type="gspo")
+    assert sequence.item() == pytest.approx(-1.0) and metrics["clip_ratio/region_mean"] == 0
+    token, metrics = policy_loss(logps, old, torch.ones(1), mask, loss_type="grpo")
+    assert token.item() == pytest.approx(-(1.2 + np.exp(-1)) / 2) and metrics["clip_ratio/high_mean"] == 0.5
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), float("-inf")])
+def test_masked_positions_and_truncated_rows_add_nothing(loss_type: Any, junk: float) -> None:
+    clean, dirty = batch(), batch()
+    for name in ("per_token_logps", "old_per_token_logps", "ref_per_token_logps"):
+        dirty[name] = dirty[name].masked_fill(~dirty["completion_mask"], junk)
+    results = []
+    for data in (clean, dirty):
+        logps = data["per_token_logps"].requires_grad_()
+        loss, metrics = policy_loss(**data, loss_type=loss_type, beta=0.1, max_completion_length=11)
+        gradient = torch.autograd.grad(loss, logps)[0]
+        assert torch.equal(gradient[~data["completion_mask"]], torch.zeros_like(gradient[~data["completion_mask"]]))
+        results.append((loss, gradient, metrics))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_batch_of_truncated_rows_has_zero_loss_and_gradient(loss_type: Any) -> None:
+    data = batch()
+    data["completion_mask"] = torch.zeros(N, T, dtype=torch.bool)
+    logps = data["per_token_logps"].requires_grad_()
+    loss, metrics = policy_loss(**data, loss_type=loss_type, beta=0.1, max_completion_length=11)
+    assert loss.item() == 0 and all(value.item() == 0 for value in metrics.values())
+    assert torch.equal(torch.autograd.grad(loss, logps)[0], torch.zeros(N, T, dtype=torch.float64))
+
+
+def test_dapo_micro_batches_add_up_to_the_batch() -> None:
+    data = batch()
+    num_items = data["completion_mask"].sum()
+    whole, _ = policy_loss(**data, loss_type="dapo")
+    parts = [
+        policy_loss(**{name: value[rows] for name, value in data.items()}, loss_type="dapo", num_items=num_items)[0]
+        for rows in (slice(0, 2), slice(2, N))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_kl_is_k3_clamped() -> None:
+    logps, ref = torch.tensor([-1.0, -1.0, -50.0, -0.1]), torch.tensor([-1.0, -1.5, -0.1, -50.0])
+    expected = torch.tensor([0.0, np.exp(-0.5) + 0.5 - 1, 10.0, 10.0], dtype=torch.float32)
+    torch.testing.assert_close(kl_k3(logps, ref), expected)
+
+
+def test_a_wild_ratio_stays_finite() -> None:
+    old, mask = torch.full((1, 1), -500.0), torch.ones(1, 1)
+    loss, _ = policy_loss(torch.zeros(1, 1), old, torch.zeros(1), mask, beta=0.1, ref_per_token_logps=old)
+    assert torch.isfinite(loss)
+
+
+def test_masked_mean() -> None:
+    values = torch.tensor([[1.0, 3.0, torch.nan], [torch.nan, torch.inf, -torch.inf]])
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    assert masked_mean(values, mask).item() == 2
+    assert masked_mean(values, mask, dim=1).tolist() == [2, 0]
+
+
+def test_bad_arguments_are_refused() -> None:
+    data = batch()
+    with pytest.raises(ValueError, match="loss_type"):
+        policy_loss(**data, loss_type="ppo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_completion_length"):
+        policy_loss(**data, loss_type="dr_grpo")
+    with pytest.raises(ValueError, match="ref_per_token_logps"):
+        policy_loss(**(data | {"ref_per_token_logps": data["ref_per_token_logps"][:1]}))
+    with pytest.raises(ValueError, match="advantages"):
+        policy_loss(**(data | {"advantages": torch.ones(N, T)}))
+    with pytest.raises(ValueError, match="share one shape"):
+        policy_loss(**(data | {"completion_mask": torch.ones(N, T + 1)}))
+    del data["ref_per_token_logps"]
+    with pytest.raises(ValueError, match="beta"):
+        policy_loss(**data, beta=0.1)
+
+
+# --- selected_logps_and_entropy ---------------------------------------------------------------------------------------
+
+H, V = 6, 50
+
+
+def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 4, H, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    ids = torch.randint(V, (3, 4), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), ids
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logps_are_the_full_ones(chunk: int, temperature: float) -> None:
+    hidden, weight, ids = head()
+    logps, entropy = selected_logps_and_entropy(hidden, weight, ids, temperature, chunk)
+
+    logits = hidden.detach().numpy() @ weight.detach().numpy().T / temperature
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.log(np.take_along_axis(probabilities, ids.numpy()[..., None], -1)[..., 0])
+    np.testing.assert_allclose(logps.detach().numpy(), expected, rtol=1e-10)
+    np.testing.assert_allclose(entropy.numpy(), -(probabilities * np.log(probabilities)).sum(-1), rtol=1e-10)
+    assert not entropy.requires_grad
+
+    upstream = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    full = torch.log_softmax(hidden @ weight.t() / temperature, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    expected_gradients = torch.autograd.grad((full * upstream).sum(), (hidden, weight))
+    gradients = torch.autograd.grad((logps * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest floating tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_no_tensor_over_all_positions_and_the_vocabulary_is_ever_made() -> None:
+    chunk, hidden, ids = 8, torch.randn(4, 16, H, requires_grad=True), torch.zeros(4, 16, dtype=torch.long)
+    weight = torch.randn(V, H)
+    with LargestTensor() as forward_and_backward:
+        logps, _ = selected_logps_and_entropy(hidden, weight, ids, chunk=chunk)
+        logps.sum().backward()
+    assert forward_and_backward.numel == chunk * V
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
+        selected_logps_and_entropy(hidden, weight, ids, chunk=chunk)
+    assert max(saved, default=0) < chunk * V
+
+
+def test_half_precision_states_give_fp32_logps() -> None:
+    hidden, weight, ids = head(torch.bfloat16)
+    logps, entropy = selected_logps_and_entropy(hidden, weight, ids)
+    assert logps.dtype == entropy.dtype == torch.float32
+    exact, _ = selected_logps_and_entropy(*head())
+    torch.testing.assert_close(logps.double(), exact, atol=0.1, rtol=0)
+    logps.sum().backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+
+
+def test_bad_logp_arguments_are_refused() -> None:
+    hidden, weight, ids = head()
+    with pytest.raises(ValueError, match="expected hidden"):
+        selected_logps_and_entropy(hidden, weight, ids[:2])
+    with pytest.raises(ValueError, match="temperature"):
+        selected_logps_and_entropy(hidden, weight, ids, temperature=0.0)

@@ -1,0 +1,325 @@
+"""Data sources: labelled image folders and Med-R1's records, on small fixtures and on real subsets where present."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mmedexpert.data.images import open_image
+from mmedexpert.data.labelled import labelled_images
+from mmedexpert.data.medr1 import medr1, parse_problem, parse_solution
+from mmedexpert.data.record import Record
+from mmedexpert.data.records_io import validate
+from mmedexpert.errors import UserError
+
+SHARED = Path(os.environ.get("MMEDEXPERT_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real records at {SHARED} (set MMEDEXPERT_SHARED)")
+OWN = {"specialties": ["pediatrics"], "distractors": ["Fracture", "Cyst", "Mass"]}
+
+
+def noise(path: Path, seed: int, size: tuple[int, int] = (24, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+def image_set(folder: Path, rows: list[dict[str, str]], about: dict | None = None) -> Path:
+    """A labelled folder with one noise image per row (those that name no `seed` get one of their own)."""
+    for number, row in enumerate(rows):
+        noise(folder / row["file"], int(row.pop("seed", number)))
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if about is not None:
+        (folder / "dataset.yaml").write_text(json.dumps(about))  # JSON is YAML
+    return folder
+
+
+def rows_of(count: int, **more: str) -> list[dict[str, str]]:
+    two = [("yes", "gone"), ("no", "here")]
+    return [{"file": f"{two[n % 2][0]}/{n}.png", "label": two[n % 2][1], **more} for n in range(count)]
+
+
+def assert_no_leak(records: list[Record]) -> None:
+    for key in ("image_group", "images"):
+        splits: dict[object, set[str]] = {}
+        for record in records:
+            splits.setdefault(getattr(record, key), set()).add(record.split)
+        assert max(len(found) for found in splits.values()) == 1
+
+
+# labelled image folders
+
+
+def test_an_own_set_becomes_four_option_questions(tmp_path: Path) -> None:
+    root = image_set(tmp_path / "mine", rows_of(20, age="8", sex="Female"), OWN)
+    records, image_root, bad = labelled_images(root, tmp_path / "out", seed=0, questions_per_image=2)
+    assert validate(records, image_root, bad=bad) == (records, [])
+    assert len(records) == 40
+    assert len({record.question for record in records}) == 3
+    for record in records:
+        assert list(record.options or {}) == list("ABCD")
+        assert len({*(record.options or {}).values(), "gone", "here"}) == 4
+        assert "of a female patient aged 8" in record.question
+        assert record.specialties == ("pediatrics",)
+        assert re.fullmatch(r"images/[0-9a-f]{24}\.png", record.images[0])
+    assert {record.split for record in records} == {"train", "val", "test"}
+    assert_no_leak(records)
+    assert labelled_images(root, tmp_path / "out", seed=0, questions_per_image=2)[0] == records
+    others = labelled_images(root, tmp_path / "out", seed=1, questions_per_image=2)[0]
+    assert [record.answer for record in others] != [record.answer for record in records]
+
+
+def test_the_answer_is_the_label_of_the_image(tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    rows = rows_of(12)
+    label_of = {row["file"]: row["label"] for row in rows}
+    image_set(root, rows, OWN)
+    records, image_root, _ = labelled_images(root, tmp_path / "out", seed=0)
+    pixels = {np.asarray(open_image(root / file)).tobytes(): label for file, label in label_of.items()}
+    for record in records:
+        gold = pixels[np.asarray(open_image(image_root / record.images[0])).tobytes()]
+        assert (record.options or {})[record.answer] == gold
+
+
+def test_labels_are_texts_even_where_yaml_has_other_ideas(tmp_path: Path) -> None:
+    rows = [{"file": f"{n}.png", "label": ("no", "0", "null", "1e3")[n % 4]} for n in range(8)]
+    root = image_set(tmp_path / "mine", rows)
+    (root / "dataset.yaml").write_text("specialties: [x]\nlabels: {no: First, 0: Second, null: Third, 1e3: Fourth}\n")
+    records, _, bad = labelled_images(root, tmp_path / "out", seed=0)
+    assert bad == []
+    assert Counter((one.options or {})[one.answer] for one in records) == dict.fromkeys(
+        ("First", "Second", "Third", "Fourth"), 2
+    )
+
+
+def test_copies_are_cropped_and_limited(tmp_path: Path) -> None:
+    root = image_set(tmp_path / "mine", rows_of(2), {**OWN, "crop": [0.0, 0.25, 0.5, 1.0]})
+    records, out, _ = labelled_images(root, tmp_path / "out", seed=0)
+    assert {open_image(out / record.images[0]).size for record in records} == {(12, 12)}
+    source = np.asarray(open_image(root / "yes/0.png"))[4:, :12]
+    assert any(np.array_equal(np.asarray(open_image(out / record.images[0])), source) for record in records)
+    smaller, out, _ = labelled_images(root, tmp_path / "out", seed=0, max_side=6)
+    assert {open_image(out / record.images[0]).size for record in smaller} == {(6, 6)}
+
+
+def test_equal_bytes_are_one_image_and_patients_stay_together(tmp_path: Path) -> None:
+    rows = [{**row, "patient": f"p{n // 3}", "seed": str(n)} for n, row in enumerate(rows_of(30))]
+    rows.append({"file": "yes/copy.png", "label": "gone", "patient": "p9", "seed": "0"})  # joins p0 and p9
+    root = image_set(tmp_path / "mine", rows, OWN)
+    records, _, bad = labelled_images(root, tmp_path / "out", seed=3)
+    assert (len(records), bad) == (30, [])
+    assert len({record.image_group for record in records}) == 9
+    assert_no_leak(records)
+
+
+def test_bad_rows_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
+    rows = [*rows_of(6), {"file": "x/twin.png", "label": "here", "seed": "0"}, {"file": "x/cut.png", "label": "gone"}]
+    rows += [{"file": f"x/{name}.png", "label": label} for name, label in (("odd", "other"), ("absent", "here"))]
+    about = {**OWN, "labels": {"gone": "Gone", "here": "Here"}}
+    root = image_set(tmp_path / "mine", rows, about)
+    (root / "x/absent.png").unlink()
+    (root / "x/cut.png").write_bytes((root / "x/cut.png").read_bytes()[:300])
+    with (root / "labels.csv").open("a") as file:
+        file.write("../outside.png,here\n")
+    records, _, bad = labelled_images(root, tmp_path / "out", seed=0)
+    assert len(records) == 5
+    reasons = dict(bad)
+    assert set(reasons) == {f"mine/{file}" for file in (
+        "yes/0.png", "x/twin.png", "x/cut.png", "x/odd.png", "x/absent.png", "../outside.png"
+    )}  # fmt: skip
+    assert "labelled gone and here" in reasons["mine/x/twin.png"]
+    assert "truncated" in reasons["mine/x/cut.png"]
+    assert "'other'" in reasons["mine/x/odd.png"]
+
+
+def test_what_is_also_true_is_no_wrong_option(tmp_path: Path) -> None:
+    seen = "suspected glaucoma, cataract"
+    rows = [{"file": f"{n}_left.png", "label": "NDGCAHMO"[n % 8], "keywords": seen} for n in range(24)]
+    records, _, bad = labelled_images(image_set(tmp_path / "fundus", rows), tmp_path / "out", seed=0)
+    assert len(records) == 24
+    assert not bad
+    for record in records:
+        wrong = {text for letter, text in (record.options or {}).items() if letter != record.answer}
+        assert not wrong & {"Glaucoma", "Cataract"}
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        (None, "none of the known sets"),
+        ({"specialties": ["pediatrics"]}, "fewer than 4 labels"),
+        ({"specialties": "pediatrics"}, "are lists"),
+        ({**OWN, "speciality": "x"}, "speciality"),
+        ({**OWN, "labels": ["gone", "here"]}, "map a label to a text"),
+        ({**OWN, "crop": ["left", 0, 1, 1]}, "could not convert"),
+        ({**OWN, "crop": [0.5, 0, 0.2, 1]}, "crop"),
+        ({**OWN, "label_column": "finding"}, "lacks the column finding"),
+    ],
+)
+def test_a_set_that_cannot_be_asked_about_says_what_to_write(tmp_path: Path, about: dict | None, told: str) -> None:
+    root = image_set(tmp_path / "mine", rows_of(2), about)
+    with pytest.raises(UserError, match=told) as caught:
+        labelled_images(root, tmp_path / "out", seed=0)
+    assert "mine" in str(caught.value)
+
+
+def test_folders_without_labels_are_named(tmp_path: Path) -> None:
+    image_set(tmp_path / "sets/mine", rows_of(2), OWN)
+    (tmp_path / "sets/other").mkdir()
+    for root, told in (("sets", "other has no labels.csv"), ("sets/other", "neither"), ("absent", "not a folder")):
+        with pytest.raises(UserError, match=told):
+            labelled_images(tmp_path / root, tmp_path / "out", seed=0)
+
+
+# Med-R1
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("Stage? A)Mass of the lobe, T2 N0 M0, Stage Ib, B)Cyst, C)None., D)GIST (T1)", 4),
+        ("Normal? A)No., B)Yes", 2),
+        ("Which?\nA) one\nB) two\nC) three", 3),
+        ("Which? A. one B. two C. three D. four", 4),
+        ("Which? A: one, B: two", 2),
+        ("<image>Which? (A) vitamin B) or K (B) iron (C) zinc", 3),
+        ("Is it COPD (A)? A)COPD (chronic), B)Asthma, C)Both", 3),
+        ("Which? A)Hepatitis A), B)Vitamin (B) lack, C)T1 N0, M0", 3),
+    ],
+)
+def test_options_are_found(problem: str, expected: int) -> None:
+    question, options = parse_problem(problem)
+    assert list(options) == list("ABCDEFGH"[:expected])
+    assert question.endswith("?")
+    assert not question.startswith("<")
+    assert not any(text.endswith(",") for text in options.values())
+
+
+words = st.from_regex(r"[a-z][a-z ]{0,8}[a-z](, [TNM][0-9]){0,3}", fullmatch=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(words, st.lists(words, min_size=2, max_size=5))
+def test_published_form_is_read_back(question: str, texts: list[str]) -> None:
+    options = dict(zip("ABCDE", texts, strict=False))
+    problem = f"{question}? " + ", ".join(f"{letter}){text}" for letter, text in options.items())
+    assert parse_problem(problem) == (f"{question}?", options)
+
+
+def test_solutions_are_read_or_refused() -> None:
+    for solution in ("<answer> D </answer>", "D", "d)", "<think>A or B</think>\n<answer>(D) Mass</answer>"):
+        assert parse_solution(solution) == "D"
+    for solution in ("", "Mass", "<answer> </answer>", "<answer>Mass</answer>", "<answer>A mass</answer>", "A or B"):
+        with pytest.raises(ValueError, match="solution"):
+            parse_solution(solution)
+    with pytest.raises(ValueError, match="no options"):
+        parse_problem("What is this?")
+    with pytest.raises(ValueError, match="empty option"):
+        parse_problem("What is this? A), B)Mass")
+
+
+def medr1_rows(root: Path, count: int) -> list[dict[str, str]]:
+    for number in range(count):
+        noise(root / f"Images/MIAS/{number}.png", number // 2)  # every two files hold the same bytes
+    asked = {"problem": "What is it? A)Mass, left, B)Cyst", "solution": "<answer> B </answer>"}
+    return [{"image": f"Images/MIAS/{n}.png", **asked} for n in range(count)]
+
+
+def test_medr1_splits_by_content_and_reads_splits_or_records(tmp_path: Path) -> None:
+    rows = medr1_rows(tmp_path, 20)
+    (tmp_path / "Splits/modality").mkdir(parents=True)
+    (tmp_path / "Splits/modality/CT_train.json").write_text(json.dumps(rows[:12]))
+    (tmp_path / "Splits/modality/CT_test.json").write_text(json.dumps(rows[8:]))  # four are listed again
+    (tmp_path / "dataset.json").write_text("{}")
+    records, root, bad = medr1(tmp_path, None, seed=0)
+    assert validate(records, root, bad=bad) == (records, [])
+    assert len(records) == 20
+    assert len({record.image_group for record in records}) == 10
+    assert Counter(record.split for record in records) == {"train": 14, "test": 4, "val": 2}
+    assert_no_leak(records)
+    assert {record.specialties for record in records} == {("oncology_surgery",)}
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {record.id: record for record in medr1(tmp_path, None, seed=0)[0]} == {record.id: record for record in records}
+
+
+def test_medr1_keeps_a_child_of_several_data_sets_in_one_split(tmp_path: Path) -> None:
+    rows = medr1_rows(tmp_path, 12)
+    for number, row in enumerate(rows):
+        folder = ("CoronaHack", "OCT & X-Ray 2017")[number % 2]
+        row["image"] = f"Images/{folder}/person{number // 2}_virus_{number}.png"
+        noise(tmp_path / row["image"], number)
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, _, _ = medr1(tmp_path, None, seed=0)
+    assert {record.image_group for record in records} == {f"cxr_pediatric:person{number}" for number in range(6)}
+    assert_no_leak(records)
+
+
+def test_medr1_reports_what_it_cannot_use(tmp_path: Path) -> None:
+    first, *rows = medr1_rows(tmp_path, 8)
+    changes: list[dict[str, Any]] = [{"problem": "What?"}, {"solution": "?"}, {"solution": "C"}]
+    changes += [{"image": "Images/MIAS/no.png"}, {"image": "/etc/x.png"}, {"problem": 3}]
+    changes += [{"image": "Images/New/7.png", "modality": "PET"}]
+    noise(tmp_path / "Images/New/7.png", 99)
+    rows = [{**row, **change} for row, change in zip(rows, changes, strict=True)]
+    twice = {**first, "problem": "Which? A)Mass, B)Cyst"}
+    rows += [first, twice, {**twice, "solution": "<answer> A </answer>"}]
+    (tmp_path / "records.jsonl").write_text("{broken\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    records, _, bad = medr1(tmp_path, None, seed=0)
+    assert [record.question for record in records] == ["What is it?"]
+    parts = ["not JSON", "no options", "no <answer>", "answer C", "no.png", "absolute", "no specialty"]
+    for part in (*parts, "needs the texts", "another answer"):
+        assert sum(part in reason for _, reason in bad) == 1, part
+    assert len(bad) == 9
+    (tmp_path / "empty").mkdir()
+    for root, part in (("empty", "no records"), ("absent", "not a folder")):
+        with pytest.raises(UserError, match=part):
+            medr1(tmp_path / root, None, seed=0)
+
+
+# real records
+
+
+@needs_shared
+def test_real_labelled_sets(tmp_path: Path) -> None:
+    records, root, bad = labelled_images(SHARED / "labelled", tmp_path, seed=0)
+    assert validate(records, root, bad=bad, check_images=False) == (records, [])
+    assert len(records) > 1200
+    found = Counter((specialty, record.split) for record in records for specialty in record.specialties)
+    for specialty in ("adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery", "cardiology"):
+        assert min(found[specialty, split] for split in ("train", "val", "test")) >= 8
+    assert_no_leak(records)
+    share = Counter(record.answer for record in records)
+    assert all(0.2 < share[letter] / len(records) < 0.3 for letter in "ABCD")
+    for record in records:
+        assert len(set((record.options or {}).values())) == 4
+        assert not any(text.lower() in record.question.lower() for text in (record.options or {}).values())
+        assert not re.search(r"[/_\\{]|\.(jpe?g|png)", record.question + " ".join((record.options or {}).values()))
+    ecg = [record for record in records if "cardiology" in record.specialties]
+    assert {open_image(root / record.images[0]).size for record in ecg} == {(428, 251)}  # header and footer are gone
+
+
+@needs_shared
+def test_real_medr1_records() -> None:
+    records, root, bad = medr1(SHARED / "omnimedvqa", None, seed=0)
+    assert (len(records), bad) == (1537, [])
+    assert validate(records, root, check_images=False) == (records, [])
+    assert_no_leak(records)
+    lines = (SHARED / "omnimedvqa/records.jsonl").read_text(encoding="utf-8").splitlines()
+    for line, record in zip(map(json.loads, lines), records, strict=True):
+        options = ", ".join(f"{letter}){text}" for letter, text in (record.options or {}).items())
+        assert f"{record.question} {options}" == line["problem"]
+        assert f"<answer> {record.answer} </answer>" == line["solution"]
+        assert record.specialties == (line["specialty"],)
