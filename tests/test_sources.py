@@ -252,7 +252,9 @@ def test_medr1_splits_by_content_and_reads_splits_or_records(tmp_path: Path) -> 
     assert_no_leak(records)
     assert {record.specialties for record in records} == {("oncology_surgery",)}
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert {record.id: record for record in medr1(tmp_path, None, seed=0)[0]} == {record.id: record for record in records}
+    assert {record.id: record for record in medr1(tmp_path, None, seed=0)[0]} == {
+        record.id: record for record in records
+    }
 
 
 def test_medr1_keeps_a_child_of_several_data_sets_in_one_split(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ def _row(name: str, model: Mapping[str, Any]) -> Row:
     row |= {SHORT.get(key, key): f"{entry['accuracy']:.2f}" for key, entry in model["per_specialty"].items()}
     row["macro accuracy [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
     row["unparsed"] = f"{100 * model['parse_failure_rate']:.0f}%"
-    return row | {name[:5]: f"{model['adherence'][name]:.2f}" if name in model["adherence"] else "-" for name in PERSPECTIVES}
+    return row | {
+        name[:5]: f"{model['adherence'][name]:.2f}" if name in model["adherence"] else "-" for name in PERSPECTIVES
+    }
 
 
 def model_rows(summary: Mapping[str, Any]) -> list[Row]:
@@ -76,7 +78,8 @@ def print_result(runs: Mapping[str, Run]) -> None:
         print_table(rows, "Models", caption)
         return
     rows = [
-        {"stage": run.stage, "name": name, **_main_numbers(run), "folder": str(run.folder)} for name, run in runs.items()
+        {"stage": run.stage, "name": name, **_main_numbers(run), "folder": str(run.folder)}
+        for name, run in runs.items()
     ]
     if rows:
         print_table(rows, "Runs")

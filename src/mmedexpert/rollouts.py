@@ -66,16 +66,12 @@ def assign_perspectives(weights: Sequence[float], num_generations: int, conditio
     return [active[i * len(active) // num_generations] for i in range(num_generations)]
 
 
-def advantages(
-    outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: Tensor
-) -> tuple[Tensor, Tensor]:
+def advantages(outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: Tensor) -> tuple[Tensor, Tensor]:
     """GBA advantages [B, G] and each perspective's term [B, G, K]; plain GRPO when every weight is 0."""
     base = group_relative(outcome, guidance.scale_rewards)
     gate = correct if guidance.gate == "correct" else None
     weights = torch.tensor(guidance.weights, dtype=outcome.dtype)
-    terms = perspective_terms(
-        adherence, weights, scale=guidance.scale, gate=gate, reward_scale=guidance.scale_rewards
-    )
+    terms = perspective_terms(adherence, weights, scale=guidance.scale, gate=gate, reward_scale=guidance.scale_rewards)
     return (base + terms.sum(-1) if any(guidance.weights) else base), terms
 
 
@@ -101,7 +97,9 @@ def roll_out(
     per_prompt = asked.count(distinct[0]) if len({asked.count(name) for name in distinct}) == 1 else 1
     layout = distinct if per_prompt > 1 else asked
     prompts = [
-        encoder.prompt(record, image_root, instructions()[name] if name else "") for record in records for name in layout
+        encoder.prompt(record, image_root, instructions()[name] if name else "")
+        for record in records
+        for name in layout
     ]
     sampled = generate(
         model,

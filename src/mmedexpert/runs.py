@@ -30,6 +30,7 @@ from mmedexpert.errors import UserError
 FORMAT = 1  # raise when a change of code makes older results wrong to reuse
 FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
 console = Console(stderr=True)
+_told: set[Path] = set()  # folders this command has named already
 
 
 @dataclass
@@ -92,9 +93,9 @@ def execute(
     with FileLock(run.folder.parent / f".{run.folder.name}.lock"):
         if run.done:
             run.reused = True
-            console.print(f"[dim]{stage:>8}  {name}  reused {run.folder}[/dim]", highlight=False)
+            _tell(run.folder, f"[dim]{stage:>8}  {name}  reused {run.folder}[/dim]")
             return run
-        console.print(f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}", highlight=False)
+        _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
         for marker in ("FAILED", "traceback.txt"):
             (run.folder / marker).unlink(missing_ok=True)
         write_atomic(run.folder / "config.yaml", yaml.safe_dump(_plain(dict(key)), sort_keys=False).encode())
@@ -107,12 +108,20 @@ def execute(
             write_atomic(run.folder / "DONE", b"")
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"the disk is full at {run.folder}: free space or set paths.outputs=<folder>") from error
+                raise UserError(
+                    f"the disk is full at {run.folder}: free space or set paths.outputs=<folder>"
+                ) from error
             text = traceback.format_exc().encode()
             write_atomic(run.folder / "traceback.txt", text)
             write_atomic(run.folder / "FAILED", str(error).encode())
             raise
     return run
+
+
+def _tell(folder: Path, line: str) -> None:
+    if folder not in _told:
+        console.print(line, highlight=False, soft_wrap=True)
+        _told.add(folder)
 
 
 def _make_folder(folder: Path) -> None:

@@ -65,7 +65,6 @@ class ModelConfig:
 @dataclass
 class PretrainConfig:
     reading_steps: int = MISSING
-    ruling_steps: int = MISSING
     looking_steps: int = MISSING
     images: int = MISSING
     batch_size: int = MISSING
@@ -217,7 +216,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "dsa.weight_decay", "gba.weight_decay", "reward.accuracy", "reward.format",
-    "seed", "pretrain.reading_steps", "pretrain.ruling_steps", "logger.log_completions_every",
+    "seed", "pretrain.reading_steps", "logger.log_completions_every",
 )  # fmt: skip
 
 

@@ -27,7 +27,13 @@ def _logged_in() -> bool:
 
 @contextmanager
 def logger_for(
-    run: Run, *, kind: str, project: str, group: str, config: Mapping[str, Any], metric_step: str = "trainer/global_step"
+    run: Run,
+    *,
+    kind: str,
+    project: str,
+    group: str,
+    config: Mapping[str, Any],
+    metric_step: str = "trainer/global_step",
 ) -> Iterator[Logger | None]:
     """The logger of one stage's run, finished when the block ends, also by an error (else job 2 of a multirun breaks).
 

@@ -17,7 +17,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from mmedexpert.data.encode import Encoder
 from mmedexpert.errors import UserError
 
-KINDS = ("qwen2_vl", "qwen2_5_vl")  # model types whose positions and prefix sharing engines/generate.py knows
+KINDS = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)  # model types whose positions and prefix sharing engines/generate.py knows
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ def resolve(name_or_path: str, revision: str | None) -> Path:
         folder = Path(name_or_path)
     else:
         try:
-            folder = Path(snapshot_download(name_or_path, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.py"]))
+            folder = Path(
+                snapshot_download(name_or_path, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.py"])
+            )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
                 f"model.name_or_path={name_or_path} is neither a folder nor a hub model that can be downloaded here "
@@ -67,7 +73,9 @@ def load_model(folder: Path, loading: Loading) -> PreTrainedModel:
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded as a vision-language model: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{folder} cannot be loaded as a vision-language model: {str(error).splitlines()[0]}"
+        ) from error
     if model.config.model_type not in KINDS:
         raise UserError(f"{folder} is a {model.config.model_type}; this release handles {', '.join(KINDS)}")
     return model.to(loading.device).eval()
@@ -83,7 +91,9 @@ def load_encoder(folder: Path, loading: Loading) -> Encoder:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no usable tokenizer or image processor: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template is None:
-        raise UserError(f"{folder} has no chat template: add chat_template.json or chat_template.jinja from the model hub")
+        raise UserError(
+            f"{folder} has no chat template: add chat_template.json or chat_template.jinja from the model hub"
+        )
     return Encoder(tokenizer, images, system_prompt=loading.system_prompt)
 
 
@@ -95,16 +105,18 @@ def save_backbone(folder: Path, model: PreTrainedModel, encoder: Encoder) -> Non
 
 
 def add_lora(
-    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: str, gradient_checkpointing: bool
+    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: str, gradient_checkpointing: bool, seed: int
 ) -> PeftModel:
     """A fresh LoRA (Hu et al. 2021) on the modules whose names match; everything else, the vision tower too, is frozen."""
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):  # the same initial A whatever ran before
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
     if gradient_checkpointing:
         # only the language model: the frozen vision tower must not build a graph (TRL and HF hook every embedding)
         language: Any = model.model.language_model
         language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(adapted, PeftModel)
-    return adapted
+    return adapted.train()  # type: ignore[no-any-return]

@@ -70,7 +70,7 @@ def batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator
     """Endless batches of shuffled indices, epoch after epoch, from batch number `start` on; the same for one seed."""
     position = start * batch_size
     while True:
-        batch = []
+        batch: list[int] = []
         while len(batch) < batch_size:
             epoch, offset = divmod(position, size)
             order = np.random.default_rng([seed, epoch]).permutation(size)

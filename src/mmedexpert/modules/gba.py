@@ -58,6 +58,10 @@ class GbaModule(TrainingModule):
         ids = batch["input_ids"].to(hidden.device).gather(1, (places + 1).clamp(max=hidden.shape[1] - 1))
         return selected_logps_and_entropy(at, core.lm_head.weight, ids, self.temperature, chunk=256)
 
+    def transfer_batch_to_device(self, batch: Rollout, device: torch.device, dataloader_idx: int) -> Rollout:
+        """Rollouts stay where they are; `training_step` moves what it needs."""
+        return batch
+
     def training_step(self, rollout: Rollout, batch_idx: int) -> Tensor:
         mask = rollout.mask.to(self.device)
         if self.mask_truncated_completions:
@@ -87,7 +91,7 @@ class GbaModule(TrainingModule):
 
     def optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
 def report(rollout: Rollout) -> dict[str, float]:

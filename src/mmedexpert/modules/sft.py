@@ -39,7 +39,7 @@ class SftModule(TrainingModule):
 
     def optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
 class PretrainModule(SftModule):
@@ -50,7 +50,8 @@ class PretrainModule(SftModule):
         self.muon_lr = muon_lr
 
     def optimizer(self) -> torch.optim.Optimizer:
-        matrices, rest = [], []
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             hidden = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             (matrices if hidden else rest).append(parameter)
@@ -65,7 +66,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         self.parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay),  # ours: betas
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True),  # ours: betas
         )
         super().__init__([*matrices, *rest], {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -75,7 +75,7 @@ def build_model(
     seed: int,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """A randomly initialised Qwen2.5-VL for `tokenizer`; sizes in units of channels and layers."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
     half = hidden_size // num_attention_heads // 2
     side = half * 3 // 8
     config = Qwen2_5_VLConfig(

@@ -39,7 +39,12 @@ def device_of(config: Config) -> str:
 def loading(config: Config) -> Loading:
     model = config.model
     return Loading(
-        model.dtype, model.attn_implementation, model.min_pixels, model.max_pixels, model.system_prompt, device_of(config)
+        model.dtype,
+        model.attn_implementation,
+        model.min_pixels,
+        model.max_pixels,
+        model.system_prompt,
+        device_of(config),
     )
 
 

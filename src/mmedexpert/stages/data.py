@@ -32,7 +32,9 @@ def dataset(config: Config) -> Run:
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("build"):
-            records, image_root, bad = instantiate(source, _convert_="all", root=root, out_dir=run.folder, seed=config.seed)
+            records, image_root, bad = instantiate(
+                source, _convert_="all", root=root, out_dir=run.folder, seed=config.seed
+            )
         with run.phase("validate"):
             records, bad = validate(records, image_root, bad=bad, on_bad_record=settings.on_bad_record)
         if not records:

@@ -45,6 +45,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         model = add_lora(
             load_model(base.folder, loading(config)), r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
             target_modules=lora.target_modules, gradient_checkpointing=config.model.gradient_checkpointing,
+            seed=config.seed,
         )  # fmt: skip
         with run.phase("encode"):
             samples = [sample(encoder, record, image_root) for record in records]
@@ -53,7 +54,11 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
         stream = sft_stream(
-            encoder, samples, batch_size=settings.batch_size, accumulate=settings.accumulate_grad_batches, seed=config.seed
+            encoder,
+            samples,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate_grad_batches,
+            seed=config.seed,
         )
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(
@@ -65,7 +70,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         write_card(
             run.folder / "adapter", kind="adapter", title=f"{name} expert (DSA)", base_model=config.model.name_or_path,
             base_fingerprint=fingerprint_base(base.folder), method="LoRA SFT on reasoning traces (DSA)",
-            data={f"{data.name} ({len(records)} training records)": records[0].license}, specialty=name,
+            data={f"{data.name} ({len(records)} training records)": licences(records)}, specialty=name,
             ingredients={}, metrics=None, library_name="peft",
         )  # fmt: skip
         return {"train_records": float(len(records)), **metrics}
@@ -77,6 +82,11 @@ def sample(encoder: Encoder, record: Record, image_root: Path) -> tuple[Prompt, 
     """Prompt and completion of a training record, under the perspective its trace was written from."""
     instruction = instructions()[record.trace.perspective] if record.trace else ""
     return encoder.prompt(record, image_root, instruction), encoder.completion(target_text(record))
+
+
+def licences(records: list[Record]) -> str:
+    """The licences of the records, each once."""
+    return ", ".join(sorted({record.license for record in records}))
 
 
 def save_adapter(folder: Path, model: object, base_folder: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from peft import PeftModel
 
+from mmedexpert.errors import UserError
 from mmedexpert.evaluate import majority_predictions, predict, release, summarise
 from mmedexpert.modules.backbone import load_encoder, load_model
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config, suggestion
-from mmedexpert.errors import UserError
 from mmedexpert.stages import caci, dsa, gba
 from mmedexpert.stages.common import device_of, loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
@@ -24,7 +24,11 @@ def run(config: Config) -> dict[str, Run]:
     """Evaluate base, experts, reasoner and merged model (or those named in `eval.models`), and two baselines."""
     wanted = config.eval.models
     runs: dict[str, Run] = {}
-    kinds: dict[str, dict[str, Run]] = {"experts": dsa.run(config), "reasoners": gba.run(config), "merged": caci.run(config)}
+    kinds: dict[str, dict[str, Run]] = {
+        "experts": dsa.run(config),
+        "reasoners": gba.run(config),
+        "merged": caci.run(config),
+    }
     known = ["base", *(name for group in kinds.values() for name in group), "majority", "blank_image"]
     for name in wanted or []:
         if name not in known:

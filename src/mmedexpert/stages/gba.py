@@ -31,7 +31,10 @@ def run(config: Config) -> dict[str, Run]:
     """The reasoner; with `gba.init=each` one per expert, each on its own specialty."""
     names = config.specialty.names
     if config.gba.init == "each":
-        return {f"reasoner-{name}": reasoner(config, name, [name], {name: dsa.expert(config, name, [name])}) for name in names}
+        return {
+            f"reasoner-{name}": reasoner(config, name, [name], {name: dsa.expert(config, name, [name])})
+            for name in names
+        }
     starts: dict[str, Run] = {}
     if config.gba.init == "merged_experts":
         starts = dsa.run(config)
@@ -71,6 +74,7 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
         policy = add_lora(
             model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
             gradient_checkpointing=config.model.gradient_checkpointing,
+            seed=config.seed,
         )  # fmt: skip
         module = GbaModule(
             policy, encoder, lr=settings.lr, weight_decay=settings.weight_decay, loss_type=settings.loss_type,  # type: ignore[arg-type]
@@ -109,8 +113,8 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
         write_card(
             run.folder / "adapter", kind="adapter", title="reasoner (GBA)", base_model=config.model.name_or_path,
             base_fingerprint=fingerprint_base(base.folder), method=f"GRPO with guideline-based advantages, {plain}",
-            data={f"{data.name} ({len(records)} training records)": records[0].license}, specialty=None,
-            ingredients={key: value.run_id for key, value in starts.items()}, metrics=None, library_name="peft",
+            data={f"{data.name} ({len(records)} training records)": dsa.licences(records)}, specialty=None,
+            ingredients={name: LoraAdapter.load(start.folder / "adapter").fingerprint for name, start in starts.items()}, metrics=None, library_name="peft",
         )  # fmt: skip
         return {**metrics, **_gain(curve)}
 

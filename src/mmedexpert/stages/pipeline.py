@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mmedexpert import report
+from mmedexpert.data.images import open_image
 from mmedexpert.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
-from mmedexpert.stages.common import stage_logger, stage_run
+from mmedexpert.stages.common import records_of, stage_logger, stage_run
 from mmedexpert.stages.evaluation import flatten, summary_of
 from mmedexpert.tracking import log_metrics, log_table
 
 
 def run(config: Config) -> dict[str, Run]:
-    """Every stage in order (finished ones are reused), then `summary.json`, `table.md` and `outputs/latest`."""
+    """Every stage in order (finished ones are reused), then `summary.json`, `table.md`, links to the merged
+    model and, as `outputs/latest`, to the folder of it all."""
     done: dict[str, dict[str, Run]] = {}
     for name, stage in (("data", data), ("pretrain", pretrain), ("dsa", dsa), ("gba", gba), ("caci", caci)):
         done[name] = stage.run(config)
@@ -28,23 +30,32 @@ def run(config: Config) -> dict[str, Run]:
         write_json(run.folder / "summary.json", summary)
         rows = report.model_rows(summary)
         (run.folder / "table.md").write_text(report.markdown(rows), encoding="utf-8")
-        metrics = flatten({name: summary["models"][name] for name in ("base", "reasoner", "caci") if name in summary["models"]})
+        metrics = flatten(
+            {name: summary["models"][name] for name in ("base", "reasoner", "caci") if name in summary["models"]}
+        )
         with stage_logger(config, run) as logger:
             log_metrics(logger, {f"eval/{key}": value for key, value in metrics.items()})
             log_table(logger, "models", rows)
+        for merged in done["caci"].values():
+            link(run.folder / "model", merged.folder / "model")
+        records, image_root = records_of(done["data"]["data"], config.eval.split, config.specialty.names)
+        open_image(image_root / records[0].images[0]).save(run.folder / "example.png")
         return metrics
 
     overall = stage_run(
         config, "pipeline", f"{config.model.name}-{config.data.name}", {}, work, {k: r.run_id for k, r in flat.items()}
     )
-    point_latest(overall.folder)
+    link(overall.folder.parent.parent / "latest", overall.folder)
     return {"pipeline": overall, **flat}
 
 
 def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
     """The machine-readable result of a pipeline (DESIGN section 4)."""
     evaluated = {name: summary_of(r) for name, r in done["eval"].items()}
-    models: dict[str, Any] = {"base": evaluated["base"], "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated}}
+    models: dict[str, Any] = {
+        "base": evaluated["base"],
+        "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated},
+    }
     models |= {n: evaluated[n] for n in [*done["gba"], *done["caci"], "majority", "blank_image"] if n in evaluated}
     if len(done["gba"]) == 1:  # whatever gba.name and merge.name say, readers find these two keys
         models["reasoner"] = evaluated[next(iter(done["gba"]))]
@@ -53,11 +64,11 @@ def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
     return {"models": models, "wall_seconds": seconds, "run_ids": ids}
 
 
-def point_latest(folder: Path) -> None:
-    """`outputs/latest` -> the newest pipeline folder, swapped in one step."""
-    latest, part = folder.parent.parent / "latest", folder.parent.parent / f".latest-{os.getpid()}"
+def link(name: Path, target: Path) -> None:
+    """A relative symbolic link, swapped in one step; a file system without links gets a warning."""
+    part = name.with_name(f".{name.name}-{os.getpid()}")
     try:
-        part.symlink_to(folder.resolve().relative_to(latest.parent.resolve()), target_is_directory=True)
-        part.replace(latest)
+        part.symlink_to(os.path.relpath(target, name.parent), target_is_directory=True)
+        part.replace(name)
     except OSError as error:
-        console.print(f"[yellow]outputs/latest was not updated: {error}[/yellow]")
+        console.print(f"[yellow]{name} was not linked: {error}[/yellow]")

@@ -13,9 +13,6 @@ from torch import Tensor
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import IGNORE, Batch, Encoder, Prompt
 from mmedexpert.data.phantom import lessons
-from mmedexpert.data.phantom.families import SPECIALTIES_OF, draw_value, family_of
-from mmedexpert.data.phantom.text import options, question, trace
-from mmedexpert.guidelines import PERSPECTIVES, guidelines, instructions
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules import tiny
 from mmedexpert.modules.backbone import resolve, save_backbone
@@ -54,7 +51,7 @@ def _pretrain(config: Config) -> Run:
             encoder = Encoder(tokenizer, tiny.build_image_processor(architecture.image_size))
             model = tiny.build_model(tokenizer, seed=config.seed, **_sizes(architecture))
             stream = lesson_stream(encoder, settings, config.seed)
-        steps = settings.reading_steps + settings.ruling_steps + settings.looking_steps
+            steps = settings.reading_steps + settings.looking_steps
         module = PretrainModule(
             model, muon_lr=settings.muon_lr, lr=settings.lr, weight_decay=0.01, seed=config.seed, steps=steps,
             warmup_ratio=0.05, max_grad_norm=1.0,
@@ -68,7 +65,7 @@ def _pretrain(config: Config) -> Run:
         save_backbone(run.folder / "model", model, encoder)
         write_card(
             run.folder / "model", kind="base", title="mmedexpert tiny base", base_model=None, base_fingerprint=None,
-            method="lessons on phantom drawings: reading, rule following, looking", library_name="transformers",
+            method="lessons on phantom drawings: reading options, measuring, following a stated criterion", library_name="transformers",
             data={"phantom lessons": "Apache-2.0"}, specialty=None, ingredients={}, metrics=None,
         )  # fmt: skip
         return {"parameters": float(sum(p.numel() for p in model.parameters())), **metrics}
@@ -81,26 +78,18 @@ def _sizes(architecture: ArchitectureConfig) -> dict[str, Any]:
 
 
 def corpus(seed: int) -> list[str]:
-    """The text the tokenizer is trained on: lessons, and the questions and traces of every guideline."""
+    """The text the tokenizer is trained on: the lessons themselves."""
     rng = np.random.default_rng([seed, 7])
     texts = []
-    for teach in (lessons.reading, lessons.ruling, lessons.looking):
-        for _ in range(1000):
+    for teach, count in ((lessons.reading, 1000), (lessons.looking, 2500)):
+        for _ in range(count):
             lesson = teach(rng)
             texts.append(lesson.prompt + lesson.completion)
-    for index in range(1200):
-        rule = guidelines()[list(SPECIALTIES_OF)[index % len(SPECIALTIES_OF)]]
-        family, level = family_of(rule.id), int(rng.integers(len(rule.labels)))
-        value, perspective = draw_value(family, rule, level, rng), PERSPECTIVES[index % len(PERSPECTIVES)]
-        choices, letter = options(family, rule.labels, rule.labels[level], rng)
-        listed = "\n".join(f"{key}. {text}" for key, text in choices.items())
-        steps = " ".join(trace(family, rule, value, letter, perspective, rng).steps)
-        texts.append(f"{question(family, rule, rng)}\n{listed}\n{instructions()[perspective]}<think>{steps}")
     return texts
 
 
 def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stream:
-    """Reading, then ruling, then looking; any step can be made again from the seed."""
+    """Reading, then looking; any step can be made again from the seed."""
     drawn = np.random.default_rng([seed, 0])
     pool: list[tuple[Prompt, list[int]]] = []
     for _ in range(settings.images):
@@ -109,12 +98,10 @@ def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stre
         patches, grid = encoder.patches(lesson.image)
         # half precision keeps 4,000 images in 600 MB; the rounding is far below the 8-bit step of the drawing
         pool.append((encoder.chat(lesson.prompt, [(patches.half(), grid)]), encoder.completion(lesson.completion)))
-    text_steps = settings.reading_steps + settings.ruling_steps
 
     def text_batch(step: int) -> tuple[Batch, Tensor]:
         rng = np.random.default_rng([seed, 1, step])
-        teach = lessons.reading if step < settings.reading_steps else lessons.ruling
-        taught = [teach(rng) for _ in range(settings.text_batch_size)]
+        taught = [lessons.reading(rng) for _ in range(settings.text_batch_size)]
         ids = [encoder.tokenizer(lesson.prompt)["input_ids"] for lesson in taught]
         answers = [encoder.tokenizer(lesson.completion)["input_ids"] for lesson in taught]
         batch, labels = encoder.collate([Prompt(i, [], []) for i in ids], answers)
@@ -124,9 +111,9 @@ def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stre
         return batch, labels
 
     def stream(step: int) -> Iterator[tuple[Batch, Tensor]]:
-        for number in range(step, text_steps):
+        for number in range(step, settings.reading_steps):
             yield text_batch(number)
-        for chosen in batch_indices(len(pool), settings.batch_size, seed, max(0, step - text_steps)):
+        for chosen in batch_indices(len(pool), settings.batch_size, seed, max(0, step - settings.reading_steps)):
             yield encoder.collate([pool[i][0] for i in chosen], [pool[i][1] for i in chosen])
 
     return stream

@@ -40,6 +40,18 @@ def options(family: Family, labels: tuple[str, ...], gold: str, rng: np.random.G
     return dict(zip(LETTERS, texts, strict=True)), LETTERS[texts.index(gold)]
 
 
+def listed(choices: dict[str, str]) -> str:
+    """Options as they stand in a prompt, one a line."""
+    return "\n".join(f"{letter}. {text}" for letter, text in choices.items())
+
+
+def measured(family: Family, guideline: Guideline, value: float) -> str:
+    """The sentence every trace begins with: the finding and its value."""
+    unit = guideline.unit
+    blank = "" if not unit or unit.startswith("/") else " "
+    return f"{_upper(guideline.finding)} {family.text(value)}{blank}{unit}."
+
+
 def comparison(family: Family, cuts: tuple[float, ...], value: float, level: int) -> str:
     """The inequality that puts `value` on `level`, such as `60 < 75 < 100`."""
     shown, at = family.text(value), [family.text(cut) for cut in cuts]
@@ -67,14 +79,14 @@ def trace(
     """
     level = guideline.level(value)
     gold, pattern = guideline.labels[level], family.patterns[level]
-    shown = f"{family.text(value)}{' ' + guideline.unit if guideline.unit and guideline.unit[0] != '/' else guideline.unit}"
+    steps: tuple[str, ...]
     graded = f"{grade(level, guideline.cuts)} {gold}"
-    measured = f"{_upper(guideline.finding)} {shown}."
+    seen = measured(family, guideline, value)
     if perspective == "analytical":
         cuts = " to ".join(family.text(cut) for cut in guideline.cuts)
         criterion = f"Criterion for {_article(guideline.population)}: {cuts}."
         compared = f"{comparison(family, guideline.cuts, value, level)} so {graded} {letter}."
-        return Trace(perspective, (measured, criterion, compared))
+        return Trace(perspective, (seen, criterion, compared))
     if perspective == "differential":
         rivals = [i for i in range(len(guideline.labels)) if i != level]
         other = rivals[rng.integers(len(rivals))]
@@ -88,7 +100,7 @@ def trace(
         steps = (f"Prior of {graded} {prior}%.", found, f"Posterior {posterior}%.")
     else:
         raise ValueError(f"unknown perspective {perspective!r}")
-    return Trace(perspective, (measured, *steps, f"So {gold} {letter}."))
+    return Trace(perspective, (seen, *steps, f"So {gold} {letter}."))
 
 
 def _update(family: Family, guideline: Guideline, value: float) -> tuple[int, int, int]:

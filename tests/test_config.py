@@ -1,0 +1,99 @@
+"""Every file in conf/ composes, fits the schema, and mistakes are told in one line that says the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_method, instantiate
+
+from mmedexpert.errors import UserError
+from mmedexpert.quiet import one_line
+from mmedexpert.schema import Config, keys, typed
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name not in ("experiment", "sweep", "hydra")
+]
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option, tmp_path):
+    config = composed(f"{group}={option}", f"data.root={tmp_path}")
+    if group not in ("logger", "debug", "stage", "paths", "trainer", "specialty"):
+        assert getattr(config, group).name if hasattr(getattr(config, group), "name") else True
+
+
+@pytest.mark.parametrize("path", sorted([*CONF.glob("experiment/*.yaml"), *CONF.glob("sweep/*.yaml")]), ids=str)
+def test_every_experiment_composes_and_says_its_command(path):
+    composed(f"+{path.parent.name}={path.stem}")
+    assert f"python run.py -m +{path.parent.name}={path.stem}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("stage/*.yaml")), ids=lambda p: p.stem)
+def test_stage_targets_exist(path):
+    assert callable(get_method(composed(f"stage={path.stem}").stage.target))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("merge/*.yaml")), ids=lambda p: p.stem)
+def test_merge_methods_instantiate(path):
+    method = composed(f"merge={path.stem}").merge.method
+    assert (method is None) == (path.stem == "none")
+    if method is not None:
+        assert callable(instantiate(method))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gba.wieghts=[1,1,1,1]", ["gba.wieghts", "gba.weights"]),
+        ("specialty=cardiolgy", ["specialty=cardiolgy", "cardiology"]),
+        ("merge=tie", ["merge=tie", "ties"]),
+        ("gba.weights=[1,1,1]", ["gba.weights", "4"]),
+        ("gba.weights=[1,-1,0,0]", ["gba.weights", "intuitive"]),
+        ("gba.weights=[1,nan,0,0]", ["gba.weights", "intuitive"]),
+        ("gba.weights=[inf,0,0,0]", ["gba.weights", "differential"]),
+        ("gba.weights=abc", ["gba.weights"]),
+        ("gba.beta=abc", ["gba.beta", "abc"]),
+        ("gba.gate=corect", ["gba.gate", "correct"]),
+        ("gba.num_generations=1", ["gba.num_generations"]),
+        ("gba.num_generations=4", ["gba.num_generations", "8"]),
+        ("gba.top_p=1.5", ["gba.top_p"]),
+        ("gba.num_iterations=3", ["gba.checkpoint_every", "3"]),
+        ("dsa.lr=0", ["dsa.lr"]),
+        ("dsa.steps=-1", ["dsa.steps"]),
+        ("data.root=/not/here", ["data.root", "/not/here"]),
+        ("data.on_bad_record=ignore", ["data.on_bad_record", "error"]),
+        ("model.architecture=null", ["model.name_or_path", "model=tiny"]),
+        ("specialty.names=[]", ["specialty.names"]),
+        ("eval.split=train", ["eval.split", "test"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_key(override, words):
+    with pytest.raises(Exception) as caught:
+        composed(override)
+    line = one_line(caught.value)
+    assert "\n" not in line and len(line) < 320
+    for word in words:
+        assert word in line, line
+
+
+def test_keys_lists_nested_ones():
+    assert {"gba.weights", "model.lora.r", "model.architecture.hidden_size", "seed"} <= set(keys())
+
+
+def test_weights_of_the_users_command():
+    assert composed("gba.weights=[1,0,0,0]").gba.weights == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_an_unexpected_error_says_where_its_traceback_is():
+    assert "debug.traceback=true" in one_line(RuntimeError("boom\nbang"))
+    assert one_line(UserError("a\n b")) == "a b"

@@ -1,0 +1,92 @@
+"""The training loop: a run cut in two equals an uninterrupted one bit for bit; bad steps are skipped and counted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from mmedexpert.modules.fit import TrainingModule, batch_indices, fit
+from mmedexpert.modules.sft import MuonWithAdamW
+
+
+class Toy(TrainingModule):
+    """Regression with dropout, so that randomness matters for the resume."""
+
+    def __init__(self, steps, muon=False, stop_at=None):
+        super().__init__(seed=3, steps=steps, warmup_ratio=0.1, max_grad_norm=1.0)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.muon, self.stop_at = muon, stop_at
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.stop_at:
+            raise KeyError("killed")
+        return ((self.net(batch) - batch.sum(1, keepdim=True)) ** 2).mean()
+
+    def optimizer(self):
+        if not self.muon:
+            return torch.optim.AdamW(self.parameters(), lr=0.05)
+        matrices = [p for p in self.parameters() if p.ndim == 2]
+        rest = [p for p in self.parameters() if p.ndim != 2]
+        return MuonWithAdamW(matrices, rest, muon_lr=0.02, lr=0.05, weight_decay=0.0)
+
+
+DATA = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+
+
+def stream(step, accumulate=1):
+    for chosen in batch_indices(len(DATA), 8, 0, step * accumulate):
+        yield DATA[chosen]
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_resumed_equals_uninterrupted(tmp_path, muon):
+    whole = Toy(12, muon)
+    fit(whole, stream, folder=tmp_path / "a", checkpoint_every=5, accelerator="cpu")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(KeyError):
+        fit(Toy(12, muon, stop_at=8), stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
+    assert (tmp_path / "b" / "last.ckpt").exists()
+    rest = Toy(12, muon)
+    fit(rest, stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
+    for one, two in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert not (tmp_path / "b" / "last.ckpt").exists()
+
+
+def test_accumulation_counts_optimiser_steps(tmp_path):
+    seen = []
+
+    class Counting(Toy):
+        def training_step(self, batch, batch_idx):
+            seen.append(self.global_step)
+            return super().training_step(batch, batch_idx)
+
+    module = Counting(3)
+    fit(
+        module, lambda step: stream(step, 2), folder=tmp_path, checkpoint_every=100, accumulate_grad_batches=2,
+        accelerator="cpu",
+    )  # fmt: skip
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    class Broken(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_step == 1 else loss
+
+    module = Broken(4)
+    fit(module, stream, folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+    assert module.skipped_steps == 1
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_batches_are_the_same_from_any_start():
+    whole = list(itertools.islice(batch_indices(10, 4, 1, 0), 9))
+    assert list(itertools.islice(batch_indices(10, 4, 1, 5), 4)) == whole[5:]
+    assert sorted(sum(whole, [])[:10]) == list(range(10))
+    assert list(itertools.islice(batch_indices(3, 8, 1, 0), 1))[0][:3] != []

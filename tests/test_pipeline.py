@@ -1,0 +1,169 @@
+"""The commands of the README, end to end, on the smoke settings: what they leave, reuse, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=2"]
+
+
+def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "run.py", *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr + done.stdout
+    return done
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory) -> Path:
+    """The folder of one smoke pipeline, logged to W&B offline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    done = run(folder, logger="wandb")
+    assert "macro accuracy" in done.stdout and "expert: pediatric" in done.stdout
+    return folder
+
+
+def newest(outputs: Path, stage: str, name: str = "") -> Path:
+    return max((outputs / stage).glob(f"{name}*-*/DONE"), key=lambda path: path.stat().st_mtime).parent
+
+
+def test_summary_has_the_documented_shape(outputs):
+    summary = json.loads((outputs / "latest" / "summary.json").read_text())
+    assert set(summary) == {"models", "wall_seconds", "run_ids"}
+    models = summary["models"]
+    assert set(models["experts"]) == {"adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery"}
+    for model in (models["base"], models["reasoner"], models["caci"], *models["experts"].values()):
+        assert 0 <= model["macro_accuracy"] <= 1 and 0 <= model["parse_failure_rate"] <= 1
+        assert set(model["adherence"]) == {"differential", "intuitive", "analytical", "bayesian"}
+        for entry in model["per_specialty"].values():
+            assert entry["ci_low"] <= entry["accuracy"] <= entry["ci_high"] and entry["n"] == 12
+
+
+def test_every_run_folder_is_complete(outputs):
+    folders = [path.parent for path in outputs.glob("*/*/DONE")]
+    assert len(folders) >= 15
+    for folder in folders:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert folder.name.endswith(manifest["run_id"]) and manifest["seed"] == 0
+        assert (folder / "config.yaml").exists() and json.loads((folder / "metrics.json").read_text()) is not None
+        assert not list(folder.glob("*.ckpt"))
+
+
+def test_predictions_are_one_line_per_question(outputs):
+    folder = newest(outputs, "eval", "caci")
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 48
+    assert {"response", "gold", "robust", "medevalkit", "tokens", "finish_reason"} <= set(rows[0])
+
+
+def test_again_everything_is_reused(outputs):
+    before = {path: path.stat().st_mtime_ns for path in outputs.glob("*/*/DONE")}
+    start = time.monotonic()
+    done = run(outputs)
+    assert time.monotonic() - start < 30
+    assert before == {path: path.stat().st_mtime_ns for path in outputs.glob("*/*/DONE")}
+    assert "macro accuracy" in done.stdout
+
+
+def test_sweep_shares_what_does_not_depend_on_the_weights(outputs):
+    shared = {path for stage in ("pretrain", "data", "dsa") for path in (outputs / stage).glob("*/DONE")}
+    done = run(outputs, "-m", "gba.weights=[1,1,1,1],[1,0,0,0]")
+    assert shared == {path for stage in ("pretrain", "data", "dsa") for path in (outputs / stage).glob("*/DONE")}
+    assert len(list((outputs / "gba").glob("*/DONE"))) == 2
+    assert "Jobs" in done.stdout and "gba.weights=[1,0,0,0]" in done.stdout
+
+
+def test_stages_alone(outputs):
+    assert "cardiology" in run(outputs, "stage=dsa", "specialty=cardiology").stdout
+    run(outputs, "stage=caci", "merge=linear")
+    assert (newest(outputs, "caci", "linear") / "model" / "model.safetensors").exists()
+    run(outputs, "stage=gba", "gba=outcome_only")
+    done = run(outputs, "stage=eval", "eval.models=[base,majority]")
+    assert "majority" in done.stdout and "expert" not in done.stdout
+
+
+def test_a_failing_job_is_told_and_the_others_run(outputs):
+    done = run(outputs, "-m", "stage=caci", "merge=linear,ties", "merge.method.density=0", code=2)
+    assert "density" in done.stderr
+    done = run(outputs, "-m", "stage=dsa", "specialty=pediatrics,adult_medicine", "gba.num_generations=8")
+    assert done.stdout.count("adult_medicine") >= 1
+
+
+def test_killed_and_continued(tmp_path):
+    overrides = ["stage=pretrain", "pretrain.looking_steps=60", "pretrain.checkpoint_every=10"]
+    command = [sys.executable, "run.py", *SMOKE, f"paths.outputs={tmp_path}", "logger=none", *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("pretrain/*/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = next((tmp_path / "pretrain").glob("tiny-*"))
+    assert (folder / "last.ckpt").exists() and not (folder / "DONE").exists()
+    run(tmp_path, *overrides)
+    whole = tmp_path / "whole"
+    run(whole, *overrides)
+    resumed, plain = (next(path.glob("pretrain/tiny-*/model/model.safetensors")) for path in (tmp_path, whole))
+    assert resumed.read_bytes() == plain.read_bytes()  # and so: same seed, same machine, same weights
+
+
+def test_wandb_is_offline_and_complete(outputs):
+    runs = list(outputs.glob("*/*/wandb/offline-run-*/run-*.wandb"))
+    stages = {path.parents[3].parent.name for path in runs}
+    assert {"pretrain", "dsa", "gba", "pipeline"} <= stages
+
+
+def test_merged_model_and_adapters_are_ordinary_folders(outputs):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    folder = outputs / "latest" / "model"
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    card = (folder / "README.md").read_text()
+    assert "not for clinical use" in card.lower()
+    base = AutoModelForImageTextToText.from_pretrained(newest(outputs, "pretrain") / "model")
+    for path in (newest(outputs, "dsa", "pediatrics") / "adapter", newest(outputs, "gba") / "adapter"):
+        PeftModel.from_pretrained(base, path).unload()
+        assert "not for clinical use" in (path / "README.md").read_text().lower()
+
+
+def test_readme_snippet_answers(outputs, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    snippet = text.split("```python")[1].split("```")[0]
+    (tmp_path / "outputs").symlink_to(outputs)
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["gba.wieghts=[1,1,1,1]"], ["gba.weights"]),
+        (["data=labelled_images"], ["data.root"]),
+        (["data=labelled_images", "data.root=tests"], ["labels.csv"]),
+        (["specialty.names=[astrology]", "stage=dsa"], ["astrology", "adult_medicine"]),
+        (["model.name_or_path=/no/such/model"], ["model.name_or_path", "/no/such/model"]),
+        (["model.name_or_path=tests"], ["config.json"]),
+        (["eval.models=[bse]", "stage=eval"], ["bse", "base"]),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(outputs, overrides, words):
+    done = run(outputs, *overrides, code=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]

@@ -1,0 +1,86 @@
+"""Run folders: content-named, reused, resumed, honest about failures."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+from mmedexpert.errors import UserError
+from mmedexpert.runs import execute, run_id
+
+
+def go(tmp_path, work, key=None, seed=0, inputs=None):
+    return execute("dsa", "x", key or {"lr": 1.0}, work, outputs=tmp_path, seed=seed, inputs=inputs)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    calls = []
+    first = go(tmp_path, lambda run: calls.append(run.folder) or {"loss": 0.5})
+    again = go(tmp_path, lambda run: calls.append(run.folder) or {"loss": 0.9})
+    assert len(calls) == 1 and again.reused and not first.reused
+    assert again.folder == first.folder and again.metrics == {"loss": 0.5}
+    assert {"git_sha", "versions", "seed", "inputs", "phase_seconds", "peak_memory_bytes"} <= set(again.manifest)
+
+
+def test_what_a_result_depends_on_names_its_folder(tmp_path):
+    folders = {
+        go(tmp_path, lambda run: {}, key, seed, inputs).folder
+        for key, seed, inputs in [
+            ({"lr": 1.0}, 0, None), ({"lr": 2.0}, 0, None), ({"lr": 1.0}, 1, None), ({"lr": 1.0}, 0, {"base": "a"}),
+            ({"lr": 1.0}, 0, {"base": "b"}),
+        ]
+    }  # fmt: skip
+    assert len(folders) == 5
+    assert run_id("dsa", {"a": 1, "b": 2}) == run_id("dsa", {"b": 2, "a": 1}) != run_id("gba", {"a": 1, "b": 2})
+
+
+def test_an_error_leaves_a_marker_and_the_next_try_clears_it(tmp_path):
+    def broken(run):
+        (run.folder / "last.ckpt").write_text("half")
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError):
+        go(tmp_path, broken)
+    folder = next((tmp_path / "dsa").glob("x-*"))
+    assert (folder / "FAILED").read_text() == "boom" and "ValueError" in (folder / "traceback.txt").read_text()
+    assert not (folder / "DONE").exists()
+    done = go(tmp_path, lambda run: {"kept": float((run.folder / "last.ckpt").exists())})
+    assert done.metrics == {"kept": 1.0} and not (folder / "FAILED").exists()
+
+
+def test_an_interruption_keeps_what_is_there(tmp_path):
+    def interrupted(run):
+        (run.folder / "last.ckpt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, interrupted)
+    assert go(tmp_path, lambda run: {"kept": float((run.folder / "last.ckpt").exists())}).metrics == {"kept": 1.0}
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(run):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"disk is full.*paths\.outputs"):
+        go(tmp_path, full)
+    monkeypatch.setattr("mmedexpert.runs.FREE_BYTES", 10**18)
+    with pytest.raises(UserError, match=r"MB are free.*paths\.outputs"):
+        go(tmp_path, lambda run: {}, {"lr": 3.0})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write"):
+        execute("dsa", "x", {}, lambda run: {}, outputs=tmp_path / "file", seed=0)
+
+
+def test_phases_are_timed(tmp_path):
+    def work(run):
+        with run.phase("train"):
+            pass
+        run.notes["extra"] = 3
+        return {"x": 1.0}
+
+    manifest = go(tmp_path, work).manifest
+    assert manifest["phase_seconds"]["train"] >= 0 and manifest["extra"] == 3
+    json.dumps(manifest)
