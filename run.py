@@ -19,6 +19,7 @@ failed: list[str] = []
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(composed: DictConfig) -> None:
+    """One job of the command; its error is told in one line."""
     overrides = " ".join(HydraConfig.get().overrides.task)
     try:
         from mmedexpert.schema import typed
@@ -45,6 +46,7 @@ def job(composed: DictConfig) -> None:
 
 
 def main() -> int:
+    """Run every job of the command; returns the exit code."""
     try:
         job()
     except KeyboardInterrupt:

@@ -43,7 +43,7 @@ def test_logps_are_those_of_a_plain_forward_pass(tiny, picture, temperature):
     assert len(rows) == 9 and len({tuple(r) for r in rows[:3]}) > 1
     for index, row in enumerate(rows):
         prompt = chosen[index // 3]
-        batch, labels = encoder.collate([prompt], [row])
+        batch, _ = encoder.collate([prompt], [row])
         with torch.no_grad():
             logits = model(**batch).logits.float() / temperature
         expected = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[0, -len(row) :, 0]

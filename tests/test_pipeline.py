@@ -129,7 +129,7 @@ def test_merged_model_and_adapters_are_ordinary_folders(outputs):
     from transformers import AutoModelForImageTextToText
 
     folder = outputs / "latest" / "model"
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     card = (folder / "README.md").read_text()
     assert "not for clinical use" in card.lower()
@@ -144,7 +144,9 @@ def test_readme_snippet_answers(outputs, tmp_path):
     snippet = text.split("```python")[1].split("```")[0]
     (tmp_path / "outputs").symlink_to(outputs)
     environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
 

@@ -36,8 +36,8 @@ def one_line(error: BaseException) -> str:
     module = type(error).__module__
     if not module.startswith(("hydra", "omegaconf")):
         return (
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (unexpected: traceback.txt in the run's folder, "
-            "or debug.traceback=true)"
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} "
+            "(unexpected: traceback.txt in the run's folder, or debug.traceback=true)"
         )
     if error.__cause__ is not None and isinstance(error.__cause__, UserError):
         return one_line(error.__cause__)

@@ -49,6 +49,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def rich_table(rows: Sequence[Row], title: str, caption: str = "") -> Table:
+    """A table for the terminal, names to the left and numbers to the right."""
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in rows[0]:
         table.add_column(column, justify="left" if column in ("model", "job", "stage", "name", "folder") else "right")

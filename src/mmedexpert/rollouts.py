@@ -1,4 +1,4 @@
-"""Group rollouts for GBA: prompts under their perspectives, sampled completions, rewards, advantages (DESIGN section 7)."""
+"""Group rollouts for GBA: prompts by perspective, sampled completions, rewards, advantages (DESIGN section 7)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mmedexpert.data.encode import Batch, Encoder, Prompt
 from mmedexpert.data.record import Record
 from mmedexpert.engines.generate import generate
 from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.scoring import Protocol
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def roll_out(
     sampling: Sampling,
     guidance: Guidance,
     reward_weights: dict[str, float],
-    protocol: str,
+    protocol: Protocol,
     device: str,
     generator: torch.Generator,
 ) -> Rollout:
@@ -131,10 +132,11 @@ def roll_out(
     correct = torch.tensor(parts["accuracy"]).view(-1, group) == 1.0
     total, terms = advantages(scores, followed, guidance, correct)
     return Rollout(
-        [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives, sampled.logps, sampled.mask,
-        sampled.finished, scores, parts, followed, terms, total,
+        [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
+        sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total,
     )  # fmt: skip
 
 
 def to_device(batch: Batch, device: str) -> Batch:
+    """The batch with every tensor on `device`."""
     return {key: value.to(device) for key, value in batch.items()}

@@ -276,7 +276,8 @@ def check(config: Config) -> None:
     gba = config.gba
     if len(gba.weights) != len(PERSPECTIVES):
         raise UserError(
-            f"gba.weights has {len(gba.weights)} values; give {len(PERSPECTIVES)}, in the order {', '.join(PERSPECTIVES)}"
+            f"gba.weights has {len(gba.weights)} values; give {len(PERSPECTIVES)}, "
+            f"in the order {', '.join(PERSPECTIVES)}"
         )
     for name, weight in zip(PERSPECTIVES, gba.weights, strict=True):
         if not math.isfinite(weight) or weight < 0:
@@ -293,8 +294,8 @@ def check(config: Config) -> None:
         raise UserError(f"gba.top_p={gba.top_p} must lie in (0, 1]")
     if gba.checkpoint_every % gba.num_iterations:
         raise UserError(
-            f"gba.checkpoint_every={gba.checkpoint_every} must be a multiple of gba.num_iterations={gba.num_iterations}: "
-            "a run resumes at a rollout boundary"
+            f"gba.checkpoint_every={gba.checkpoint_every} must be a multiple of "
+            f"gba.num_iterations={gba.num_iterations}: a run resumes at a rollout boundary"
         )
     if not config.specialty.names or len(set(config.specialty.names)) != len(config.specialty.names):
         raise UserError("specialty.names needs at least one name, each once")

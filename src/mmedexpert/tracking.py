@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -26,15 +25,7 @@ def _logged_in() -> bool:
 
 
 @contextmanager
-def logger_for(
-    run: Run,
-    *,
-    kind: str,
-    project: str,
-    group: str,
-    config: Mapping[str, Any],
-    metric_step: str = "trainer/global_step",
-) -> Iterator[Logger | None]:
+def logger_for(run: Run, *, kind: str, project: str, group: str, config: Mapping[str, Any]) -> Iterator[Logger | None]:
     """The logger of one stage's run, finished when the block ends, also by an error (else job 2 of a multirun breaks).
 
     W&B: group = pipeline, job_type = stage, id = run_id with resume, so that a continued run continues its curves.
@@ -56,8 +47,9 @@ def logger_for(
     code = 1
     try:
         wandb_run = wandb.init(
-            project=project, group=group, job_type=run.stage, name=f"{run.stage}-{run.name}", id=f"{run.stage}-{run.run_id}",
-            resume="allow", config=dict(config), dir=run.folder, tags=[run.stage], settings=settings, **options,
+            project=project, group=group, job_type=run.stage, name=f"{run.stage}-{run.name}",
+            id=f"{run.stage}-{run.run_id}", resume="allow", config=dict(config), dir=run.folder, tags=[run.stage],
+            settings=settings, **options,
         )  # fmt: skip
         yield WandbLogger(experiment=wandb_run)
         code = 0
@@ -65,10 +57,10 @@ def logger_for(
         wandb.finish(exit_code=code)
 
 
-def log_metrics(logger: Logger | None, metrics: Mapping[str, float], step: int | None = None) -> None:
+def log_metrics(logger: Logger | None, metrics: Mapping[str, float]) -> None:
     """Numbers outside a training loop."""
     if logger is not None:
-        logger.log_metrics(dict(metrics), step=step)
+        logger.log_metrics(dict(metrics))
         logger.save()
 
 
@@ -80,14 +72,9 @@ def log_table(logger: Logger | None, key: str, rows: Sequence[Mapping[str, Any]]
 
     columns = list(rows[0])
     data = [[wandb.Image(str(row[c])) if c == "image" and row[c] else row[c] for c in columns] for row in rows]
-    logger.experiment.log({key: wandb.Table(columns=columns, data=data)})
+    logger.experiment.log({key: wandb.Table(columns=[*columns], data=data)})
 
 
 def group_name(model: str, data: str, seed: int) -> str:
     """The W&B group of one pipeline."""
     return f"{model}-{data}-s{seed}"
-
-
-def local_files(folder: Path) -> list[Path]:
-    """What a logger left under a run's folder, for tests and for `wandb sync`."""
-    return sorted(path for path in (folder / "wandb").glob("offline-run-*") if path.is_dir())

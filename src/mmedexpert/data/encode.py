@@ -1,4 +1,4 @@
-"""From records to token ids and pixel patches, for Qwen-VL models: one prompt layout for training, RL and evaluation."""
+"""From records to token ids and pixel patches, for Qwen-VL models: one prompt layout for training and evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Prompt:
-    """An encoded prompt: `input_ids` [P] with image tokens expanded, the patches of its images and their grids [I, 3]."""
+    """An encoded prompt: `input_ids` [P] with image tokens expanded, patches of its images and their grids [I, 3]."""
 
     input_ids: list[int]
     pixel_values: list[Tensor]

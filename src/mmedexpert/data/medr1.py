@@ -46,9 +46,10 @@ def medr1(
     """Records, image root (`root`), bad (id, reason) from `root/records.jsonl`, else from all .json lists and .jsonl.
 
     Source: Med-R1 (arXiv 2503.13939), keys `image, problem, solution` and where present `dataset, specialty,
-    modality, license`. `out_dir` is not used: images stay where they are. Its published train and test share images, so its `split` is not used: we split by image
-    content and, where file names tell it, by patient. A question listed again (Med-R1 files each by modality and by
-    question type) is read once; with another answer it is bad, as are records that cannot be parsed.
+    modality, license`. `out_dir` is not used: images stay where they are. Its published train and test share images, so
+    its `split` is not used: we split by image content and, where file names tell it, by patient. A question listed
+    again (Med-R1 files each by modality and by question type) is read once; with another answer it is bad, as are
+    records that cannot be parsed.
     Raises UserError for a root without record files.
     """
     lines, bad = _read(root)

@@ -20,8 +20,8 @@ class Trace:
 class Record:
     """One question. `images` are paths relative to the data set's image root; `options` is None for open questions.
 
-    `answer` is an option letter (text when open); `image_group` is the unit that never crosses splits (image or patient);
-    `latent` holds exact ground truth of synthetic images (measurement, unit, population).
+    `answer` is an option letter (text when open); `image_group` is the unit that never crosses splits (image or
+    patient); `latent` holds exact ground truth of synthetic images (measurement, unit, population).
     """
 
     id: str

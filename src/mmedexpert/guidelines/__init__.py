@@ -33,7 +33,7 @@ class Guideline:
             raise ValueError(f"guideline {self.id}: needs rising cuts and one label more than cuts")
 
     def level(self, value: float) -> int:
-        """Index of the label of `value`; a value on a cut follows `upper` (mixed: first cut exclusive, last inclusive)."""
+        """Index of the label of `value`; one on a cut follows `upper` (mixed: first cut exclusive, last inclusive)."""
         inclusive = [self.upper == "inclusive" or (self.upper == "mixed" and i > 0) for i in range(len(self.cuts))]
         return sum(value > cut or (value == cut and not keep) for cut, keep in zip(self.cuts, inclusive, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,7 @@ class Loading:
 
 
 def resolve(name_or_path: str, revision: str | None) -> Path:
-    """The local folder of a model, downloading a pinned hub revision when it is not a folder; UserError if it cannot."""
+    """The local folder of a model, downloading a pinned hub revision when it is no folder; UserError if it cannot."""
     if Path(name_or_path).is_dir():
         folder = Path(name_or_path)
     else:
@@ -78,7 +79,7 @@ def load_model(folder: Path, loading: Loading) -> PreTrainedModel:
         ) from error
     if model.config.model_type not in KINDS:
         raise UserError(f"{folder} is a {model.config.model_type}; this release handles {', '.join(KINDS)}")
-    return model.to(loading.device).eval()
+    return model.to(loading.device).eval()  # type: ignore[arg-type]  # transformers wraps `to`, and mypy loses self
 
 
 def load_encoder(folder: Path, loading: Loading) -> Encoder:
@@ -90,6 +91,9 @@ def load_encoder(folder: Path, loading: Loading) -> Encoder:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no usable tokenizer or image processor: {str(error).splitlines()[0]}") from error
+    older = folder / "chat_template.json"  # Qwen2-VL's hub folders keep it beside the tokenizer
+    if older.is_file():
+        tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
     if tokenizer.chat_template is None:
         raise UserError(
             f"{folder} has no chat template: add chat_template.json or chat_template.jinja from the model hub"
@@ -105,9 +109,16 @@ def save_backbone(folder: Path, model: PreTrainedModel, encoder: Encoder) -> Non
 
 
 def add_lora(
-    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: str, gradient_checkpointing: bool, seed: int
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: str,
+    gradient_checkpointing: bool,
+    seed: int,
 ) -> PeftModel:
-    """A fresh LoRA (Hu et al. 2021) on the modules whose names match; everything else, the vision tower too, is frozen."""
+    """A fresh LoRA (Hu et al. 2021) on the modules whose names match; all else, the vision tower too, is frozen."""
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
@@ -119,4 +130,4 @@ def add_lora(
         language: Any = model.model.language_model
         language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert isinstance(adapted, PeftModel)
-    return adapted.train()  # type: ignore[no-any-return]
+    return adapted.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -17,7 +18,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
@@ -45,9 +47,10 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     bpe.normalizer = blank.backend_tokenizer.normalizer
     bpe.train_from_iterator(corpus, trainer)
     learned = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learned["merges"]]  # typed as strings there, but BPE takes pairs
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=merges,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",
@@ -123,7 +126,7 @@ def build_model(
 
 
 def _init_weights(model: nn.Module) -> None:
-    """Every weight matrix at std 1/sqrt(fan_in): at the library's 0.02 a model this small never learns to see. # ours"""
+    """Every weight matrix at std 1/sqrt(fan_in): at the library's 0.02 so small a model never learns to see. # ours"""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             fan_in = module.weight[0].numel()

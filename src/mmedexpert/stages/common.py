@@ -37,6 +37,7 @@ def device_of(config: Config) -> str:
 
 
 def loading(config: Config) -> Loading:
+    """How the config's model is loaded."""
     model = config.model
     return Loading(
         model.dtype,
@@ -76,7 +77,7 @@ def stage_logger(config: Config, run: Run) -> Iterator[Logger | None]:
 
 
 def records_of(data: Run, split: str, specialties: list[str]) -> tuple[list[Record], Path]:
-    """The records of a split that belong to any of the specialties, and the image root; UserError when there are none."""
+    """The records of a split that belong to any of the specialties, and the image root; UserError without any."""
     records, image_root = load_records(data.folder)
     chosen = [r for r in records if r.split == split and set(r.specialties) & set(specialties)]
     missing = [name for name in specialties if not any(name in r.specialties for r in chosen)]

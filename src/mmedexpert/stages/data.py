@@ -18,6 +18,7 @@ TEXT_FILES = (".csv", ".json", ".jsonl", ".yaml")
 
 
 def run(config: Config) -> dict[str, Run]:
+    """The data set, as the only run."""
     return {"data": dataset(config)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from mmedexpert.modules.gba import GbaModule, completion_rows, log_completions, 
 from mmedexpert.rollouts import Guidance, Rollout, Sampling, roll_out
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
+from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
 from mmedexpert.stages.common import device_of, fit_options, loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.data import dataset
@@ -94,7 +95,7 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             return roll_out(
                 policy, encoder, batch, image_root, sampling=sampling, guidance=guidance,
                 reward_weights={"accuracy": config.reward.accuracy, "format": config.reward.format},
-                protocol=config.reward.protocol, device=device, generator=generator,
+                protocol=cast(Protocol, config.reward.protocol), device=device, generator=generator,
             )  # fmt: skip
 
         curve = run.folder / "curve.jsonl"
@@ -114,7 +115,10 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             run.folder / "adapter", kind="adapter", title="reasoner (GBA)", base_model=config.model.name_or_path,
             base_fingerprint=fingerprint_base(base.folder), method=f"GRPO with guideline-based advantages, {plain}",
             data={f"{data.name} ({len(records)} training records)": dsa.licences(records)}, specialty=None,
-            ingredients={name: LoraAdapter.load(start.folder / "adapter").fingerprint for name, start in starts.items()}, metrics=None, library_name="peft",
+            ingredients={
+                name: LoraAdapter.load(start.folder / "adapter").fingerprint for name, start in starts.items()
+            },
+            metrics=None, library_name="peft",
         )  # fmt: skip
         return {**metrics, **_gain(curve)}
 
@@ -122,7 +126,7 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
 
 
 class _Watch:
-    """Keeps the curve on disk (one line per rollout, rewritten from where a resumed run starts) and sends completions."""
+    """Keeps the curve on disk (a line per rollout, rewritten from where a resumed run starts) and sends completions."""
 
     def __init__(self, curve: Path, image_root: Path, logger: Any, every: int) -> None:
         self.curve, self.image_root, self.logger, self.every = curve, image_root, logger, every

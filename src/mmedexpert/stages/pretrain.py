@@ -65,8 +65,9 @@ def _pretrain(config: Config) -> Run:
         save_backbone(run.folder / "model", model, encoder)
         write_card(
             run.folder / "model", kind="base", title="mmedexpert tiny base", base_model=None, base_fingerprint=None,
-            method="lessons on phantom drawings: reading options, measuring, following a stated criterion", library_name="transformers",
+            method="lessons on phantom drawings: reading options, measuring, following a stated criterion",
             data={"phantom lessons": "Apache-2.0"}, specialty=None, ingredients={}, metrics=None,
+            library_name="transformers",
         )  # fmt: skip
         return {"parameters": float(sum(p.numel() for p in model.parameters())), **metrics}
 

@@ -48,9 +48,9 @@ def chest_heart(value: float, rng: Rng) -> Image.Image:
 def ecg_strip(value: float, rng: Rng) -> Image.Image:
     """ECG strip of three seconds: `value` beats per minute."""
     image, draw = _canvas((250, 225, 225))
-    for x in range(0, SIZE, 8):
-        draw.line((x, 0, x, SIZE), fill=(245, 200, 200))
-        draw.line((0, x, SIZE, x), fill=(245, 200, 200))
+    for grid in range(0, SIZE, 8):
+        draw.line((grid, 0, grid, SIZE), fill=(245, 200, 200))
+        draw.line((0, grid, SIZE, grid), fill=(245, 200, 200))
     interval = SIZE / 3.0 * 60.0 / value
     height, base = rng.uniform(42, 56), rng.uniform(72, 84)
     draw.line((0, base, SIZE, base), fill=(30, 30, 40), width=2)
@@ -75,7 +75,7 @@ def chest_rim(value: float, rng: Rng) -> Image.Image:
 
 
 def head_shift(value: float, rng: Rng) -> Image.Image:
-    """Head CT, central field: septum displaced to the right by `value` mm (2.4 pixels per mm) from the marked midline."""
+    """Head CT, central field: septum displaced right of the marked midline by `value` mm (2.4 pixels per mm)."""
     image, draw = _canvas(_grey(rng.uniform(90, 105)))
     mid = SIZE / 2 + rng.uniform(-2, 2)
     marker = _grey(240)

@@ -22,9 +22,9 @@ Range = tuple[float, float]
 class Family:
     """One kind of picture with one measurement.
 
-    `ranges[guideline][level]` are the values drawn for each label, away from the cuts; `lookalike` is the range in which
-    two populations disagree; `patterns` are what each label looks like at a glance; `distractors` are labels of the same
-    modality that no phantom shows.
+    `ranges[guideline][level]` are the values drawn for each label, away from the cuts; `lookalike` is the range in
+    which two populations disagree; `patterns` are what each label looks like at a glance; `distractors` are labels of
+    the same modality that no phantom shows.
     """
 
     modality: str
@@ -135,7 +135,7 @@ def family_of(guideline: str) -> Family:
 
 
 def draw_value(family: Family, guideline: Guideline, level: int, rng: np.random.Generator) -> float:
-    """A value of the wanted label; where populations disagree, every second one comes from the look-alike range. # ours"""
+    """A value of the wanted label; where populations disagree, half of them come from the look-alike range. # ours"""
     low, high = family.ranges[guideline.id][level]
     shared = [span for span in family.lookalike if low <= span[0] and span[1] <= high]
     if shared and rng.random() < 0.5:

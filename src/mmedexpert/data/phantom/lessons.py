@@ -1,4 +1,4 @@
-"""What the tiny base is taught before it meets medicine: to read options, to measure, to follow a stated criterion. # ours
+"""What the tiny base is taught before it meets medicine: to read options, measure, follow a stated criterion. # ours
 
 A real base brings these from pretraining. The base learns the terms (a wide heart is called cardiomegaly) and no
 threshold: the criterion of each lesson is drawn anew, and where none is stated the lesson says that it is not known and

@@ -1,4 +1,4 @@
-"""`data=phantom`: drawn images with exact ground truth, guideline answers and traces in all four perspectives. # ours"""
+"""`data=phantom`: drawn images with exact ground truth, guideline answers, traces in all four perspectives. # ours"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def phantom(
 ) -> tuple[list[Record], Path, list[tuple[str, str]]]:
     """Draw `train`, `val` and `test` images per specialty into `out_dir`/images, one question each; no image is reused.
 
-    Guidelines, labels and perspectives are balanced within each split. `root` is not used.
+    Within each split guidelines and perspectives cycle; labels are drawn at random. `root` is not used.
     """
     records: list[Record] = []
     (out_dir / "images").mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def question(family: Family, guideline: Guideline, rng: np.random.Generator) -> 
 
 
 def options(family: Family, labels: tuple[str, ...], gold: str, rng: np.random.Generator) -> tuple[dict[str, str], str]:
-    """Four lettered options, all labels of the guideline and distractors of the family; returns (options, gold letter)."""
+    """Four lettered options, all labels of the guideline and distractors of the family, and the gold letter."""
     extra = rng.permutation(np.array(family.distractors, dtype=object))[: 4 - len(labels)]
     texts = [str(text) for text in rng.permutation(np.array([*labels, *extra], dtype=object))]
     return dict(zip(LETTERS, texts, strict=True)), LETTERS[texts.index(gold)]

@@ -1,0 +1,71 @@
+"""Real model types from a local folder: small random weights under the real tokenizer files, through every stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+ROOT = Path(__file__).parents[1]
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+}
+IDS = {
+    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def build(kind: str, folder: Path, tokenizer: Path) -> None:
+    """A random model of a type, and the real tokenizer and preprocessor files beside it."""
+    torch.manual_seed(0)
+    if kind == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=TEXT, vision_config=vision, **IDS))
+    else:
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+                  "fullatt_block_indexes": [1]}  # fmt: skip
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=TEXT, vision_config=vision, **IDS))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 151645, 151643
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        if not file.name.startswith(("LICENSE", "config.3b")):
+            shutil.copy(file, folder / file.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "config"), [("qwen2_5_vl", "qwen2_5_vl_3b"), ("qwen2_vl", "qwen2_vl_2b")])
+def test_every_stage_on_a_local_folder(shared, tmp_path, kind, config):
+    build(kind, tmp_path / "base", shared / "data" / "qwen_tokenizer")
+    command = [
+        sys.executable, "run.py", "debug=smoke", f"model={config}", f"model.name_or_path={tmp_path / 'base'}",
+        "model.dtype=float32", "model.max_new_tokens=8", "model.max_pixels=12544", "model.lora.r=4",
+        "trainer=cpu", "trainer.threads=2", "logger=none", f"paths.outputs={tmp_path / 'out'}",
+        "data.source.train=8", "data.source.val=4", "data.source.test=4", "dsa.steps=2", "dsa.batch_size=2", "gba.steps=1",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "latest" / "summary.json").read_text())
+    assert summary["models"]["caci"]["parse_failure_rate"] >= 0
+    merged = tmp_path / "out" / "latest" / "model"
+    assert (merged / "tokenizer.json").exists() or (merged / "vocab.json").exists()
+    names = [p.name for p in (tmp_path / "out").glob("pretrain/*")]
+    assert names == []  # a model with weights is never pretrained
