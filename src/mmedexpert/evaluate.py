@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,13 @@ from mmedexpert.stats import cluster_bootstrap_ci, macro_bootstrap_ci
 Prediction = dict[str, Any]
 
 
-def perspective_of(index: int, setting: str) -> str | None:
-    """The perspective question number `index` is asked under: each in turn (rotate), none, or always one. # ours"""
+def perspective_of(identity: str, setting: str) -> str | None:
+    """The perspective a question is asked under: one of the four by a hash of its id (rotate), none, or always one.
+
+    A hash, because the place in the list would tie perspectives to guidelines. # ours
+    """
     if setting == "rotate":
-        return PERSPECTIVES[index % len(PERSPECTIVES)]
+        return PERSPECTIVES[zlib.crc32(identity.encode()) % len(PERSPECTIVES)]
     return None if setting == "none" else setting
 
 
@@ -54,7 +58,7 @@ def predict(
     """
     kept = read_predictions(path)
     path.write_text("".join(json.dumps(row) + "\n" for row in kept.values()), encoding="utf-8")
-    asked = [(record, perspective_of(i, perspective)) for i, record in enumerate(records)]
+    asked = [(record, perspective_of(record.id, perspective)) for record in records]
     todo = [(record, name) for record, name in asked if record.id not in kept]
     todo.sort(key=lambda item: len(prompt_text(item[0])))  # equal lengths together: less padding
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -36,6 +36,7 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer()
+        # ours: a cosine to zero after a linear warm-up, for every stage
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_ratio * self.steps), self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

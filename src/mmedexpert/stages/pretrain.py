@@ -54,7 +54,7 @@ def _pretrain(config: Config) -> Run:
             steps = settings.reading_steps + settings.looking_steps
         module = PretrainModule(
             model, muon_lr=settings.muon_lr, lr=settings.lr, weight_decay=0.01, seed=config.seed, steps=steps,
-            warmup_ratio=0.05, max_grad_norm=1.0,
+            warmup_ratio=0.05, max_grad_norm=1.0,  # ours
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(

@@ -75,13 +75,13 @@ def chest_rim(value: float, rng: Rng) -> Image.Image:
 
 
 def head_shift(value: float, rng: Rng) -> Image.Image:
-    """Head CT, central field: septum displaced right of the marked midline by `value` mm (2.4 pixels per mm)."""
+    """Head CT, central field: septum displaced right of the marked midline by `value` mm (3.4 pixels per mm)."""
     image, draw = _canvas(_grey(rng.uniform(90, 105)))
     mid = SIZE / 2 + rng.uniform(-2, 2)
     marker = _grey(240)
     draw.rectangle((mid - 3, 0, mid + 3, 16), fill=marker)
     draw.rectangle((mid - 3, 96, mid + 3, SIZE), fill=marker)
-    x = mid + 2.4 * value
+    x = mid + 3.4 * value
     dark = _grey(rng.uniform(20, 35))
     _ellipse(draw, x - 9, 56, 6, 22, dark)
     _ellipse(draw, x + 9, 56, 6, 22, dark)
@@ -102,13 +102,13 @@ def fundus_disc(value: float, rng: Rng) -> Image.Image:
 
 
 def ct_nodule(value: float, rng: Rng) -> Image.Image:
-    """Chest CT, magnified: solid nodule of `value` mm (4 pixels per mm)."""
+    """Chest CT, magnified: solid nodule of `value` mm (5 pixels per mm)."""
     image, draw = _canvas(_grey(rng.uniform(20, 35)))
     for _ in range(4):
         x, y = rng.uniform(0, SIZE, 2)
         draw.line((x, y, x + rng.uniform(-40, 40), y + rng.uniform(-40, 40)), fill=_grey(80), width=2)
     cx, cy = SIZE / 2 + rng.uniform(-14, 14, 2)
-    _ellipse(draw, cx, cy, 2 * value, 2 * value, _grey(rng.uniform(185, 215)))
+    _ellipse(draw, cx, cy, 2.5 * value, 2.5 * value, _grey(rng.uniform(185, 215)))
     return _finish(image, rng)
 
 
