@@ -87,3 +87,14 @@ def test_positions_are_three_dimensional(tiny, picture):
     image = (batch["input_ids"] == encoder.image_token_id)[0]
     assert not torch.equal(position_ids[0, 0, image], position_ids[1, 0, image])
     assert following[0] == position_ids.max() + 1
+
+
+def test_banned_tokens_are_never_chosen(tiny, picture):
+    model, encoder = tiny
+    batch = encoder.collate_prompts(prompts(encoder, picture))
+    options = {"end_ids": encoder.end_ids, "pad_id": encoder.pad_id, "max_new_tokens": 8}
+    said = {token for row in generate(model, batch, **options).rows() for token in row}
+    again = generate(model, batch, banned_ids=sorted(said), **options)
+    assert not said & {token for row in again.rows() for token in row}
+    sampled = generate(model, batch, banned_ids=sorted(said), temperature=1.0, num_generations=4, **options)
+    assert not said & {token for row in sampled.rows() for token in row}

@@ -77,7 +77,8 @@ def predict(
                     prompts.append(encoder.prompt(record, image_root, text))
             out = generate(
                 model, to_device(encoder.collate_prompts(prompts), device),
-                end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=max_new_tokens,
+                end_ids=encoder.end_ids, pad_id=encoder.pad_id,
+                banned_ids=encoder.banned_ids, max_new_tokens=max_new_tokens,
             )  # fmt: skip
             for (record, name), ids, finished in zip(batch, out.rows(), out.finished.tolist(), strict=True):
                 row = _row(record, name, encoder.decode(ids), len(ids), finished)

@@ -107,6 +107,7 @@ def roll_out(
         to_device(encoder.collate_prompts(prompts), device),
         end_ids=encoder.end_ids,
         pad_id=encoder.pad_id,
+        banned_ids=encoder.banned_ids,
         max_new_tokens=sampling.max_new_tokens,
         num_generations=per_prompt,
         temperature=sampling.temperature,

@@ -51,6 +51,8 @@ class Encoder:
         self.tokenizer, self.image_processor, self.system_prompt = tokenizer, image_processor, system_prompt
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.end_ids: list[int] = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        vision = ("<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN, "<|video_pad|>")
+        self.banned_ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in vision]
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         self._images: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._max_images = max_images

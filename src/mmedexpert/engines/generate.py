@@ -70,12 +70,14 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    banned_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Completions:
     """Sample `num_generations` completions per left-padded prompt; temperature 0 is greedy.
 
     The model runs in eval mode (no dropout while sampling). `logps` are those of the distribution sampled from (of the
-    plain softmax when greedy). Finished rows leave the batch.
+    plain softmax when greedy). Finished rows leave the batch. `banned_ids` are never chosen: an image placeholder in a
+    completion would ask the next forward pass for an image that is not there.
     """
     core = core_of(model)
     was_training = model.training
@@ -95,13 +97,15 @@ def generate(
     lengths = torch.full((total,), max_new_tokens, device=device)
     finished = torch.zeros(total, dtype=torch.bool, device=device)
     ends = torch.tensor(list(end_ids), device=device)
+    banned = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
     alive = torch.arange(total, device=device)  # rows still generating, in batch order
     for step in range(max_new_tokens):
         scores = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
+        allowed = scores.index_fill(1, banned, -torch.inf)
         if temperature:
-            token = torch.multinomial(scores.exp(), 1, generator=generator).squeeze(1)
+            token = torch.multinomial(allowed.exp(), 1, generator=generator).squeeze(1)
         else:
-            token = scores.argmax(-1)
+            token = allowed.argmax(-1)
         ids[alive, step] = token
         logps[alive, step] = scores.gather(1, token[:, None]).squeeze(1)
         ended = torch.isin(token, ends)
