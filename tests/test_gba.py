@@ -1,4 +1,4 @@
-"""The GBA module: its log-probabilities are the sampler's, plain GRPO without weights, and it learns what is rewarded."""
+"""The GBA module: its log-probabilities are the sampler's, no weights is plain GRPO, and it learns what is rewarded."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ def parts(tiny, picture, tmp_path):
     import copy
 
     model, encoder = copy.deepcopy(tiny[0]), tiny[1]
-    policy = add_lora(
-        model, r=8, alpha=16, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False, seed=0
-    )
+    policy = add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False, seed=0)
     records = []
     for index in range(3):
         picture(index).save(tmp_path / f"{index}.png")
         records.append(
             Record(
                 id=str(index), images=(f"{index}.png",), question="heart rate" + " is low" * index,
-                options={"A": "high", "B": "low"}, answer="A", specialties=("x",), source="s", license="l", split="train",
+                options={"A": "high", "B": "low"}, answer="A", specialties=("x",), source="s", license="l",
+                split="train",
                 image_group=str(index),
             )
         )  # fmt: skip
@@ -43,7 +42,8 @@ def sample(parts, *, weights=(0.0, 0.0, 0.0, 0.0), conditioning="prompted", seed
     policy, encoder, records, root = parts
     return roll_out(
         policy, encoder, records, root, sampling=Sampling(group, tokens, 1.0, 1.0, 0),
-        guidance=Guidance(weights, 1.0, "correct", conditioning, "group"), reward_weights={"accuracy": 1.0, "format": 0.2},
+        guidance=Guidance(weights, 1.0, "correct", conditioning, "group"), 
+        reward_weights={"accuracy": 1.0, "format": 0.2},
         protocol="robust", device="cpu", generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 
@@ -86,12 +86,13 @@ def test_report_has_trls_names(parts):
 
 def test_it_learns_to_say_what_is_rewarded(parts, monkeypatch, tmp_path):
     """Reward: the share of one token among those sampled. Ten updates must raise it clearly."""
-    policy, encoder, records, _ = parts
+    _, encoder, records, _ = parts
     wanted = encoder.tokenizer("heart", add_special_tokens=False)["input_ids"][0]
 
     def share(completions, **_):
         values = [
-            sum(t == wanted for t in encoder.tokenizer(c, add_special_tokens=False)["input_ids"]) / 6 for c in completions
+            sum(t == wanted for t in encoder.tokenizer(c, add_special_tokens=False)["input_ids"]) / 6
+            for c in completions
         ]
         return values, {"accuracy": values, "format": values}
 

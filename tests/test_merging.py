@@ -307,7 +307,7 @@ def test_unknown_scope_and_vote_are_refused() -> None:
 # --- configs and conflict statistics ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(set(CONF.glob("*.yaml")) - {CONF / "none.yaml"}), ids=lambda f: f.stem)
 def test_every_merge_config_names_a_rule_and_runs(file: Path) -> None:
     assert file.read_text().startswith("# ")
     config = yaml.safe_load(file.read_text())

@@ -70,7 +70,12 @@ def print_result(runs: Mapping[str, Run]) -> None:
     """The last table of a command: models where models were evaluated, else each run with its main numbers."""
     evaluated = {name.removeprefix("eval/"): run for name, run in runs.items() if run.stage == "eval"}
     if evaluated:
-        rows = [_row(name, json.loads((run.folder / "summary.json").read_text())) for name, run in evaluated.items()]
+        if "pipeline" in runs:
+            rows = model_rows(json.loads((runs["pipeline"].folder / "summary.json").read_text()))
+        else:
+            rows = [
+                _row(name, json.loads((run.folder / "summary.json").read_text())) for name, run in evaluated.items()
+            ]
         sizes = json.loads((next(iter(evaluated.values())).folder / "summary.json").read_text())["per_specialty"]
         asked = ", ".join(f"{SHORT.get(name, name)} {entry['n']}" for name, entry in sizes.items())
         caption = f"Accuracy per specialty (questions: {asked}); adherence per perspective in the last four columns."
