@@ -17,7 +17,9 @@ SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=2"]
 
 
 def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "run.py", *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *overrides]
+    multirun = [word for word in overrides if word == "-m"]  # argparse wants it before all overrides
+    rest = [word for word in overrides if word != "-m"]
+    command = [sys.executable, "run.py", *multirun, *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *rest]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr + done.stdout
@@ -46,7 +48,7 @@ def test_summary_has_the_documented_shape(outputs):
         assert 0 <= model["macro_accuracy"] <= 1 and 0 <= model["parse_failure_rate"] <= 1
         assert set(model["adherence"]) == {"differential", "intuitive", "analytical", "bayesian"}
         for entry in model["per_specialty"].values():
-            assert entry["ci_low"] <= entry["accuracy"] <= entry["ci_high"] and entry["n"] == 12
+            assert entry["ci_low"] <= entry["accuracy"] <= entry["ci_high"] and entry["n"] == 16
 
 
 def test_every_run_folder_is_complete(outputs):
@@ -62,7 +64,7 @@ def test_every_run_folder_is_complete(outputs):
 def test_predictions_are_one_line_per_question(outputs):
     folder = newest(outputs, "eval", "caci")
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert len({row["id"] for row in rows}) == len(rows) == 48
+    assert len({row["id"] for row in rows}) == len(rows) == 64
     assert {"response", "gold", "robust", "medevalkit", "tokens", "finish_reason"} <= set(rows[0])
 
 
@@ -120,7 +122,7 @@ def test_killed_and_continued(tmp_path):
 
 def test_wandb_is_offline_and_complete(outputs):
     runs = list(outputs.glob("*/*/wandb/offline-run-*/run-*.wandb"))
-    stages = {path.parents[3].parent.name for path in runs}
+    stages = {path.parents[3].name for path in runs}
     assert {"pretrain", "dsa", "gba", "pipeline"} <= stages
 
 

@@ -59,7 +59,7 @@ def test_every_stage_on_a_local_folder(shared, tmp_path, kind, config):
         sys.executable, "run.py", "debug=smoke", f"model={config}", f"model.name_or_path={tmp_path / 'base'}",
         "model.dtype=float32", "model.max_new_tokens=8", "model.max_pixels=12544", "model.lora.r=4",
         "trainer=cpu", "trainer.threads=2", "logger=none", f"paths.outputs={tmp_path / 'out'}",
-        "data.source.train=8", "data.source.val=4", "data.source.test=4",
+        "data.limit=6",
         "dsa.steps=2", "dsa.batch_size=2", "gba.steps=1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)

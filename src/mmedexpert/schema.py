@@ -79,6 +79,7 @@ class DataConfig:
     name: str = MISSING
     root: str | None = None
     on_bad_record: str = "error"
+    limit: int | None = None
     source: dict[str, Any] = field(default_factory=dict)
 
 

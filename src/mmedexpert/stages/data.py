@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra.utils import instantiate
 
+from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import fingerprint, save_records, validate
 from mmedexpert.errors import UserError
 from mmedexpert.runs import Run
@@ -29,7 +30,12 @@ def dataset(config: Config) -> Run:
     if settings.source.get("_needs_root_") and settings.root is None:
         raise UserError(f"data={settings.name} reads a folder: give data.root=<folder>")
     root = Path(settings.root) if settings.root else None
-    key = {"source": source, "on_bad_record": settings.on_bad_record, "root": _root_fingerprint(root)}
+    key = {
+        "source": source,
+        "on_bad_record": settings.on_bad_record,
+        "limit": settings.limit,
+        "root": _root_fingerprint(root),
+    }
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("build"):
@@ -38,6 +44,8 @@ def dataset(config: Config) -> Run:
             )
         with run.phase("validate"):
             records, bad = validate(records, image_root, bad=bad, on_bad_record=settings.on_bad_record)
+        if settings.limit is not None:
+            records = first_of_each(records, settings.limit)
         if not records:
             raise UserError(f"data={settings.name} has no usable record in {root or run.folder}")
         save_records(records, run.folder, image_root, skipped=bad)
@@ -51,6 +59,17 @@ def dataset(config: Config) -> Run:
         return {**{k: float(v) for k, v in sorted(counts.items())}, "records/skipped": float(len(bad))}
 
     return stage_run(config, "data", settings.name, key, work)
+
+
+def first_of_each(records: list[Record], limit: int) -> list[Record]:
+    """At most `limit` records per split and specialty, in order: for trying things out."""
+    kept: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for record in records:
+        kept[record.split, record.specialties[0]] += 1
+        if kept[record.split, record.specialties[0]] <= limit:
+            chosen.append(record)
+    return chosen
 
 
 def _root_fingerprint(root: Path | None) -> str | None:
