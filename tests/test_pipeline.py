@@ -159,7 +159,7 @@ def test_readme_snippet_answers(outputs, tmp_path):
         (["gba.wieghts=[1,1,1,1]"], ["gba.weights"]),
         (["data=labelled_images"], ["data.root"]),
         (["data=labelled_images", "data.root=tests"], ["labels.csv"]),
-        (["specialty.names=[astrology]", "stage=dsa"], ["astrology", "adult_medicine"]),
+        (["specialty.names=[astrology]", "stage=dsa"], ["astrology", "no train record"]),
         (["model.name_or_path=/no/such/model"], ["model.name_or_path", "/no/such/model"]),
         (["model.name_or_path=tests"], ["config.json"]),
         (["eval.models=[bse]", "stage=eval"], ["bse", "base"]),

@@ -52,7 +52,8 @@ def rich_table(rows: Sequence[Row], title: str, caption: str = "") -> Table:
     """A table for the terminal, names to the left and numbers to the right."""
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("model", "job", "stage", "name", "folder") else "right")
+        left = column in ("model", "job", "stage", "name", "folder")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column in ("model", "job"))
     for row in rows:
         table.add_row(*(row.get(column, "-") for column in rows[0]))
     return table
@@ -100,8 +101,9 @@ def _main_numbers(run: Run) -> dict[str, str]:
 def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
     """One row per job of a sweep: what was varied, and each job's headline numbers."""
     rows = []
+    common = set.intersection(*({*overrides.split()} for overrides, _ in jobs))
     for overrides, runs in jobs:
-        row = {"job": overrides}
+        row = {"job": " ".join(word for word in overrides.split() if word not in common)}  # only what was varied
         pipeline = runs.get("pipeline")
         if pipeline is not None:
             models = json.loads((pipeline.folder / "summary.json").read_text())["models"]
@@ -111,7 +113,8 @@ def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
             for name, model in models.items():
                 if name not in ("base", "majority", "blank_image"):
                     row[f"{name} [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
-                    row |= {f"{name} {p[:5]}": f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
+                    if name == "reasoner":
+                        row |= {p[:5]: f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
         else:
             row |= {name: _main_numbers(run)["numbers"] for name, run in runs.items()}
         rows.append(row)
