@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -164,10 +163,3 @@ def majority_predictions(train: Sequence[Record], test: Sequence[Record]) -> lis
         letter = max(options, key=lambda key: counts[options[key]], default="")
         rows.append(_row(record, None, f"<answer>{letter}</answer>", 0, True) | {"adherence": {}})
     return rows
-
-
-def release(model: Any) -> None:
-    """Give a model's memory back before the next is loaded."""
-    del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -16,7 +16,6 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.losses import LossType, masked_mean, policy_loss, selected_logps_and_entropy
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, step_seed
 from mmedexpert.rollouts import Rollout, to_device
-from mmedexpert.tracking import log_table
 
 
 class GbaModule(TrainingModule):
@@ -163,8 +162,3 @@ def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, imag
         row |= {f"adherence_{name}": float(rollout.adherence[b, g, k]) for k, name in enumerate(PERSPECTIVES)}
         rows.append({**row, "advantage": float(rollout.advantages[b, g])})
     return rows
-
-
-def log_completions(logger: Any, step: int, records: Sequence[Record], rollout: Rollout, image_root: Any) -> None:
-    """Send the completions table of one rollout to W&B."""
-    log_table(logger, "completions", completion_rows(step, records, rollout, image_root))

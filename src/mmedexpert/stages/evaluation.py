@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from mmedexpert.errors import UserError
-from mmedexpert.evaluate import majority_predictions, predict, release, summarise
+from mmedexpert.evaluate import majority_predictions, predict, summarise
 from mmedexpert.modules.backbone import load_encoder, load_model
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config, suggestion
@@ -70,7 +70,6 @@ def _evaluate(config: Config, name: str, kinds: dict[str, dict[str, Run]], *, bl
                     max_new_tokens=config.model.max_new_tokens, device=device, title=name,
                     blank_images=name == "blank_image",
                 )  # fmt: skip
-            release(model)
         summary = summarise(
             predictions, config.specialty.names, protocol=settings.protocol, num_resamples=settings.num_resamples,
             seed=config.seed,

@@ -17,7 +17,7 @@ from mmedexpert.merging.apply import apply_deltas_
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
 from mmedexpert.modules.fit import fit
-from mmedexpert.modules.gba import GbaModule, completion_rows, log_completions, rollout_stream
+from mmedexpert.modules.gba import GbaModule, completion_rows, rollout_stream
 from mmedexpert.rollouts import Guidance, Rollout, Sampling, roll_out
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
@@ -26,6 +26,7 @@ from mmedexpert.stages import dsa
 from mmedexpert.stages.common import device_of, fit_options, loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
+from mmedexpert.tracking import log_table
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -149,7 +150,7 @@ class _Watch:
             rows = completion_rows(number, records, rollout, self.image_root)
             with (self.curve.parent / f"completions-{number:05d}.jsonl").open("w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            log_completions(self.logger, number, records, rollout, self.image_root)
+            log_table(self.logger, "completions", rows)
 
 
 def _gain(curve: Path) -> dict[str, float]:
