@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
+# The same examples on every run, so that a change is never failed for another's bug; to search for new ones:
+# pytest --hypothesis-profile=default
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
 

@@ -145,6 +145,7 @@ def test_options_that_look_like_letters_or_like_each_other() -> None:
         "No radial head replacement", "It is ORIF, not lateral ligament.", "A. ORIF", "D. Medial collateral",
         "<answer></answer>", "<answer>C", "C <answer>", "</answer>C<answer>", "<answer>A or C</answer> C",
         "<think>C", "<think>C</think>", "<answer>C</answer></think>", "<think><answer>C</answer>", "<THINK>C",
+        "A A Final answer: (B).", "A final answer: B",
     ],
 )  # fmt: skip
 def test_unparsed(response: str) -> None:

@@ -135,7 +135,7 @@ _BOX = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]*\})*+)\}")
 _LABEL = re.compile(r"(?<![\w(\[.])([a-z])(?:[):]|\.(?=[a-z]{3}|\d))")
 _PREFIX = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
 _CLAUSE = re.compile(r" [.!?;\n] |(?= (?:answer|because|since|as|due) )")
-_ARTICLE = re.compile(r" a  (?:option|choice|letter|correct|right|best|final|most|likely) ")
+_ARTICLE = re.compile(r" a (?= (?:option|choice|letter|correct|right|best|final|most|likely) )")
 # A clause is an answer only if it holds nothing but options and these words; so negations and reasons never are.
 _ANSWER_WORDS = """
     the final correct right best most likely answer option choice letter diagnosis is it it's so therefore thus hence
@@ -167,11 +167,15 @@ def _pick_robust(response: str, choices: Sequence[str]) -> str | None:
         options_named[by_text[tokens]] = set(by_text[tokens])
 
     claims: list[set[str]] = []
+    doubts: list[set[str]] = []
     for clause in _CLAUSE.split(text):
-        words = [word for word in clause.split() if word in options_named or word not in _FILLERS]
-        if all(word in options_named for word in words) and not _ARTICLE.search(clause):
+        without_articles, articles = _ARTICLE.subn(" ", clause)
+        words = [word for word in without_articles.split() if word in options_named or word not in _FILLERS]
+        if all(word in options_named for word in words):
             claims += [options_named[word] for word in words]
-    picked = set.intersection(*claims) if claims else set()
+            # "a final answer" may name option A: it is no claim of its own, and no room for another claim.
+            doubts += [{"A"}] * articles
+    picked = set.intersection(*claims, *doubts) if claims else set()
     return picked.pop() if len(picked) == 1 else None
 
 
