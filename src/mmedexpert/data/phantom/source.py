@@ -11,6 +11,8 @@ from mmedexpert.data.phantom.text import options, question, trace
 from mmedexpert.data.record import SPLITS, Record
 from mmedexpert.guidelines import PERSPECTIVES
 
+# Of the test images only: they are drawn anew (the number raised) whenever a default was chosen with their scores in view.
+TEST_DRAW = 1
 TOP = ("adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery")  # the paper's four
 
 
@@ -26,7 +28,7 @@ def phantom(
     for place, specialty in enumerate(TOP):
         rules = rules_of(specialty)
         for split, count in zip(SPLITS, (train, val, test), strict=True):
-            rng = np.random.default_rng([seed, place, SPLITS.index(split)])
+            rng = np.random.default_rng([seed, place, SPLITS.index(split), *([TEST_DRAW] if split == "test" else [])])
             for index in range(count):
                 rule = rules[index % len(rules)]
                 perspective = PERSPECTIVES[index // len(rules) % len(PERSPECTIVES)]
