@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmedexpert.data.encode import Encoder, prompt_text
 from mmedexpert.data.record import Record
 from mmedexpert.engines.generate import generate
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.guidelines.rubrics import adherence
+from mmedexpert.progress import Bar
 from mmedexpert.rollouts import to_device
 from mmedexpert.scoring import Protocol, score_choice
 from mmedexpert.stats import cluster_bootstrap_ci, macro_bootstrap_ci
@@ -60,10 +59,8 @@ def predict(
     asked = [(record, perspective_of(record.id, perspective)) for record in records]
     todo = [(record, name) for record, name in asked if record.id not in kept]
     todo.sort(key=lambda item: len(prompt_text(item[0])))  # equal lengths together: less padding
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     correct = 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, path.open("a") as file:
-        task = progress.add_task(f"eval {title}", total=len(todo))
+    with Bar(f"eval {title}", len(todo)) as bar, path.open("a") as file:
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             prompts = []
@@ -87,7 +84,7 @@ def predict(
             file.flush()
             os.fsync(file.fileno())
             done = start + len(batch)
-            progress.update(task, completed=done, description=f"eval {title} acc {correct / done:.2f}")
+            bar.show(done, {"accuracy": correct / done})
     return [kept[record.id] for record in records]
 
 

@@ -16,9 +16,10 @@ import yaml
 
 from mmedexpert.data.images import open_image
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import Bad, progress, write_atomic
+from mmedexpert.data.records_io import Bad, write_atomic
 from mmedexpert.data.splits import FRACTIONS, assign_splits, join_groups
 from mmedexpert.errors import UserError
+from mmedexpert.progress import track
 
 LABELS, DESCRIPTION = "labels.csv", "dataset.yaml"
 KNOWN_SETS = Path(__file__).with_name("labelled.yaml")
@@ -157,7 +158,7 @@ def _read_set(folder: Path, out_dir: Path, max_side: int) -> tuple[list[Picture]
 
     bad: Bad = []
     same: dict[str, list[tuple[dict[str, str], str]]] = {}  # content hash -> its rows, each with the prepared copy
-    for row in progress(rows, f"preparing {name}"):
+    for row in track(rows, f"preparing {name}"):
         file, label = row["file"], row[about.label_column]
         try:
             if label not in texts:

@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import RECORDS, Bad, progress
+from mmedexpert.data.records_io import RECORDS, Bad
 from mmedexpert.data.splits import FRACTIONS, assign_splits, join_groups
 from mmedexpert.errors import UserError
+from mmedexpert.progress import track
 
 LETTERS = "ABCDEFGH"
 # What separates options and how a letter is marked: ", B)" as published, then the forms copies are found in.
@@ -57,7 +58,7 @@ def medr1(
     strata: dict[str, str] = {}
     conflicting: set[str] = set()
     hash_of: dict[str, str] = {}
-    for data, where in progress(lines, "reading Med-R1 records"):
+    for data, where in track(lines, "reading Med-R1 records"):
         try:
             record = _parse(data, root, hash_of)
         except ValueError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SPLITS = ("train", "val", "test")
+KINDS = ("choice", "yes_no", "closed", "open")
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Record:
-    """One question. `images` are paths relative to the data set's image root; `options` is None for open questions.
+    """One question. `images` are paths relative to the data set's image root; `options` is None but for `kind` choice.
 
-    `answer` is an option letter (text when open); `image_group` is the unit that never crosses splits (image or
-    patient); `latent` holds exact ground truth of synthetic images (measurement, unit, population).
+    `answer` is an option letter, or text; `image_group` is the unit that never crosses splits (image or patient);
+    `groups` are a benchmark's own breakdowns (name to value); `latent` holds exact ground truth of synthetic images
+    (measurement, unit, population). `kind` is one of KINDS; empty: choice with options, open without.
     """
 
     id: str
@@ -38,3 +40,11 @@ class Record:
     body_system: str = ""
     trace: Trace | None = None
     latent: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    language: str = "en"
+    groups: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def asked_as(self) -> str:
+        """One of KINDS."""
+        return self.kind or ("choice" if self.options is not None else "open")

@@ -10,17 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.progress import track
+from typing import Any
 
 from mmedexpert.data.images import check_image
-from mmedexpert.data.record import SPLITS, Record, Trace
+from mmedexpert.data.record import KINDS, SPLITS, Record, Trace
 from mmedexpert.errors import UserError
+from mmedexpert.progress import track
 
 RECORDS, DATASET = "records.jsonl", "dataset.json"
-PROGRESS_ABOVE = 500  # ours: fewer images are done before a bar is read
 GROUP_KEEPS = ("test", "val", "train")  # ours: a group found in several splits stays where it is scarcest
 REQUIRED = frozenset(f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING)
 KNOWN = frozenset(f.name for f in fields(Record))
@@ -28,7 +25,6 @@ LISTS = ("images", "specialties")
 TEXTS = tuple(f.name for f in fields(Record) if f.type == "str")
 
 Bad = list[tuple[str, str]]  # (record id, reason)
-Item = TypeVar("Item")
 
 
 def save_records(
@@ -130,7 +126,7 @@ def fingerprint(records: Sequence[Record], image_root: Path) -> str:
     for record in records:
         line = json.dumps(asdict(record), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         digest.update(line.encode() + b"\n")
-    for name in progress(sorted({name for record in records for name in record.images}), "fingerprint of images"):
+    for name in track(sorted({name for record in records for name in record.images}), "fingerprint of images"):
         try:
             data = (image_root / name).read_bytes()
         except OSError as error:
@@ -152,12 +148,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def progress(items: Sequence[Item], description: str, *, size: int | None = None) -> Iterable[Item]:
-    """Iterate, with a progress bar on stderr where the work (`size`, else the number of items) is long."""
-    short = (len(items) if size is None else size) <= PROGRESS_ABOVE
-    return track(items, description, console=Console(stderr=True), transient=True, disable=short)
-
-
 def _field_faults(records: list[Record]) -> Iterator[str | None]:
     seen: set[str] = set()
     for record in records:
@@ -168,7 +158,7 @@ def _field_faults(records: list[Record]) -> Iterator[str | None]:
 def _image_faults(records: list[Record], *, image_root: Path) -> Iterator[str | None]:
     fault_of: dict[str, str | None] = {}
     distinct = len({name for record in records for name in record.images})
-    for record in progress(records, "checking images", size=distinct):
+    for record in track(records, "checking images", size=distinct):
         for name in record.images:
             if name not in fault_of:
                 try:
@@ -208,6 +198,8 @@ def _wrong(record: Record) -> str | None:
         return f"image_group is empty {where}"
     if not record.answer.strip():
         return f"the answer is empty {where}"
+    if record.asked_as not in KINDS or (record.asked_as == "choice") != (record.options is not None):
+        return f"kind {record.kind!r} does not fit (choice has options; yes_no, closed and open have none) {where}"
     if record.options is None:
         if re.fullmatch(r"\s*[A-Z]\s*", record.answer):
             return f"the answer is the letter {record.answer.strip()} but there are no options {where}"
@@ -235,8 +227,7 @@ def _from_json(data: Any) -> Record:
         mistyped.append("options")
     if trace is not None and not _is_trace(trace):
         mistyped.append("trace")
-    if not isinstance(data.get("latent", {}), dict):
-        mistyped.append("latent")
+    mistyped += [name for name in ("latent", "groups") if not isinstance(data.get(name, {}), dict)]
     if mistyped:
         raise ValueError(f"wrong type of value in {', '.join(mistyped)}")
     kept: dict[str, Any] = {**data, "images": tuple(data["images"]), "specialties": tuple(data["specialties"])}

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from mmedexpert.errors import UserError
 from mmedexpert.merging.adapters import LoraAdapter, check_compatible
 from mmedexpert.merging.checkpoint import new_folder, read_checkpoint
 from mmedexpert.merging.conflicts import Conflicts
+from mmedexpert.progress import Bar
 
 Method = Callable[..., Tensor]
 
@@ -96,16 +96,18 @@ def merge_adapters(
     check_compatible(adapters, base_folder)
     shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
     conflicts = Conflicts(list(folders))
-    with Progress(transient=True) as progress:
-        task = progress.add_task("merging", total=len(shapes))
+    done = 0
+    with Bar("merge", len(shapes)) as bar:
 
         def merged(name: str) -> Tensor | None:
+            nonlocal done
             if name not in shapes:
                 return None
             deltas = [a.delta(name) if name in a.shapes else torch.zeros(shapes[name]) for a in adapters]
             result = call_method(method, deltas[: len(experts)], deltas[len(experts) :], name)
             conflicts.add(deltas, result)
-            progress.advance(task)
+            done += 1
+            bar.show(done)
             return result
 
         write_merged(base_folder, out_folder, merged)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,16 @@ def fingerprint_base(folder: str | Path) -> str:
     Files under 64 MB are hashed whole; of larger ones the header and 32 evenly spaced blocks of 1 MB (ours): enough to
     tell bases and fine-tunes apart, not proof against a change of single weights.
     """
-    folder = Path(folder)
-    digest = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
-    for file in weight_files(folder):
+    files = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(Path(folder)))
+    return _fingerprint(json.dumps(read_json(Path(folder) / "config.json"), sort_keys=True), files)
+
+
+@cache  # a command asks for the same base many times
+def _fingerprint(config: str, files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256(config.encode())
+    for file, size, _ in files:
         with open_safetensors(file):  # whole, and with a sound header
-            size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
+            digest.update(f"{file.name}:{size}\n".encode())
         with file.open("rb") as opened:
             if size < HASH_WHOLE_BELOW:
                 digest.update(opened.read())

@@ -10,10 +10,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import get_cosine_schedule_with_warmup
+
+from mmedexpert.progress import Bar
 
 Stream = Callable[[int], Iterator[Any]]
 
@@ -81,7 +82,7 @@ def batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator
         yield batch
 
 
-class _Steps(IterableDataset):
+class _FromStep(IterableDataset):
     def __init__(self, stream: Stream, start: Callable[[], int]) -> None:
         self.stream, self.start = stream, start
 
@@ -105,11 +106,30 @@ class Checkpoint(Callback):
             self.written = step
 
 
+class Steps(Callback):
+    """The bar of a training: optimiser steps and the module's `prog_bar` numbers."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.bar = Bar(self.title, int(trainer.max_steps), hidden=not trainer.is_global_zero)
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.bar.show(trainer.global_step, {k: float(v) for k, v in trainer.progress_bar_metrics.items()})
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
 def fit(
     module: TrainingModule,
     stream: Stream,
     *,
     folder: Path,
+    title: str = "train",
     checkpoint_every: int,
     accumulate_grad_batches: int = 1,
     accelerator: str = "auto",
@@ -133,25 +153,10 @@ def fit(
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[Checkpoint(path, checkpoint_every), Bar()],
+        enable_progress_bar=False,
+        callbacks=[Checkpoint(path, checkpoint_every), Steps(title)],
         default_root_dir=folder,
     )
-    loader: Iterable[Any] = DataLoader(_Steps(stream, lambda: trainer.global_step), batch_size=None)
+    loader: Iterable[Any] = DataLoader(_FromStep(stream, lambda: trainer.global_step), batch_size=None)
     trainer.fit(module, loader, ckpt_path=str(path) if path.exists() else None, weights_only=True)
     path.unlink(missing_ok=True)
-
-
-class Bar(RichProgressBar):
-    """Lightning's rich bar, counted in optimiser steps, without the version number."""
-
-    def __init__(self) -> None:
-        super().__init__(theme=RichProgressBarTheme(metrics_format=".3g"), leave=False)
-
-    @property
-    def total_train_batches(self) -> int | float:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> Any:
-        metrics = super().get_metrics(trainer, module)
-        metrics.pop("v_num", None)
-        return metrics

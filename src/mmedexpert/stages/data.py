@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -72,6 +73,7 @@ def first_of_each(records: list[Record], limit: int) -> list[Record]:
     return chosen
 
 
+@cache  # a command asks for its data set many times
 def _root_fingerprint(root: Path | None) -> str | None:
     """Names and sizes of all files and the content of the text files: cheap, and blind to where the folder lies."""
     if root is None:

@@ -62,7 +62,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         )
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(
-                module, stream, folder=run.folder, checkpoint_every=settings.checkpoint_every,
+                module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
                 accumulate_grad_batches=settings.accumulate_grad_batches, logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}

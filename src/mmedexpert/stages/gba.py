@@ -107,8 +107,8 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
                 seed=config.seed, watch=watch,
             )  # fmt: skip
             fit(
-                module, stream, folder=run.folder, checkpoint_every=settings.checkpoint_every, logger=logger,
-                **fit_options(config),
+                module, stream, folder=run.folder, title=f"gba {name}",
+                checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         _save(run.folder, policy, base.folder, adapters, weight)

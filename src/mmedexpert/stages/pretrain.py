@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +19,7 @@ from mmedexpert.modules import tiny
 from mmedexpert.modules.backbone import resolve, save_backbone
 from mmedexpert.modules.fit import Stream, batch_indices, fit
 from mmedexpert.modules.sft import PretrainModule
+from mmedexpert.progress import track
 from mmedexpert.runs import Run
 from mmedexpert.schema import ArchitectureConfig, Config, PretrainConfig
 from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
@@ -58,8 +60,8 @@ def _pretrain(config: Config) -> Run:
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(
-                module, stream, folder=run.folder, checkpoint_every=settings.checkpoint_every, logger=logger,
-                **fit_options(config),
+                module, stream, folder=run.folder, title=f"pretrain {run.name}",
+                checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         save_backbone(run.folder / "model", model, encoder)
@@ -79,13 +81,13 @@ def _sizes(architecture: ArchitectureConfig) -> dict[str, Any]:
 
 
 def corpus(seed: int) -> list[str]:
-    """The text the tokenizer is trained on: the lessons themselves."""
+    """The text the tokenizer is trained on: the lessons, cut where a conversation has a special token."""
     rng = np.random.default_rng([seed, 7])
     texts = []
     for teach, count in ((lessons.reading, 1000), (lessons.looking, 2500)):
         for _ in range(count):
             lesson = teach(rng)
-            texts.append(lesson.prompt + lesson.completion)
+            texts += ["user\n", lesson.prompt, "assistant\n", *re.split("|".join(tiny.TAGS), lesson.completion)]
     return texts
 
 
@@ -93,7 +95,7 @@ def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stre
     """Reading, then looking; any step can be made again from the seed."""
     drawn = np.random.default_rng([seed, 0])
     pool: list[tuple[Prompt, list[int]]] = []
-    for _ in range(settings.images):
+    for _ in track(range(settings.images), "drawing lessons"):
         lesson = lessons.looking(drawn)
         assert lesson.image is not None
         patches, grid = encoder.patches(lesson.image)

@@ -11,7 +11,7 @@ from mmedexpert.data.phantom.text import options, question, trace
 from mmedexpert.data.record import SPLITS, Record
 from mmedexpert.guidelines import PERSPECTIVES
 
-# Of the test images only: they are drawn anew (the number raised) whenever a default was chosen with their scores in view.
+# Raised, and the test images so drawn anew, whenever a default was chosen with their scores in view.
 TEST_DRAW = 1
 TOP = ("adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery")  # the paper's four
 
