@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from mmedexpert.data.encode import Encoder
 from mmedexpert.engines.generate import generate, positions
 
 
@@ -29,6 +32,50 @@ def test_greedy_equals_transformers_generate(tiny, picture):
     for row, mask, other in zip(ours.ids, ours.mask, theirs, strict=True):
         length = int(mask.sum())
         assert row[:length].tolist() == other[:length].tolist()
+
+
+def test_an_image_is_encoded_once_and_its_features_change_nothing(tiny, picture, monkeypatch):
+    model, encoder = copy.deepcopy(tiny[0]).requires_grad_(False), tiny[1]
+    chosen = prompts(encoder, picture)
+    batch, _ = encoder.collate(chosen, [encoder.completion("low"), encoder.completion("high")] * 2)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    calls = []
+    original = model.model.visual.forward
+    monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    encoder.see(model, chosen)
+    encoder.see(model, chosen)
+    assert len(calls) == 2 and all(image.patches is None for prompt in chosen for image in prompt.images)
+    batch, _ = encoder.collate(chosen, [encoder.completion("low"), encoder.completion("high")] * 2)
+    assert "pixel_values" not in batch
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+    assert len(calls) == 2
+    greedy = generate(
+        model, encoder.collate_prompts(chosen), end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=8
+    )
+    plain = generate(
+        model, encoder.collate_prompts(prompts(encoder, picture)), end_ids=encoder.end_ids, pad_id=encoder.pad_id,
+        max_new_tokens=8,
+    )  # fmt: skip
+    assert greedy.rows() == plain.rows()
+
+
+def test_a_trained_vision_tower_is_never_cached(tiny, picture):
+    model, encoder = copy.deepcopy(tiny[0]), tiny[1]
+    chosen = prompts(encoder, picture)
+    model.model.visual.requires_grad_(True)
+    encoder.see(model, chosen)
+    assert all(image.seen is None for prompt in chosen for image in prompt.images)
+
+
+def test_images_are_kept_up_to_a_number_of_bytes(tiny, picture, tmp_path):
+    encoder = Encoder(tiny[1].tokenizer, tiny[1].image_processor, cache_bytes=3 * 16 * 1176 * 4)
+    for seed in range(5):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    images = [encoder.image(tmp_path / f"{seed}.png") for seed in (0, 1, 2, 0, 3)]
+    assert images[3] is images[0]
+    assert encoder.image(tmp_path / "0.png") is images[0] and encoder.image(tmp_path / "1.png") is not images[1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmedexpert.data.encode import Encoder, prompt_text
+from mmedexpert.data.encode import Encoder, prompt_text, to_device
 from mmedexpert.data.record import Record
 from mmedexpert.engines.generate import generate
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.progress import Bar
-from mmedexpert.rollouts import to_device
 from mmedexpert.scoring import Protocol, score_choice
 from mmedexpert.stats import cluster_bootstrap_ci, macro_bootstrap_ci
 

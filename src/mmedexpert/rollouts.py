@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mmedexpert import rewards
 from mmedexpert.advantages import RewardScale, group_relative, perspective_terms
-from mmedexpert.data.encode import Batch, Encoder, Prompt
+from mmedexpert.data.encode import Encoder, Prompt, to_device
 from mmedexpert.data.record import Record
-from mmedexpert.engines.generate import generate
+from mmedexpert.engines.generate import core_of, generate
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.scoring import Protocol
 
@@ -102,6 +102,7 @@ def roll_out(
         for record in records
         for name in layout
     ]
+    encoder.see(core_of(model), prompts)
     sampled = generate(
         model,
         to_device(encoder.collate_prompts(prompts), device),
@@ -136,8 +137,3 @@ def roll_out(
         [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
         sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total,
     )  # fmt: skip
-
-
-def to_device(batch: Batch, device: str) -> Batch:
-    """The batch with every tensor on `device`."""
-    return {key: value.to(device) for key, value in batch.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Judged:
-    """`picked` is the answer read from the response (None when unparsed); `scores` are an open answer's text metrics."""
+    """`picked` is the answer read from the response (None when unparsed); `scores`: text metrics of an open answer."""
 
     correct: bool
     picked: str | None

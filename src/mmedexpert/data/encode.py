@@ -17,16 +17,26 @@ from mmedexpert.data.record import Record
 
 IMAGE_TOKEN = "<|image_pad|>"
 IGNORE = -100
-Batch = dict[str, Tensor]
+CACHE_BYTES = 2 * 2**30  # ours: images an encoder keeps, as patches or, once seen, as features
+Batch = dict[str, Any]  # a model's keyword arguments
+
+
+@dataclass(eq=False)
+class EncodedImage:
+    """`patches` [patches, channels] and `grid` [3] of one image; once a frozen vision tower has seen it, its output
+    takes the place of the patches."""
+
+    grid: Tensor
+    patches: Tensor | None
+    seen: Any = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An encoded prompt: `input_ids` [P] with image tokens expanded, patches of its images and their grids [I, 3]."""
+    """An encoded prompt: `input_ids` [P] with image tokens expanded, and its images."""
 
     input_ids: list[int]
-    pixel_values: list[Tensor]
-    image_grid_thw: list[Tensor]
+    images: list[EncodedImage]
 
 
 def prompt_text(record: Record, instruction: str = "") -> str:
@@ -43,10 +53,10 @@ def target_text(record: Record) -> str:
 
 
 class Encoder:
-    """Tokenises prompts and completions and patches images, keeping the last `max_images` images in memory."""
+    """Tokenises prompts and completions and patches images, keeping `cache_bytes` of the last used images in memory."""
 
     def __init__(
-        self, tokenizer: Any, image_processor: Any, *, system_prompt: str | None = None, max_images: int = 1024
+        self, tokenizer: Any, image_processor: Any, *, system_prompt: str | None = None, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self.tokenizer, self.image_processor, self.system_prompt = tokenizer, image_processor, system_prompt
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -54,25 +64,47 @@ class Encoder:
         vision = ("<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN, "<|video_pad|>")
         self.banned_ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in vision]
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
-        self._images: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        self._max_images = max_images
+        self._images: OrderedDict[str, EncodedImage] = OrderedDict()
+        self._free = cache_bytes
 
-    def patches(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Patches [patches, channels] and grid [3] of one image."""
+    def patches(self, image: Image.Image, dtype: torch.dtype = torch.float32) -> EncodedImage:
+        """One image as patches."""
         out = self.image_processor(images=[image], return_tensors="pt")
-        return out["pixel_values"], out["image_grid_thw"][0]
+        return EncodedImage(out["image_grid_thw"][0], out["pixel_values"].to(dtype))
 
-    def image(self, path: Path) -> tuple[Tensor, Tensor]:
-        """The patches of an image file, from memory when it was used lately."""
+    def image(self, path: Path) -> EncodedImage:
+        """An image file, from memory when it was used lately."""
         key = str(path)
         if key not in self._images:
             self._images[key] = self.patches(open_image(path))
-            if len(self._images) > self._max_images:
-                self._images.popitem(last=False)
+            self._free -= _bytes(self._images[key])
+            while self._free < 0 and len(self._images) > 1:
+                self._free += _bytes(self._images.popitem(last=False)[1])
         self._images.move_to_end(key)
         return self._images[key]
 
-    def chat(self, text: str, images: Sequence[tuple[Tensor, Tensor]]) -> Prompt:
+    @torch.no_grad()
+    def see(self, core: Any, prompts: Sequence[Prompt]) -> None:
+        """Run the vision tower once for every image of the prompts that it has not seen; later batches reuse it.
+
+        One image a call, so that its features do not depend on the company it is in. Does nothing where the tower is
+        trained: its output then changes and needs a graph.
+        """
+        tower = core.model.visual
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            return
+        device = next(tower.parameters()).device
+        for image in (image for prompt in prompts for image in prompt.images):
+            if image.seen is None and image.patches is not None:
+                before = _bytes(image)
+                image.seen = core.model.get_image_features(
+                    image.patches.to(device), image.grid[None].to(device), return_dict=True
+                )
+                image.seen.last_hidden_state = None
+                image.patches = None
+                self._free += before - _bytes(image)
+
+    def chat(self, text: str, images: Sequence[EncodedImage]) -> Prompt:
         """One user turn (images first) and the start of the assistant's, through the model's chat template."""
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
@@ -81,10 +113,9 @@ class Encoder:
         string = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = string.split(IMAGE_TOKEN)
         merge = self.image_processor.merge_size**2
-        for (_, grid), index in zip(images, range(1, len(pieces)), strict=True):
-            pieces[index] = IMAGE_TOKEN * (int(grid.prod()) // merge) + pieces[index]
-        ids = self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
-        return Prompt(ids, [patches for patches, _ in images], [grid for _, grid in images])
+        for image, index in zip(images, range(1, len(pieces)), strict=True):
+            pieces[index] = IMAGE_TOKEN * (int(image.grid.prod()) // merge) + pieces[index]
+        return Prompt(self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"], list(images))
 
     def prompt(self, record: Record, image_root: Path, instruction: str = "") -> Prompt:
         """The encoded prompt of a record; UserError for an image that cannot be opened."""
@@ -100,11 +131,18 @@ class Encoder:
         return self.tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False)
 
     def _inputs(self, ids: Tensor, mask: Tensor, prompts: Sequence[Prompt]) -> Batch:
-        batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == self.image_token_id).int()}
-        patches = [patch for prompt in prompts for patch in prompt.pixel_values]
-        if patches:
-            batch["pixel_values"] = torch.cat(patches).float()
-            batch["image_grid_thw"] = torch.stack([grid for prompt in prompts for grid in prompt.image_grid_thw])
+        batch: Batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": (ids == self.image_token_id).int(),
+        }
+        images = [image for prompt in prompts for image in prompt.images]
+        if images:
+            batch["image_grid_thw"] = torch.stack([image.grid for image in images])
+            if all(image.seen is not None for image in images):
+                batch["mm_encoder_outputs"] = {"image": _joined([image.seen for image in images])}
+            else:
+                batch["pixel_values"] = torch.cat([p for image in images if (p := image.patches) is not None]).float()
         return batch
 
     def collate_prompts(self, prompts: Sequence[Prompt]) -> Batch:
@@ -128,3 +166,29 @@ class Encoder:
             mask[row, :end] = 1
             labels[row, start:end] = torch.tensor(completion)
         return self._inputs(ids, mask, prompts), labels
+
+
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch with its tensors on `device` (vision outputs are there already)."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _bytes(image: EncodedImage) -> int:
+    kept = [image.patches] if image.patches is not None else []
+    if image.seen is not None:
+        kept += [*image.seen.pooler_output, *(part for layer in _deep(image.seen) for part in layer)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def _deep(seen: Any) -> list[Any]:
+    """Qwen3-VL's features of inner vision layers: per layer, one tensor an image; none in Qwen2-VL and Qwen2.5-VL."""
+    return getattr(seen, "deepstack_features", None) or []
+
+
+def _joined(seen: Sequence[Any]) -> Any:
+    """The vision outputs of several images as those of one call with all of them."""
+    joined = type(seen[0])(pooler_output=tuple(part for one in seen for part in one.pooler_output))
+    if _deep(seen[0]):
+        layers = range(len(_deep(seen[0])))
+        joined.deepstack_features = [tuple(p for one in seen for p in _deep(one)[layer]) for layer in layers]
+    return joined

@@ -157,6 +157,8 @@ def fit(
         callbacks=[Checkpoint(path, checkpoint_every), Steps(title)],
         default_root_dir=folder,
     )
-    loader: Iterable[Any] = DataLoader(_FromStep(stream, lambda: trainer.global_step), batch_size=None)
+    # batches come ready: the default conversion would take the vision outputs in them apart
+    steps = _FromStep(stream, lambda: trainer.global_step)
+    loader: Iterable[Any] = DataLoader(steps, batch_size=None, collate_fn=lambda batch: batch)
     trainer.fit(module, loader, ckpt_path=str(path) if path.exists() else None, weights_only=True)
     path.unlink(missing_ok=True)

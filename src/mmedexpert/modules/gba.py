@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from mmedexpert.data.encode import Encoder
+from mmedexpert.data.encode import Encoder, to_device
 from mmedexpert.data.record import Record
 from mmedexpert.engines.generate import core_of
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.losses import LossType, masked_mean, policy_loss, selected_logps_and_entropy
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, step_seed
-from mmedexpert.rollouts import Rollout, to_device
+from mmedexpert.rollouts import Rollout
 
 
 class GbaModule(TrainingModule):
@@ -46,8 +46,9 @@ class GbaModule(TrainingModule):
 
     def logps(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token log-probabilities and entropy [N, T] of the completions under the model as it is now."""
-        batch, _ = self.encoder.collate(rollout.prompts, rollout.completions)
         core = core_of(self.model)
+        self.encoder.see(core, rollout.prompts)
+        batch, _ = self.encoder.collate(rollout.prompts, rollout.completions)
         hidden = core.model(**to_device(batch, str(self.device)), use_cache=False).last_hidden_state
         starts = torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts], device=hidden.device)
         offsets = torch.arange(rollout.mask.shape[1], device=hidden.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmedexpert.data.encode import IGNORE, Batch, Encoder, Prompt
+from mmedexpert.data.encode import IGNORE, Batch, Encoder, Prompt, to_device
+from mmedexpert.data.record import Record
 from mmedexpert.engines.generate import core_of
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices
 
@@ -30,6 +31,10 @@ class SftModule(TrainingModule):
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, **training: Any) -> None:
         super().__init__(**training)
         self.model, self.lr, self.weight_decay = model, lr, weight_decay
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Tensors alone: Lightning would take the vision outputs in the batch apart."""
+        return to_device(batch[0], device), batch[1].to(device)
 
     def training_step(self, batch: tuple[Batch, Tensor], batch_idx: int) -> Tensor:
         inputs, labels = batch
@@ -90,12 +95,24 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def sft_stream(
-    encoder: Encoder, samples: Sequence[tuple[Prompt, list[int]]], *, batch_size: int, accumulate: int, seed: int
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    sample: Callable[[Record], tuple[Prompt, list[int]]],
+    *,
+    batch_size: int,
+    accumulate: int,
+    seed: int,
 ) -> Stream:
-    """Batches of (prompt, completion) samples in a shuffled order that depends on the seed alone."""
+    """Batches of (prompt, completion) samples in a shuffled order that depends on the seed alone.
+
+    Samples are encoded as they come, images from the encoder's cache: a data set need not fit in memory.
+    """
 
     def stream(step: int) -> Iterator[tuple[Batch, Tensor]]:
-        for chosen in batch_indices(len(samples), batch_size, seed, step * accumulate):
-            yield encoder.collate([samples[i][0] for i in chosen], [samples[i][1] for i in chosen])
+        for chosen in batch_indices(len(records), batch_size, seed, step * accumulate):
+            prompts, completions = zip(*(sample(records[i]) for i in chosen), strict=True)
+            encoder.see(core_of(model), prompts)
+            yield encoder.collate(prompts, completions)
 
     return stream

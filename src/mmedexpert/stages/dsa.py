@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from mmedexpert.cards import write_card
@@ -47,19 +48,14 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             target_modules=lora.target_modules, gradient_checkpointing=config.model.gradient_checkpointing,
             seed=config.seed,
         )  # fmt: skip
-        with run.phase("encode"):
-            samples = [sample(encoder, record, image_root) for record in records]
         module = SftModule(
             model, lr=settings.lr, weight_decay=settings.weight_decay, seed=config.seed, steps=settings.steps,
             warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
         stream = sft_stream(
-            encoder,
-            samples,
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate_grad_batches,
-            seed=config.seed,
-        )
+            model, encoder, records, partial(sample, encoder, image_root), batch_size=settings.batch_size,
+            accumulate=settings.accumulate_grad_batches, seed=config.seed,
+        )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(
                 module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
@@ -78,7 +74,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
     return stage_run(config, "dsa", name, key, work, {"base": base.identity, "data": data.run_id})
 
 
-def sample(encoder: Encoder, record: Record, image_root: Path) -> tuple[Prompt, list[int]]:
+def sample(encoder: Encoder, image_root: Path, record: Record) -> tuple[Prompt, list[int]]:
     """Prompt and completion of a training record, under the perspective its trace was written from."""
     instruction = instructions()[record.trace.perspective] if record.trace else ""
     return encoder.prompt(record, image_root, instruction), encoder.completion(target_text(record))

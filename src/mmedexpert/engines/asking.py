@@ -1,0 +1,34 @@
+"""What an engine is asked and what it replies: the seam between evaluation and whatever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question: a user turn of images (several are announced as `<image_1>: ` and so on) and then text."""
+
+    id: str
+    text: str
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A greedy answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
+
+    `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
+    seconds: float
+    mean_logp: float | None
+
+
+# (place in the asked list, reply), in any order, each as soon as it is there
+Engine = Callable[[Sequence[Ask]], Iterator[tuple[int, Reply]]]
