@@ -1,19 +1,29 @@
-"""Tables a person reads: models of one pipeline, stages of one command, jobs of one sweep; rich and Markdown."""
+"""Tables a person reads: models of a pipeline, stages of a command, jobs of a sweep; rich, Markdown, LaTeX, CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.runs import Run
 
 Row = dict[str, str]
+LEFT = ("benchmark", "model", "job", "stage", "name", "folder", "protocol", "source")  # columns of names, not numbers
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "\u00b1": r"$\pm$", "\n": " ",
+})  # fmt: skip
 SHORT = {"adult_medicine": "adult", "pediatrics": "pediatric", "brain_sensory": "brain", "oncology_surgery": "oncology"}
 
 
@@ -45,17 +55,41 @@ def markdown(rows: Sequence[Row]) -> str:
     """A GitHub table."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row.get(c, "-") for c in columns] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """A LaTeX tabular with the rules of booktabs."""
+    columns = list(rows[0])
+    lines = [_latex_line(columns), *(_latex_line([row.get(c, "-") for c in columns]) for row in rows)]
+    align = "".join("l" if column in LEFT else "r" for column in columns)
+    lines[:1] = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule"]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    minus = [re.sub(r"(?<![\w.)-])-(?=\d)", "$-$", cell.translate(LATEX)) for cell in cells]
+    # `[` and `*` after the line break before would be read as its arguments
+    return ("{}" if cells[0].startswith(("[", "*")) else "") + " & ".join(minus) + r" \\"
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """CSV with a header; columns in order of appearance, empty where a row has no value."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def rich_table(rows: Sequence[Row], title: str, caption: str = "") -> Table:
     """A table for the terminal, names to the left and numbers to the right."""
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in rows[0]:
-        left = column in ("model", "job", "stage", "name", "folder")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column in ("model", "job"))
+        table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column in ("model", "job"))
     for row in rows:
-        table.add_row(*(row.get(column, "-") for column in rows[0]))
+        table.add_row(*(escape(row.get(column, "-")) for column in rows[0]))
     return table
 
 
@@ -71,13 +105,17 @@ def print_result(runs: Mapping[str, Run]) -> None:
     """The last table of a command: models where models were evaluated, else each run with its main numbers."""
     evaluated = {name.removeprefix("eval/"): run for name, run in runs.items() if run.stage == "eval"}
     if evaluated:
+        summaries = {name: _summary(run) for name, run in evaluated.items()}
+        if voted := [row for name, one in summaries.items() if "vote" in one for row in vote_rows(name, one)]:
+            print_table(voted, "One perspective against the vote of four", "gain: vote minus mean of the four, paired.")
+        if next(iter(summaries.values()))["question_set"]["public"]:
+            print_benchmarks(summaries)
+            return
         if "pipeline" in runs:
-            rows = model_rows(json.loads((runs["pipeline"].folder / "summary.json").read_text()))
+            rows = model_rows(_summary(runs["pipeline"]))
         else:
-            rows = [
-                _row(name, json.loads((run.folder / "summary.json").read_text())) for name, run in evaluated.items()
-            ]
-        sizes = json.loads((next(iter(evaluated.values())).folder / "summary.json").read_text())["per_specialty"]
+            rows = [_row(name, one) for name, one in summaries.items()]
+        sizes = next(iter(summaries.values()))["per_specialty"]
         asked = ", ".join(f"{SHORT.get(name, name)} {entry['n']}" for name, entry in sizes.items())
         caption = f"Accuracy per specialty (questions: {asked}); adherence per perspective in the last four columns."
         if "pipeline" in runs:
@@ -90,6 +128,65 @@ def print_result(runs: Mapping[str, Run]) -> None:
     ]
     if rows:
         print_table(rows, "Runs")
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def benchmark_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """One row per benchmark and model, both protocols, and what the numbers have to be held against."""
+    rows = []
+    for name, one in summaries.items():
+        asked, model = name.split("/", 1)
+        row = {"benchmark": asked, "model": model, "n": str(one["n"]), "left out": str(one["question_set"]["left_out"])}
+        row |= {f"{protocol} [95% CI]": interval(found) for protocol, found in sorted(one["protocols"].items())}
+        row |= {
+            "unparsed": f"{100 * one['parse_failure_rate']:.0f}%",
+            "cut off": f"{100 * one['truncation_rate']:.0f}%",
+        }
+        clean = one["protocols"][one["protocol"]].get("clean")
+        row["clean part (n)"] = f"{clean['accuracy']:.2f} ({clean['n']})" if clean else "- (0)" if clean == {} else "-"
+        row |= {f"{kind}": f"{value:.2f}" for kind, value in one["baselines"].items()}
+        if scored := one["protocols"]["robust"].get("open"):  # MedEvalKit's own unpacks its F1 in another order
+            row["open: F1"] = f"{scored['f1']:.2f}"
+        if one.get("llm_judge"):
+            row["LLM judge"] = interval(one["llm_judge"])
+        rows.append(row)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column, "-") for column in columns} for row in rows]
+
+
+def print_benchmarks(summaries: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table of `stage=eval benchmark=...`, what was asked, and a warning where images were trained on."""
+    said = {}
+    for one in summaries.values():
+        asked, found = one["question_set"], one["contamination"]
+        said[asked["name"]] = f"{asked['name']}: {', '.join(asked['source'])}; led by protocol {one['protocol']}"
+        if asked["left_out"]:
+            said[asked["name"]] += f"; {asked['left_out']} left out, see manifest.json in {asked['folder']}"
+        if own := asked["own_training_part"]:
+            said[asked["name"]] += (
+                f"\n  its own training part shows {own['images_seen']:.0f} of its {own['images']:.0f} test images"
+            )
+        if found and found["image_seen"]:
+            said[asked["name"]] += (
+                f"\n  LEAK: the images of {found['image_seen']:.0f} of {found['questions']:.0f} questions are in the "
+                "training data; quote the clean part"
+            )
+    print_table(benchmark_rows(summaries), "Benchmarks", "\n".join(said.values()))
+
+
+def vote_rows(name: str, one: Mapping[str, Any]) -> list[Row]:
+    """One row per protocol: accuracy under each perspective alone, of the vote, and the gain with its interval."""
+    return [
+        {
+            "model": name, "protocol": protocol,
+            **{p[:5]: f"{found[p]['accuracy']:.2f}" for p in PERSPECTIVES},
+            "vote [95% CI]": interval(one["protocols"][protocol]), "gain [95% CI]": interval(found["gain"], "mean"),
+        }
+        for protocol, found in one["vote"].items()
+    ]  # fmt: skip
 
 
 def _main_numbers(run: Run) -> dict[str, str]:

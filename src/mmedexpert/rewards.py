@@ -6,14 +6,14 @@ Source: DESIGN section 7; the paper does not state its rewards. # ours
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmedexpert.benchmarks.robust import read_text
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
+from mmedexpert.metrics import tokens
 from mmedexpert.scoring import Protocol, has_format, score_choice
 
 Options = Mapping[str, str] | None
@@ -30,7 +30,7 @@ def accuracy(
     """1.0 where the completion picks the gold answer, else 0.0; the columns are aligned with `completions`.
 
     With options, `answer` is a letter and `protocol` reads the pick (`scoring.score_choice`). For an open question
-    (None) the text of the answer tag must equal the answer but for case, punctuation and articles. # ours
+    (None) the text read as in evaluation must equal the answer after normalisation (`benchmarks.robust`). # ours
     Raises ValueError where columns differ in length or an answer is not the letter of an option.
     """
     return [
@@ -43,13 +43,7 @@ def _right(completion: str, options: Options, gold: str, protocol: Protocol) -> 
     if options:
         choices = [f"{letter}. {text}" for letter, text in options.items()]
         return score_choice(completion, choices, gold, protocol).correct
-    given = _plain(completion.rpartition("</answer>")[0].rpartition("<answer>")[2]) if "<answer>" in completion else []
-    return bool(given) and given == _plain(gold)
-
-
-def _plain(text: str) -> list[str]:
-    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", unicodedata.normalize("NFKC", text).casefold())
-    return [word for word in words if word not in ("a", "an", "the")]
+    return read_text(completion, "en") == " ".join(tokens(gold, "en"))
 
 
 def answer_format(completions: Sequence[str], **_: Any) -> list[float | None]:

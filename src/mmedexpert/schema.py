@@ -138,13 +138,56 @@ class MergeConfig:
 
 
 @dataclass
+class EndpointConfig:
+    """An OpenAI-compatible server."""
+
+    base_url: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    concurrency: int = 16
+    timeout_s: float = 600.0
+    retries: int = 5
+
+
+@dataclass
+class EngineConfig:
+    name: str = MISSING
+    batch_size: int = 64
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+
+@dataclass
+class BenchmarkConfig:
+    name: str = MISSING
+    repo: str | None = None
+    revision: str | None = None
+    patterns: list[str] = field(default_factory=list)
+    root: str | None = None
+    load: dict[str, Any] = field(default_factory=dict)
+    ask: str = MISSING
+    judge: str = MISSING
+    breakdowns: list[str] = field(default_factory=list)
+    train_split: str | None = None
+
+
+@dataclass
 class EvalConfig:
     split: str = MISSING
-    perspective: str = MISSING
+    perspectives: str = MISSING
     protocol: str = MISSING
-    batch_size: int = MISSING
     num_resamples: int = MISSING
     models: list[str] | None = None
+    contamination: bool = True
+    llm_judge: EndpointConfig = field(default_factory=EndpointConfig)
+
+
+@dataclass
+class ReportConfig:
+    runs: list[str] = field(default_factory=list)
+    against: str | None = None
+    out: str | None = None
+    common: bool = False
+    published: str | None = None
 
 
 @dataclass
@@ -185,10 +228,14 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    benchmark: dict[str, BenchmarkConfig] = field(default_factory=dict)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    protocol: str = "auto"
     seed: int = 0
 
 
@@ -199,9 +246,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
-    "eval.protocol": ("robust", "medevalkit"),
+    "eval.protocol": ("auto", "robust", "medevalkit"),
+    "engine.name": ("transformers", "openai"),
     "eval.split": ("val", "test"),
-    "eval.perspective": ("rotate", "none", *PERSPECTIVES),
+    "eval.perspectives": ("rotate", "vote", "none", *PERSPECTIVES),
     "data.on_bad_record": ("error", "skip"),
     "logger.name": ("wandb", "csv", "none"),
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -211,7 +259,7 @@ POSITIVE = (
     "model.min_pixels", "model.max_pixels", "model.max_new_tokens", "model.lora.r", "model.lora.alpha", "dsa.steps",
     "dsa.batch_size", "dsa.accumulate_grad_batches", "dsa.lr", "dsa.checkpoint_every", "gba.steps",
     "gba.prompts_per_step", "gba.num_iterations", "gba.temperature", "gba.top_p", "gba.epsilon", "gba.lr",
-    "gba.checkpoint_every", "eval.batch_size", "eval.num_resamples", "trainer.devices", "pretrain.images",
+    "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.devices", "pretrain.images",
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
     "pretrain.checkpoint_every",
 )  # fmt: skip
@@ -302,5 +350,13 @@ def check(config: Config) -> None:
         raise UserError("specialty.names needs at least one name, each once")
     if config.model.name_or_path is None and config.model.architecture is None:
         raise UserError("model.name_or_path is empty: give a hub id or a folder, or use model=tiny")
+    for name, one in config.benchmark.items():
+        if one.root is not None and not Path(one.root).is_dir():
+            raise UserError(f"benchmark.{name}.root={one.root} is not a folder: give the folder of the published files")
+    if config.engine.name == "openai" and not (config.engine.endpoint.base_url and config.engine.endpoint.model):
+        raise UserError("engine=openai needs engine.endpoint.base_url=<...>/v1 and engine.endpoint.model=<served name>")
+    judge = config.eval.llm_judge
+    if (judge.base_url is None) != (judge.model is None):
+        raise UserError("eval.llm_judge needs both base_url and model, or neither")
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")

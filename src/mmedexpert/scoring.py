@@ -63,7 +63,7 @@ def has_format(response: str) -> bool:
 # --- medevalkit -------------------------------------------------------------------------------------------------------
 
 # In this order: each one that is present keeps only what follows its last occurrence.
-_MEDEVALKIT_CUES = (
+MEDEVALKIT_CUES = (
     "**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:", "\u7b54\u6848:", "final answer",
     "final answer is",
 )  # fmt: skip
@@ -71,14 +71,14 @@ _MEDEVALKIT_CUES = (
 
 def _pick_medevalkit(response: str, choices: Sequence[str]) -> str:
     letters = ascii_uppercase[: len(choices)].lower()
-    text = _answer_tags(response).lower()
+    text = answer_tags(response).lower()
     paragraphs = text.split("\n\n")
     for candidate in (paragraphs[0], paragraphs[-1].split(".")[0]):
         if len(candidate) == 1 and candidate in letters:
             return candidate.upper()
 
-    text = _boxed(text) if "boxed" in text else _answer_tags(text)
-    for cue in _MEDEVALKIT_CUES:
+    text = boxed_content(text) if "boxed" in text else answer_tags(text)
+    for cue in MEDEVALKIT_CUES:
         text = text.rpartition(cue)[2]
     text = text.strip().lower().replace("\n", "")
 
@@ -91,17 +91,17 @@ def _pick_medevalkit(response: str, choices: Sequence[str]) -> str:
     return letters[_most_similar(options, text)].upper()
 
 
-def _answer_tags(text: str) -> str:
-    """Contents of all closed answer tags joined by a space, or the whole text where there are none."""
+def answer_tags(text: str) -> str:
+    """Contents of all closed answer tags joined by a space, or the whole text where they hold nothing."""
     contents, end = [], 0
     # Not a regex: a lazy one is quadratic in unclosed tags.
     while (start := text.find("<answer>", end)) >= 0 and (close := text.find("</answer>", start)) >= 0:
         contents.append(text[start + len("<answer>") : close])
         end = close + len("</answer>")
-    return " ".join(contents).strip() if contents else text
+    return " ".join(contents).strip() or text
 
 
-def _boxed(text: str) -> str:
+def boxed_content(text: str) -> str:
     r"""What the last `\boxed{` holds up to its matching brace, or the string "None" (mathruler 0.1.0)."""
     start = text.rfind("\\boxed{")
     depth = 0
@@ -130,7 +130,7 @@ def _most_similar(options: Sequence[str], text: str) -> int:
 
 # Words, keeping "e.g", "2.5" and "isn't" whole; signs that tell options apart; ends of a clause.
 _TOKEN = re.compile(r"[^\W_]+(?:[.'\u2019][^\W_]+)*|[<>\u2264\u2265\xb1+%]|[.!?;\n]")
-_BOX = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]*\})*+)\}")
+BOX = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]*\})*+)\}")
 # "c) text", "c: text" and "c.text", but not "(c) text" or "e.g": the label ends a clause.
 _LABEL = re.compile(r"(?<![\w(\[.])([a-z])(?:[):]|\.(?=[a-z]{3}|\d))")
 _PREFIX = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
@@ -146,10 +146,10 @@ _FILLERS = frozenset(_ANSWER_WORDS.split())
 
 def _pick_robust(response: str, choices: Sequence[str]) -> str | None:
     """The one option that every answering clause of the response names, or None."""
-    span = _answer_span(unicodedata.normalize("NFKC", response).casefold())
+    span = answer_span(unicodedata.normalize("NFKC", response).casefold())
     if span is None:
         return None
-    text = _tokens(_BOX.sub(r"\n\1\n", span))
+    text = _tokens(BOX.sub(r"\n\1\n", span))
     letters = ascii_uppercase[: len(choices)]
     options_named = {letter.lower(): {letter} for letter in letters}
 
@@ -179,7 +179,7 @@ def _pick_robust(response: str, choices: Sequence[str]) -> str | None:
     return picked.pop() if len(picked) == 1 else None
 
 
-def _answer_span(text: str) -> str | None:
+def answer_span(text: str) -> str | None:
     """The part of a lower-cased response that may hold its answer: after any thought, in the last closed answer tag."""
     visible = text.rpartition("</think>")[2].partition("<think>")[0]
     end = visible.rfind("</answer>")

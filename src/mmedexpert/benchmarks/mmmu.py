@@ -20,7 +20,7 @@ from mmedexpert.benchmarks.parquet import (
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import Bad
 from mmedexpert.errors import UserError
-from mmedexpert.scoring import _answer_tags, _boxed
+from mmedexpert.scoring import answer_tags, boxed_content
 
 SUBJECTS = (
     "Basic_Medical_Science",
@@ -88,13 +88,13 @@ def judge(record: Record, response: str) -> Judged:
 
 def _pick(response: str, options: Mapping[str, str]) -> str | None:
     """The option named last: as "(A)", else as " A ", else (more than five words) by its text."""
-    text = _answer_tags(response)
-    if (boxed := _boxed(text)) != NONE:
+    text = answer_tags(response)
+    if (boxed := boxed_content(text)) != NONE:
         text = boxed
     if "<answer>" in text:  # the parser looks for both again, now reading a box that is never closed as "None"
-        text = _answer_tags(text)
+        text = answer_tags(text)
     elif "\\boxed" in text:
-        text = _boxed(text)
+        text = boxed_content(text)
     text = text.strip()
     for mark in ",.!?;:'":
         text = text.strip(mark)

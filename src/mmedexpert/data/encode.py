@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmedexpert.data.images import open_image
 from mmedexpert.data.record import Record
+from mmedexpert.engines.asking import Ask
 
 IMAGE_TOKEN = "<|image_pad|>"
 IGNORE = -100
@@ -105,8 +106,15 @@ class Encoder:
                 self._free += before - _bytes(image)
 
     def chat(self, text: str, images: Sequence[EncodedImage]) -> Prompt:
-        """One user turn (images first) and the start of the assistant's, through the model's chat template."""
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+        """One user turn (images first) and the start of the assistant's, through the model's chat template.
+
+        Several images are announced by their number, one is not. # peers: MedEvalKit
+        """
+        content: list[dict[str, str]] = []
+        for number, _ in enumerate(images, 1):
+            content += [{"type": "text", "text": f"<image_{number}>: "}] if len(images) > 1 else []
+            content.append({"type": "image"})
+        content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
@@ -116,6 +124,10 @@ class Encoder:
         for image, index in zip(images, range(1, len(pieces)), strict=True):
             pieces[index] = IMAGE_TOKEN * (int(image.grid.prod()) // merge) + pieces[index]
         return Prompt(self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"], list(images))
+
+    def ask(self, ask: Ask) -> Prompt:
+        """The encoded prompt of a question; UserError for an image that cannot be opened."""
+        return self.chat(ask.text, [self.image(path) for path in ask.images])
 
     def prompt(self, record: Record, image_root: Path, instruction: str = "") -> Prompt:
         """The encoded prompt of a record; UserError for an image that cannot be opened."""

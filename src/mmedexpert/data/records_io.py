@@ -105,7 +105,7 @@ def validate(
     good = list(records)
     checks: list[Callable[[list[Record]], Iterator[str | None]]] = [_field_faults]  # cheap ones before decoding images
     if check_images:
-        checks.append(partial(_image_faults, image_root=image_root))
+        checks.append(partial(image_faults, image_root=image_root))
     for faults in (*checks, _group_faults):
         kept: list[Record] = []
         for record, fault in zip(good, faults(good), strict=True):
@@ -155,7 +155,8 @@ def _field_faults(records: list[Record]) -> Iterator[str | None]:
         seen.add(record.id)
 
 
-def _image_faults(records: list[Record], *, image_root: Path) -> Iterator[str | None]:
+def image_faults(records: list[Record], *, image_root: Path) -> Iterator[str | None]:
+    """For each record what is wrong with one of its images, or None; each distinct image is decoded once."""
     fault_of: dict[str, str | None] = {}
     distinct = len({name for record in records for name in record.images})
     for record in track(records, "checking images", size=distinct):

@@ -35,7 +35,7 @@ def dataset(config: Config) -> Run:
         "source": source,
         "on_bad_record": settings.on_bad_record,
         "limit": settings.limit,
-        "root": _root_fingerprint(root),
+        "root": root_fingerprint(root),
     }
 
     def work(run: Run) -> dict[str, float]:
@@ -74,7 +74,7 @@ def first_of_each(records: list[Record], limit: int) -> list[Record]:
 
 
 @cache  # a command asks for its data set many times
-def _root_fingerprint(root: Path | None) -> str | None:
+def root_fingerprint(root: Path | None) -> str | None:
     """Names and sizes of all files and the content of the text files: cheap, and blind to where the folder lies."""
     if root is None:
         return None

@@ -1,93 +1,251 @@
-"""`stage=eval`: every model of the pipeline on the same questions; one folder and one predictions file per model."""
+"""`stage=eval`: models on the same questions, of the own data set or of benchmarks; one folder per model and set."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from PIL import Image
 
+from mmedexpert import metrics, scoring, stats, summary
+from mmedexpert.benchmarks import medevalkit, robust
+from mmedexpert.benchmarks.llm_judge import LLMJudge
+from mmedexpert.engines.asking import Engine
+from mmedexpert.engines.openai import OpenAIEngine
+from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
-from mmedexpert.evaluate import majority_predictions, predict, summarise
+from mmedexpert.evaluate import Prediction, QuestionSet, judge_again, majority_engine, predict
+from mmedexpert.merging.adapters import LoraAdapter, check_compatible
+from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import load_encoder, load_model
 from mmedexpert.runs import Run, write_json
-from mmedexpert.schema import Config, suggestion
-from mmedexpert.stages import caci, dsa, gba
-from mmedexpert.stages.common import device_of, loading, model_key, records_of, stage_run
+from mmedexpert.schema import Config, EndpointConfig, suggestion
+from mmedexpert.stages import benchmark, caci, dsa, gba
+from mmedexpert.stages.common import device_of, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.contamination import clean_part
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
+from mmedexpert.summary import Summary
+from mmedexpert.tracking import log_metrics
+
+BASELINES = ("majority", "blank_image")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked: a model folder with or without an adapter, a served model, or a baseline."""
+
+    name: str
+    identity: str
+    folder: Path | None = None
+    adapter: Path | None = None
+    blank: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question set, the run it comes from, and its identity (which follows its content)."""
+
+    questions: QuestionSet
+    source: Run
+    identity: str
+    left_out: int
+    specialties: list[str]
+    public: bool
 
 
 def run(config: Config) -> dict[str, Run]:
-    """Evaluate base, experts, reasoner and merged model (or those named in `eval.models`), and two baselines."""
+    """Evaluate the models of `eval.models` on the benchmarks of the config, without any on the own data set."""
+    subjects = subjects_of(config)
+    if not config.benchmark:
+        own = _own(config)
+        return {subject.name: _evaluate(config, subject, own) for subject in subjects}
+    sets = []
+    for one in config.benchmark.values():  # every benchmark is read before the first question is asked
+        source = benchmark.prepared(config, one)
+        notes = source.manifest
+        questions, left_out = benchmark.question_set(one, source), len(notes["left_out"])
+        sets.append(Asked(questions, source, notes["data_fingerprint"], left_out, ["all"], public=True))
+    return {f"{asked.questions.name}/{s.name}": _evaluate(config, s, asked) for asked in sets for s in subjects}
+
+
+def _own(config: Config) -> Asked:
+    data, names = dataset(config), config.specialty.names
+    records, image_root = records_of(data, config.eval.split, names)
+    name = f"{data.name}-{config.eval.split}"
+    questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
+    return Asked(questions, data, data.run_id, 0, names, public=False)
+
+
+def subjects_of(config: Config) -> list[Subject]:
+    """The models to ask, by name or folder; those of the pipeline are trained first where they are not there yet."""
+    if config.engine.name == "openai":
+        model = config.engine.endpoint.model
+        assert model is not None  # schema.check
+        return [Subject(Path(model).name, f"served:{model}")]
     wanted = config.eval.models
-    runs: dict[str, Run] = {}
-    kinds: dict[str, dict[str, Run]] = {
-        "experts": dsa.run(config),
-        "reasoners": gba.run(config),
-        "merged": caci.run(config),
-    }
-    known = ["base", *(name for group in kinds.values() for name in group), "majority", "blank_image"]
+    if wanted is None and config.benchmark:
+        wanted = ["base"]
+    base = base_of(config)
+    if config.benchmark and "majority" in (wanted or []):
+        raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
+    known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
+    if wanted is None or any(name not in ("base", *BASELINES) and not Path(name).is_dir() for name in wanted):
+        for name, r in {**dsa.run(config), **gba.run(config)}.items():
+            known[name] = Subject(name, r.run_id, base.folder, r.folder / "adapter")
+        known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
     for name in wanted or []:
+        if Path(name).is_dir() and name not in known:
+            known[name] = _from_folder(Path(name), base.folder)
+    chosen = [name for name in wanted or known if name not in BASELINES]
+    for name in chosen:
         if name not in known:
-            raise UserError(f"eval.models: {name!r} is not a model of this pipeline{suggestion(name, known)}")
-    last = [*kinds["reasoners"], *kinds["merged"]][-1]
-    for name in known:
-        if wanted is None or name in wanted:
-            runs[name] = _evaluate(config, name, kinds, blank_of=last)
-    return runs
+            options = [*known, *BASELINES]
+            raise UserError(
+                f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, options)}"
+            )
+    subjects = [known[name] for name in chosen]
+    last = (subjects or [known["base"]])[-1]
+    if wanted is None or "majority" in wanted:
+        subjects.append(Subject("majority", "majority"))
+    if wanted is None or "blank_image" in wanted:
+        subjects.append(Subject("blank_image", f"blank:{last.identity}", last.folder, last.adapter, blank=True))
+    return subjects
 
 
-def _evaluate(config: Config, name: str, kinds: dict[str, dict[str, Run]], *, blank_of: str) -> Run:
-    """One model's run; `majority` and `blank_image` (of the last model, shown grey images) are the baselines."""
-    base, data, settings = base_of(config), dataset(config), config.eval
-    shown = blank_of if name == "blank_image" else name
-    source = next((group[shown] for group in kinds.values() if shown in group), None)
-    adapter = source.folder / "adapter" if source and shown not in kinds["merged"] else None
-    folder = source.folder / "model" if source and adapter is None else base.folder
+def _from_folder(folder: Path, base: Path) -> Subject:
+    """A merged or adapter run, a PEFT folder or a model folder."""
+    inner = next((folder / part for part in ("model", "adapter") if (folder / part).is_dir()), folder)
+    name = folder.name if inner == folder else folder.name.rpartition("-")[0]
+    if not (inner / "adapter_config.json").is_file():
+        return Subject(name, fingerprint_base(inner), inner)
+    adapter = LoraAdapter.load(inner)
+    check_compatible([adapter], base)
+    return Subject(name, adapter.fingerprint, base, inner)
+
+
+def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
+    """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
+    settings, questions = config.eval, asked.questions
+    protocol = settings.protocol if settings.protocol != "auto" else ("medevalkit" if asked.public else "robust")
     key: dict[str, Any] = {
-        "eval": {k: v for k, v in asdict(settings).items() if k not in ("models", "batch_size")},
-        "specialties": config.specialty.names,
+        "ask": questions.ask.__module__ if protocol == "medevalkit" else settings.perspectives,
+        "split": settings.split if not asked.public else "",
+        "specialties": asked.specialties,
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "baseline": name if name in ("majority", "blank_image") else None,
+        "engine": config.engine.name,
     }
+    data = dataset(config) if settings.contamination or subject.name == "majority" else None
+
+    def summarise(run: Run, rows: list[Prediction]) -> dict[str, float]:
+        overlap = clean_part(config, data, questions, asked.identity) if data and settings.contamination else None
+        numbers = Summary(num_resamples=settings.num_resamples, seed=config.seed)
+        found = numbers.of(
+            rows, questions.records, protocol=protocol, specialties=asked.specialties,
+            breakdowns=questions.breakdowns, clean=set(overlap["clean"]) if overlap else None,
+        )  # fmt: skip
+        if settings.llm_judge.base_url is not None:
+            found["llm_judge"] = _second_opinion(config, questions, rows, numbers)
+        found["question_set"] = {
+            "name": questions.name, "source": sorted({r.source for r in questions.records}), "left_out": asked.left_out,
+            "folder": str(asked.source.folder), "public": asked.public,
+            "own_training_part": asked.source.manifest.get("own_training_part"),
+        }  # fmt: skip
+        found["contamination"] = overlap["found"] if overlap else None
+        found["judged_by"] = _rules(config, questions)
+        write_json(run.folder / "summary.json", found)
+        return flatten(found)
 
     def work(run: Run) -> dict[str, float]:
-        records, image_root = records_of(data, settings.split, config.specialty.names)
-        if name == "majority":
-            train, _ = records_of(data, "train", config.specialty.names)
-            predictions = majority_predictions(train, records)
-        else:
-            device = device_of(config)
-            encoder, model = load_encoder(folder, loading(config)), load_model(folder, loading(config))
-            answering = PeftModel.from_pretrained(model, adapter) if adapter else model
-            with run.phase("generate"):
-                predictions = predict(
-                    answering, encoder, records, image_root, run.folder / "predictions.jsonl",
-                    perspective=settings.perspective, batch_size=settings.batch_size,
-                    max_new_tokens=config.model.max_new_tokens, device=device, title=name,
-                    blank_images=name == "blank_image",
-                )  # fmt: skip
-        summary = summarise(
-            predictions, config.specialty.names, protocol=settings.protocol, num_resamples=settings.num_resamples,
-            seed=config.seed,
-        )  # fmt: skip
-        write_json(run.folder / "summary.json", summary)
-        return flatten(summary)
+        blank = run.folder / "blank.png" if subject.blank else None
+        if blank is not None:
+            Image.new("RGB", (112, 112), (128, 128, 128)).save(blank)
+        with run.phase("ask"):
+            rows = predict(
+                _engine(config, subject, questions, protocol), questions, run.folder / "predictions.jsonl",
+                protocol=protocol, title=f"{subject.name} {questions.name}",
+                perspectives="none" if subject.name == "majority" else settings.perspectives, blank=blank,
+            )  # fmt: skip
+        with run.phase("summarise"):
+            flat = summarise(run, rows)
+        if config.stage.name == "eval":  # a pipeline logs all its models in one place
+            with stage_logger(config, run) as logger:
+                log_metrics(logger, {f"eval/{name}": value for name, value in flat.items()})
+        return flat
 
-    inputs = {"base": base.identity, "data": data.run_id, **({"model": source.run_id} if source else {})}
-    return stage_run(config, "eval", f"{name}-{data.name}-{settings.split}", key, work, inputs)
+    inputs = {"questions": asked.identity, "model": subject.identity}
+    done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs)
+    if done.reused and summary_of(done)["judged_by"] != _rules(config, questions):
+        rows = judge_again(done.folder / "predictions.jsonl", questions)
+        write_json(done.folder / "metrics.json", summarise(done, rows))
+    return done
+
+
+def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: str) -> Engine:
+    if subject.name == "majority":
+        train, _ = records_of(dataset(config), "train", config.specialty.names)
+        return majority_engine(train, questions.records)
+    system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
+    if subject.folder is None:
+        return _served(config.engine.endpoint, system_prompt or "", config.model.max_new_tokens)
+    device = device_of(config)
+    encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
+    encoder.system_prompt = system_prompt
+    answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
+    return TransformersEngine(
+        answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
+        max_new_tokens=config.model.max_new_tokens, device=device,
+    )  # fmt: skip
+
+
+def _served(endpoint: EndpointConfig, system_prompt: str, max_new_tokens: int) -> OpenAIEngine:
+    assert endpoint.base_url is not None and endpoint.model is not None  # schema.check
+    variable = endpoint.api_key_env
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(
+            f"the environment variable {variable} (api_key_env) is empty: export it, or set api_key_env=null"
+        )
+    return OpenAIEngine(
+        endpoint.base_url, endpoint.model, api_key=os.environ[variable] if variable else None,
+        system_prompt=system_prompt, max_new_tokens=max_new_tokens, concurrency=endpoint.concurrency,
+        timeout_s=endpoint.timeout_s, retries=endpoint.retries,
+    )  # fmt: skip
+
+
+def _second_opinion(
+    config: Config, questions: QuestionSet, rows: list[Prediction], numbers: Summary
+) -> dict[str, float]:
+    """An LLM judge's accuracy on the open answers."""
+    endpoint, record_of = config.eval.llm_judge, {record.id: record for record in questions.records}
+    judge = LLMJudge(_served(endpoint, "", 256), Path(config.paths.outputs) / "llm_judge.jsonl")
+    open_rows = [row for row in rows if row["kind"] == "open"]
+    right = judge.judge([(record_of[row["id"]], row["response"]) for row in open_rows])
+    judged = [row for row in open_rows if row["id"] in right]
+    return numbers.mean([float(right[row["id"]]) for row in judged], judged) if judged else {}
+
+
+def _rules(config: Config, questions: QuestionSet) -> str:
+    """What verdicts and numbers depend on beside the replies: the code of the rules and the settings."""
+    modules = [scoring, robust, medevalkit, metrics, stats, summary, inspect.getmodule(questions.judge)]
+    code = "".join(inspect.getsource(module) for module in modules if module is not None)
+    settings = asdict(config.eval)
+    text = code + json.dumps({k: settings[k] for k in ("num_resamples", "contamination", "llm_judge")})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers under names joined by slashes."""
+    """Nested numbers under names joined by slashes; what is no number is left out."""
     flat: dict[str, float] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
-        else:
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             flat[f"{prefix}{key}"] = float(value)
     return flat
 

@@ -51,7 +51,11 @@ def run(config: Config) -> dict[str, Run]:
 
 def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
     """The machine-readable result of a pipeline (DESIGN section 4)."""
-    evaluated = {name: summary_of(r) for name, r in done["eval"].items()}
+    details = ("protocols", "baselines", "question_set", "contamination", "judged_by")  # in each model's own summary
+    evaluated = {
+        name: {key: value for key, value in summary_of(r).items() if key not in details}
+        for name, r in done["eval"].items()
+    }
     models: dict[str, Any] = {
         "base": evaluated["base"],
         "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated},

@@ -1,0 +1,47 @@
+"""Engine `transformers`: greedy answers on this machine; prompts of like length in a batch, each image seen once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmedexpert.data.encode import Encoder, to_device
+from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.engines.generate import core_of, generate
+
+WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
+
+
+class TransformersEngine:
+    """Answers questions with a loaded model; an instance is an `asking.Engine`."""
+
+    def __init__(self, model: Any, encoder: Encoder, *, batch_size: int, max_new_tokens: int, device: str) -> None:
+        self.model, self.encoder, self.device = model, encoder, device
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
+        """Replies batch by batch. Questions on one image come near each other, so that its features are still kept."""
+        order = sorted(range(len(asks)), key=lambda place: (asks[place].images, place))
+        step = self.batch_size * WINDOW
+        for start in range(0, len(order), step):
+            window = [(place, self.encoder.ask(asks[place])) for place in order[start : start + step]]
+            window.sort(key=lambda item: len(item[1].input_ids))
+            for first in range(0, len(window), self.batch_size):
+                places, prompts = zip(*window[first : first + self.batch_size], strict=True)
+                yield from zip(places, self._answer(prompts), strict=True)
+
+    def _answer(self, prompts: Sequence[Any]) -> list[Reply]:
+        start = time.perf_counter()
+        self.encoder.see(core_of(self.model), prompts)
+        out = generate(
+            self.model, to_device(self.encoder.collate_prompts(prompts), self.device), end_ids=self.encoder.end_ids,
+            pad_id=self.encoder.pad_id, banned_ids=self.encoder.banned_ids, max_new_tokens=self.max_new_tokens,
+        )  # fmt: skip
+        lengths = out.mask.sum(1)
+        means = ((out.logps * out.mask).sum(1) / lengths.clamp(min=1)).tolist()
+        seconds = (time.perf_counter() - start) / len(prompts)
+        return [
+            Reply(self.encoder.decode(ids), len(ids), "stop" if finished else "length", seconds, mean)
+            for ids, finished, mean in zip(out.rows(), out.finished.tolist(), means, strict=True)
+        ]

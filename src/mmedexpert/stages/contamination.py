@@ -1,0 +1,48 @@
+"""Which test questions show images that were trained on: the overlap of a question set with the training data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmedexpert.contamination import Overlap, fingerprints, overlap, report
+from mmedexpert.data.records_io import load_records
+from mmedexpert.evaluate import QuestionSet
+from mmedexpert.runs import Run, write_json
+from mmedexpert.schema import Config
+from mmedexpert.stages.common import stage_run
+
+
+def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str) -> dict[str, Any]:
+    """`clean` (ids whose images are not in training), `found` (name to count) and the worst examples; computed once.
+
+    `identity` follows the content of the questions.
+    """
+
+    def work(run: Run) -> dict[str, float]:
+        records, image_root = load_records(data.folder)
+        cache = Path(config.paths.outputs) / "image_fingerprints.jsonl"
+        train = fingerprints([record for record in records if record.split == "train"], image_root, cache)
+        found = overlap(train, fingerprints(questions.records, questions.image_root, cache))
+        rows = report(found)
+        write_json(
+            run.folder / "overlap.json",
+            {"clean": sorted(found.clean), "table": rows, "worst": [asdict(match) for match in found.worst]},
+        )
+        return counts(found)
+
+    name = f"{questions.name}-in-{data.name}"
+    run = stage_run(config, "overlap", name, {}, work, {"data": data.run_id, "questions": identity})
+    return {**json.loads((run.folder / "overlap.json").read_text(encoding="utf-8")), "found": run.metrics}
+
+
+def counts(found: Overlap) -> dict[str, float]:
+    """Of the test questions and images, how many are in training."""
+    return {
+        "questions": float(len(found.ids)), "image_seen": float(found.image.sum()),
+        "question_seen": float(found.question.sum()), "both_seen": float(found.joint.sum()),
+        "images": float(found.images), "images_exact": float(found.images_exact),
+        "images_seen": float(found.images_seen),
+    }  # fmt: skip
