@@ -36,7 +36,7 @@ class Grader(OpenAIEngine):
             prompt = asks[place].text
             assert asks[place].images == ()
             if len(self.prompts) == self.stop_after:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if self.stop_after else AssertionError("asked again")
             self.prompts.append(prompt)
             if self.fails and self.fails in prompt:
                 failed += 1

@@ -151,6 +151,7 @@ def test_what_is_sent_is_greedy_and_no_key_of_the_environment_leaves(server, mon
     list(server.engine(system_prompt="Be brief.", max_new_tokens=9)(asks("q")))
     body = server.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"], body["logprobs"]) == ("m", 0.0, 9, True)
+    assert body["frequency_penalty"] == 0.0  # what `transformers serve` derives its repetition penalty from
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     list(server.engine(api_key="mine")(asks("q")))
     assert server.keys == {"Bearer none", "Bearer mine"}

@@ -145,7 +145,7 @@ class EndpointConfig:
     model: str | None = None
     api_key_env: str | None = None
     concurrency: int = 16
-    timeout_s: float = 600.0
+    timeout_s: float = 300.0
     retries: int = 5
 
 
