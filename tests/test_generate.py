@@ -99,13 +99,15 @@ def test_logps_are_those_of_a_plain_forward_pass(tiny, picture, temperature):
 
 def test_end_token_finishes_a_row_and_leaves_the_others(tiny, picture):
     model, encoder = tiny
-    batch = encoder.collate_prompts(prompts(encoder, picture))
-    plain = generate(model, batch, end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=8)
-    stop = plain.ids[0, 3].item()  # a token row 0 really says
-    out = generate(model, batch, end_ids=[stop], pad_id=encoder.pad_id, max_new_tokens=8)
-    assert out.finished[0] and out.mask[0].sum() <= 4 and out.ids[0, int(out.mask[0].sum()) - 1] == stop
-    for before, after in zip(plain.rows(), out.rows(), strict=True):
-        assert before[: len(after)] == after
+    batch = encoder.collate_prompts(prompts(encoder, picture) * 5)  # 20 rows: finished ones stay a while, then leave
+    plain = generate(model, batch, end_ids=[-1], pad_id=encoder.pad_id, max_new_tokens=12)
+    stops = [plain.ids[0, 3].item(), plain.ids[1, 6].item()]  # tokens these rows really say
+    out = generate(model, batch, end_ids=stops, pad_id=encoder.pad_id, max_new_tokens=12)
+    assert out.finished[0] and out.mask[0].sum() <= 4 and not out.finished.all()
+    for before, after, logps, expected in zip(plain.rows(), out.rows(), out.logps, plain.logps, strict=True):
+        length = next((i + 1 for i, token in enumerate(before) if token in stops), 12)
+        assert after == before[:length]
+        assert torch.allclose(logps[:length], expected[:length], atol=1e-5) and not logps[length:].any()
 
 
 def test_top_k_one_is_greedy_and_top_p_bounds_the_choice(tiny, picture):

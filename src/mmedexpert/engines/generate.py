@@ -8,9 +8,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mmedexpert.data.encode import Batch
+
+ROOM = 64  # ours: tokens a cache grows by at a time
+LEAVE = 8  # ours: finished rows leave the batch when they are one in so many; each leaving copies the cache
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with spare room: a token is written behind the others, where the parent copies all of them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, H, T, D] keys and values; returns all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room: dict[str, Tensor] = {}
+        self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        held, room = getattr(self, name), self.room.get(name)
+        length = held.shape[-2] if held.numel() else 0
+        end = length + new.shape[-2]
+        # rows that were repeated or taken out are in a tensor of their own
+        if room is None or room.data_ptr() != held.data_ptr() or room.shape[-2] < end:
+            room = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
+            if length:
+                room[..., :length, :] = held
+            self.room[name] = room
+        room[..., length:end, :] = new
+        return room[..., :end, :]
 
 
 @dataclass(frozen=True)
@@ -76,15 +104,15 @@ def generate(
     """Sample `num_generations` completions per left-padded prompt; temperature 0 is greedy.
 
     The model runs in eval mode (no dropout while sampling). `logps` are those of the distribution sampled from (of the
-    plain softmax when greedy). Finished rows leave the batch. `banned_ids` are never chosen: an image placeholder in a
-    completion would ask the next forward pass for an image that is not there.
+    plain softmax when greedy). Finished rows leave the batch, some at a time. `banned_ids` are never chosen: an image
+    placeholder in a completion would ask the next forward pass for an image that is not there.
     """
     core = core_of(model)
     was_training = model.training
     model.eval()
     device = batch["input_ids"].device
     position_ids, following = positions(core, batch)
-    cache = DynamicCache(config=core.config.get_text_config())
+    cache = Cache(layers=[RoomyLayer() for _ in range(core.config.get_text_config().num_hidden_layers)])
     hidden = core.model(**batch, position_ids=position_ids, past_key_values=cache, use_cache=True).last_hidden_state
     logits = core.lm_head(hidden[:, -1]).float().repeat_interleave(num_generations, dim=0)
     cache.batch_repeat_interleave(num_generations)
@@ -98,7 +126,8 @@ def generate(
     finished = torch.zeros(total, dtype=torch.bool, device=device)
     ends = torch.tensor(list(end_ids), device=device)
     banned = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
-    alive = torch.arange(total, device=device)  # rows still generating, in batch order
+    alive = torch.arange(total, device=device)  # rows in the batch
+    over = torch.zeros(total, dtype=torch.bool, device=device)  # of these, finished
     for step in range(max_new_tokens):
         scores = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
         allowed = scores.index_fill(1, banned, -torch.inf)
@@ -106,17 +135,20 @@ def generate(
             token = torch.multinomial(allowed.exp(), 1, generator=generator).squeeze(1)
         else:
             token = allowed.argmax(-1)
-        ids[alive, step] = token
-        logps[alive, step] = scores.gather(1, token[:, None]).squeeze(1)
-        ended = torch.isin(token, ends)
+        going = ~over
+        ids[alive[going], step] = token[going]
+        logps[alive[going], step] = scores.gather(1, token[:, None]).squeeze(1)[going]
+        ended = torch.isin(token, ends) & going
         lengths[alive[ended]] = step + 1
         finished[alive[ended]] = True
-        if step + 1 == max_new_tokens or bool(ended.all()):
+        over = over | ended
+        if step + 1 == max_new_tokens or bool(over.all()):
             break
-        if bool(ended.any()):
-            keep = (~ended).nonzero().squeeze(1)
+        if int(over.sum()) * LEAVE >= len(over):
+            keep = (~over).nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             alive, token, attention, following = alive[keep], token[keep], attention[keep], following[keep]
+            over = over[keep]
         attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
         hidden = core.model.language_model(
             inputs_embeds=core.get_input_embeddings()(token[:, None]),
