@@ -27,7 +27,7 @@ from rich.console import Console
 from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
 
-FORMAT = 1  # raise when a change of code makes older results wrong to reuse
+FORMAT = 2  # raise when a change of code makes older results wrong to reuse
 FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
 console = Console(stderr=True)
 _told: set[Path] = set()  # folders this command has named already
