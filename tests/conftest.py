@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run
 from hypothesis import settings
 
 # The same examples on every run, so that a change is never failed for another's bug; to search for new ones:
@@ -51,3 +52,12 @@ def picture():
         return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory) -> Path:
+    """The folder of one smoke pipeline, logged to W&B offline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    done = run(folder, logger="wandb")
+    assert "macro accuracy" in done.stdout and "expert: pediatric" in done.stdout
+    return folder

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mmedexpert.advantages import group_relative
 from mmedexpert.data.record import Record
+from mmedexpert.engines.generate import core_of
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.modules.backbone import add_lora
 from mmedexpert.modules.fit import fit
@@ -63,6 +65,27 @@ def test_update_sees_the_log_probabilities_of_the_sampler(parts, weights):
     logps, entropy = module(parts).logps(rollout)
     assert torch.allclose(logps * rollout.mask, rollout.old_logps * rollout.mask, atol=1e-4)
     assert (entropy >= 0).all() and rollout.advantages.shape == (3, 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_prompt_read_once_gives_the_log_probabilities_and_gradients_of_whole_sequences(parts, tokens):
+    policy, encoder, records, root = parts
+    several = [records[0], replace(records[1], images=("1.png", "2.png")), records[2]]
+    rollout = sample((policy, encoder, several, root), weights=(1.0, 1.0, 1.0, 1.0), group=8, tokens=tokens)
+    for name, parameter in policy.named_parameters():  # a fresh adapter's B is zero, and so would be A's gradient
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    found = []
+    learner = module(parts)
+    for compute in (learner.logps, lambda r: learner._logps_of_whole_sequences(core_of(policy), r)):
+        policy.zero_grad()
+        logps, entropy = compute(rollout)
+        (logps * rollout.mask * torch.linspace(-1, 2, logps.shape[0])[:, None]).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+        found.append((logps * rollout.mask, entropy * rollout.mask, gradients))
+    (logps, entropy, gradients), (expected_logps, expected_entropy, expected) = found
+    assert (logps - expected_logps).abs().max() <= 1e-5 and (entropy - expected_entropy).abs().max() <= 1e-5
+    assert expected.norm() > 0 and (gradients - expected).norm() / expected.norm() <= 1e-5
 
 
 def test_without_weights_advantages_are_grpo_bit_for_bit(parts):

@@ -51,6 +51,11 @@ def test_an_image_is_encoded_once_and_its_features_change_nothing(tiny, picture,
     with torch.no_grad():
         assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
     assert len(calls) == 2
+    again = prompts(encoder, picture)
+    encoder.see(model, again, patches_together=10_000)  # both images in one call
+    assert len(calls) == 3
+    for one, other in zip(again[2].images, chosen[2].images, strict=True):
+        assert torch.allclose(one.seen.pooler_output[0], other.seen.pooler_output[0], atol=1e-5)
     greedy = generate(
         model, encoder.collate_prompts(chosen), end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=8
     )

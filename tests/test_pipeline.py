@@ -11,28 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=2"]
-
-
-def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none") -> subprocess.CompletedProcess[str]:
-    multirun = [word for word in overrides if word == "-m"]  # argparse wants it before all overrides
-    rest = [word for word in overrides if word != "-m"]
-    command = [sys.executable, "run.py", *multirun, *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *rest]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stderr + done.stdout
-    return done
-
-
-@pytest.fixture(scope="session")
-def outputs(tmp_path_factory) -> Path:
-    """The folder of one smoke pipeline, logged to W&B offline."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    done = run(folder, logger="wandb")
-    assert "macro accuracy" in done.stdout and "expert: pediatric" in done.stdout
-    return folder
+from commands import ROOT, SMOKE, run
 
 
 def newest(outputs: Path, stage: str, name: str = "") -> Path:

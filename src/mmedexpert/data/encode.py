@@ -85,25 +85,38 @@ class Encoder:
         return self._images[key]
 
     @torch.no_grad()
-    def see(self, core: Any, prompts: Sequence[Prompt]) -> None:
+    def see(self, core: Any, prompts: Sequence[Prompt], *, patches_together: int = 0) -> None:
         """Run the vision tower once for every image of the prompts that it has not seen; later batches reuse it.
 
-        One image a call, so that its features do not depend on the company it is in. Does nothing where the tower is
-        trained: its output then changes and needs a graph.
+        One image a call, so that its features do not depend on its company and a resumed training repeats them to the
+        bit; with `patches_together` as many as have so many patches. Does nothing where the tower is trained: its
+        output then changes and needs a graph.
         """
         tower = core.model.visual
         if any(parameter.requires_grad for parameter in tower.parameters()):
             return
-        device = next(tower.parameters()).device
-        for image in (image for prompt in prompts for image in prompt.images):
-            if image.seen is None and image.patches is not None:
-                before = _bytes(image)
-                image.seen = core.model.get_image_features(
-                    image.patches.to(device), image.grid[None].to(device), return_dict=True
-                )
-                image.seen.last_hidden_state = None
-                image.patches = None
-                self._free += before - _bytes(image)
+        images = {id(image): image for prompt in prompts for image in prompt.images if image.seen is None}
+        group: list[EncodedImage] = []
+        for image in images.values():
+            if group and sum(int(one.grid.prod()) for one in [*group, image]) > patches_together:
+                self._see(core, group)
+                group = []
+            group.append(image)
+        if group:
+            self._see(core, group)
+
+    def _see(self, core: Any, images: Sequence[EncodedImage]) -> None:
+        device = next(core.model.visual.parameters()).device
+        patches = torch.cat([patches for image in images if (patches := image.patches) is not None]).to(device)
+        grids = torch.stack([image.grid for image in images]).to(device)
+        out = core.model.get_image_features(patches, grids, return_dict=True)
+        for place, image in enumerate(images):
+            before = _bytes(image)
+            image.seen = type(out)(pooler_output=(out.pooler_output[place],))
+            if _deep(out):
+                image.seen.deepstack_features = [(layer[place],) for layer in _deep(out)]
+            image.patches = None
+            self._free += before - _bytes(image)
 
     def chat(self, text: str, images: Sequence[EncodedImage]) -> Prompt:
         """One user turn (images first) and the start of the assistant's, through the model's chat template.
@@ -132,6 +145,11 @@ class Encoder:
     def prompt(self, record: Record, image_root: Path, instruction: str = "") -> Prompt:
         """The encoded prompt of a record; UserError for an image that cannot be opened."""
         return self.chat(prompt_text(record, instruction), [self.image(image_root / path) for path in record.images])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Tokenizer and image processor, as transformers loads them."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
 
     def completion(self, text: str) -> list[int]:
         """Token ids of a completion and its end-of-turn token."""

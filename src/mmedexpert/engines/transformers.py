@@ -12,6 +12,8 @@ from mmedexpert.engines.generate import core_of, generate
 
 WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
 
+PATCHES = 16384  # ours: in one call of the vision tower, 8 images of 400,000 pixels
+
 
 class TransformersEngine:
     """Answers questions with a loaded model; an instance is an `asking.Engine`."""
@@ -33,7 +35,7 @@ class TransformersEngine:
 
     def _answer(self, prompts: Sequence[Any]) -> list[Reply]:
         start = time.perf_counter()
-        self.encoder.see(core_of(self.model), prompts)
+        self.encoder.see(core_of(self.model), prompts, patches_together=PATCHES)
         out = generate(
             self.model, to_device(self.encoder.collate_prompts(prompts), self.device), end_ids=self.encoder.end_ids,
             pad_id=self.encoder.pad_id, banned_ids=self.encoder.banned_ids, max_new_tokens=self.max_new_tokens,

@@ -104,8 +104,7 @@ def load_encoder(folder: Path, loading: Loading) -> Encoder:
 def save_backbone(folder: Path, model: PreTrainedModel, encoder: Encoder) -> None:
     """A Hugging Face folder: safetensors, config, tokenizer, image processor."""
     model.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
-    encoder.image_processor.save_pretrained(folder)
+    encoder.save_pretrained(folder)
 
 
 def add_lora(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import DynamicCache
 
 from mmedexpert.data.encode import Encoder, to_device
 from mmedexpert.data.record import Record
-from mmedexpert.engines.generate import core_of
+from mmedexpert.engines.generate import core_of, positions
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.losses import LossType, masked_mean, policy_loss, selected_logps_and_entropy
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, step_seed
@@ -45,11 +46,41 @@ class GbaModule(TrainingModule):
         self.mask_truncated_completions = mask_truncated_completions
 
     def logps(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Per-token log-probabilities and entropy [N, T] of the completions under the model as it is now."""
+        """Per-token log-probabilities and entropy [N, T] of the completions under the model as it is now.
+
+        A prompt is read once, with its gradient, by all of its completions.
+        """
         core = core_of(self.model)
         self.encoder.see(core, rollout.prompts)
+        if core.model.language_model.gradient_checkpointing:  # transformers then keeps no cache
+            return self._logps_of_whole_sequences(core, rollout)
+        prompts = list({id(prompt): prompt for prompt in rollout.prompts}.values())
+        place = {id(prompt): row for row, prompt in enumerate(prompts)}
+        rows = torch.tensor([place[id(prompt)] for prompt in rollout.prompts], device=self.device)
+        batch = to_device(self.encoder.collate_prompts(prompts), self.device)
+        position_ids, following = positions(core, batch)
+        cache = DynamicCache(config=core.config.get_text_config())
+        read = core.model(**batch, position_ids=position_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        cache.batch_select_indices(rows)
+        ids = torch.full(rollout.mask.shape, self.encoder.pad_id)
+        for row, completion in enumerate(rollout.completions):
+            ids[row, : len(completion)] = torch.tensor(completion)
+        ids, steps = ids.to(self.device), torch.arange(ids.shape[1], device=self.device)
+        at = read[rows, -1:]  # the last place of the prompt predicts the first token, token t - 1 predicts token t
+        if len(steps) > 1:
+            said = core.model.language_model(
+                inputs_embeds=core.get_input_embeddings()(ids[:, :-1]),
+                position_ids=(following[rows, None] + steps[:-1]).expand(3, -1, -1),
+                attention_mask=torch.cat([batch["attention_mask"][rows], rollout.mask[:, :-1].to(self.device)], dim=1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            at = torch.cat([at, said], dim=1)
+        return selected_logps_and_entropy(at, core.lm_head.weight, ids, self.temperature, chunk=256)
+
+    def _logps_of_whole_sequences(self, core: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
         batch, _ = self.encoder.collate(rollout.prompts, rollout.completions)
-        hidden = core.model(**to_device(batch, str(self.device)), use_cache=False).last_hidden_state
+        hidden = core.model(**to_device(batch, self.device), use_cache=False).last_hidden_state
         starts = torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts], device=hidden.device)
         offsets = torch.arange(rollout.mask.shape[1], device=hidden.device)
         # position start-1+t predicts token t; beyond the completion any position does, its mask is 0

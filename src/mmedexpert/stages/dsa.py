@@ -62,7 +62,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
                 accumulate_grad_batches=settings.accumulate_grad_batches, logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
-        save_adapter(run.folder / "adapter", model, base.folder)
+        save_adapter(run.folder / "adapter", model, encoder, base.folder)
         write_card(
             run.folder / "adapter", kind="adapter", title=f"{name} expert (DSA)", base_model=config.model.name_or_path,
             base_fingerprint=fingerprint_base(base.folder), method="LoRA SFT on reasoning traces (DSA)",
@@ -85,9 +85,10 @@ def licences(records: list[Record]) -> str:
     return ", ".join(sorted({record.license for record in records}))
 
 
-def save_adapter(folder: Path, model: object, base_folder: Path) -> None:
-    """A PEFT folder that names its base and carries the base's fingerprint, so that a merge can refuse another's."""
+def save_adapter(folder: Path, model: object, encoder: Encoder, base_folder: Path) -> None:
+    """A PEFT folder with tokenizer and image processor, and with its base's fingerprint: a merge refuses another's."""
     config = model.peft_config["default"]  # type: ignore[attr-defined]
     config.base_model_name_or_path = str(base_folder)
     model.save_pretrained(folder)  # type: ignore[attr-defined]
+    encoder.save_pretrained(folder)
     record_base(folder, fingerprint_base(base_folder))

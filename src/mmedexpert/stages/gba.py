@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from mmedexpert.cards import write_card
+from mmedexpert.data.encode import Encoder
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora, record_base
@@ -111,7 +112,7 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
                 checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
-        _save(run.folder, policy, base.folder, adapters, weight)
+        _save(run.folder, policy, encoder, base.folder, adapters, weight)
         write_card(
             run.folder / "adapter", kind="adapter", title="reasoner (GBA)", base_model=config.model.name_or_path,
             base_fingerprint=fingerprint_base(base.folder), method=f"GRPO with guideline-based advantages, {plain}",
@@ -164,8 +165,11 @@ def _gain(curve: Path) -> dict[str, float]:
     return out
 
 
-def _save(folder: Path, policy: Any, base_folder: Path, starts: list[LoraAdapter], weight: float) -> None:
-    dsa.save_adapter(folder / "update", policy, base_folder)
+def _save(
+    folder: Path, policy: Any, encoder: Encoder, base_folder: Path, starts: list[LoraAdapter], weight: float
+) -> None:
+    dsa.save_adapter(folder / "update", policy, encoder, base_folder)
     update = LoraAdapter.load(folder / "update")
     concatenate_lora([*starts, update], [weight] * len(starts) + [1.0], folder / "adapter")
+    encoder.save_pretrained(folder / "adapter")
     record_base(folder / "adapter", fingerprint_base(base_folder))
