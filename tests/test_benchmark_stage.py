@@ -38,6 +38,7 @@ def pmc(folder: Path, count: int) -> Path:
 
 def vqa_rad(folder: Path) -> Path:
     """VQA-RAD's split files: test images are all in train, too."""
+    folder.mkdir()
     questions = [("Is it normal?", "Yes"), ("Where is it?", "left lung"), ("Is there a mass?", "no")]
     for split, images in (("train", (0, 1, 2, 3)), ("test", (0, 1))):
         rows = [
@@ -162,6 +163,7 @@ def test_bad_input_is_one_line(outputs, tmp_path, overrides, words):
     places = {"empty": tmp_path / "empty", "cut": tmp_path / "cut"}
     for folder in places.values():
         folder.mkdir()
+    (places["cut"] / "imgs").mkdir()
     (places["cut"] / "test.json").write_text('[{"img_id": 1, "img_name": "a.jpg", "quest')
     done = run(outputs, "stage=eval", *(word.format(**places) for word in overrides), code=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -113,15 +113,18 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         _save(run.folder, policy, encoder, base.folder, adapters, weight)
-        write_card(
-            run.folder / "adapter", kind="adapter", title="reasoner (GBA)", base_model=config.model.name_or_path,
-            base_fingerprint=fingerprint_base(base.folder), method=f"GRPO with guideline-based advantages, {plain}",
-            data={f"{data.name} ({len(records)} training records)": dsa.licences(records)}, specialty=None,
-            ingredients={
-                name: LoraAdapter.load(start.folder / "adapter").fingerprint for name, start in starts.items()
-            },
-            metrics=None, library_name="peft",
-        )  # fmt: skip
+        for part, title in (("adapter", "reasoner (GBA)"), ("update", "reasoner's RL update alone (GBA)")):
+            write_card(
+                run.folder / part, kind="adapter", title=title, base_model=config.model.name_or_path,
+                base_fingerprint=fingerprint_base(base.folder), specialty=None,
+                method="GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in plain.items())
+                + ("; relative to its start, the mean of the ingredients" if part == "update" else ""),
+                data={f"{data.name} ({len(records)} training records)": dsa.licences(records)},
+                ingredients={
+                    name: LoraAdapter.load(start.folder / "adapter").fingerprint for name, start in starts.items()
+                },
+                metrics=None, library_name="peft",
+            )  # fmt: skip
         return {**metrics, **_gain(curve)}
 
     return stage_run(config, "gba", name, key, work, inputs)
