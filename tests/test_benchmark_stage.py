@@ -42,7 +42,14 @@ def vqa_rad(folder: Path) -> Path:
     questions = [("Is it normal?", "Yes"), ("Where is it?", "left lung"), ("Is there a mass?", "no")]
     for split, images in (("train", (0, 1, 2, 3)), ("test", (0, 1))):
         rows = [
-            {"qid": f"{split}{i}{j}", "image_name": f"syn{i}.png", "question": q, "answer": a, "question_type": "X"}
+            {
+                "qid": f"{split}{i}{j}",
+                "image_name": f"syn{i}.png",
+                "question": q,
+                "answer": a,
+                "question_type": "X",
+                "phrase_type": "test_freeform" if split == "test" else "freeform",
+            }
             for i in images
             for j, (q, a) in enumerate(questions)
         ]
