@@ -18,7 +18,7 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.runs import Run
 
 Row = dict[str, str]
-LEFT = ("benchmark", "model", "job", "stage", "name", "folder", "protocol", "source")  # columns of names, not numbers
+LEFT = ("benchmark", "model", "job", "stage", "name", "folder", "protocol", "source", "numbers")  # columns of text
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -196,7 +196,7 @@ def _main_numbers(run: Run) -> dict[str, str]:
 
 
 def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
-    """One row per job of a sweep: what was varied, and each job's headline numbers."""
+    """What was varied and each job's headline numbers: a row per pipeline, or per run where a stage ran alone."""
     rows = []
     common = set.intersection(*({*overrides.split()} for overrides, _ in jobs))
     for overrides, runs in jobs:
@@ -212,9 +212,9 @@ def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
                     row[f"{name} [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
                     if name == "reasoner":
                         row |= {p[:5]: f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
+            rows.append(row)
         else:
-            row |= {name: _main_numbers(run)["numbers"] for name, run in runs.items()}
-        rows.append(row)
+            rows += [{**row, "stage": run.stage, "name": name, **_main_numbers(run)} for name, run in runs.items()]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
