@@ -22,7 +22,7 @@ def job(composed: DictConfig) -> None:
     """One job of the command; its error is told in one line."""
     overrides = " ".join(HydraConfig.get().overrides.task)
     try:
-        from mmedexpert.schema import typed
+        from mmedexpert.checks import typed
 
         config = typed(composed)  # before torch is imported: a mistake is told in a second
         import lightning

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from mmedexpert.checks import typed
 from mmedexpert.comparison import EvalRun, accuracies, aligned, paired, read_runs, seed_rows
 from mmedexpert.errors import UserError
 from mmedexpert.report import csv_text, latex, markdown
-from mmedexpert.schema import typed
 from mmedexpert.stages import report
 from mmedexpert.stats import cluster_bootstrap_ci, holm, mcnemar_exact, paired_cluster_bootstrap
 

@@ -8,9 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_method, instantiate
 
+from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
 from mmedexpert.quiet import one_line
-from mmedexpert.schema import Config, keys, typed
+from mmedexpert.schema import Config, keys
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [

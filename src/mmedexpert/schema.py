@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from dataclasses import dataclass, field, is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from mmedexpert.errors import UserError
-from mmedexpert.guidelines import PERSPECTIVES
+from omegaconf import MISSING
 
 
 @dataclass
@@ -239,50 +232,6 @@ class Config:
     seed: int = 0
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "gba.gate": ("none", "correct"),
-    "gba.conditioning": ("prompted", "free"),
-    "gba.init": ("merged_experts", "base", "sft_all", "each"),
-    "gba.scale_rewards": ("group", "batch", "none"),
-    "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
-    "reward.protocol": ("robust", "medevalkit"),
-    "eval.protocol": ("auto", "robust", "medevalkit"),
-    "engine.name": ("transformers", "openai"),
-    "eval.split": ("val", "test"),
-    "eval.perspectives": ("rotate", "vote", "none", *PERSPECTIVES),
-    "data.on_bad_record": ("error", "skip"),
-    "logger.name": ("wandb", "csv", "none"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
-}
-POSITIVE = (
-    "model.min_pixels", "model.max_pixels", "model.max_new_tokens", "model.lora.r", "model.lora.alpha", "dsa.steps",
-    "dsa.batch_size", "dsa.accumulate_grad_batches", "dsa.lr", "dsa.checkpoint_every", "gba.steps",
-    "gba.prompts_per_step", "gba.num_iterations", "gba.temperature", "gba.top_p", "gba.epsilon", "gba.lr",
-    "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.devices", "pretrain.images",
-    "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
-    "pretrain.checkpoint_every",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "gba.scale", "gba.beta", "gba.top_k", "dsa.weight_decay", "gba.weight_decay", "reward.accuracy", "reward.format",
-    "seed", "pretrain.reading_steps", "logger.log_completions_every",
-)  # fmt: skip
-
-
-def typed(composed: DictConfig) -> Config:
-    """The composed Hydra config as a checked `Config`; UserError names the first key that is unknown, mistyped or
-    out of range, and what to write instead."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or getattr(error, "key", None)
-        raise UserError(f"config key {key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
-    check(config)
-    return config
-
-
 def keys() -> list[str]:
     """Every key of the schema, dotted."""
 
@@ -296,67 +245,3 @@ def keys() -> list[str]:
         return found
 
     return walk(Config, "")
-
-
-def suggestion(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean ...?` when something known is close, else the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(known)}"
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def check(config: Config) -> None:
-    """Ranges and cross-field rules; UserError names the key and the fix."""
-    for key, known in CHOICES.items():
-        if _value(config, key) not in known:
-            raise UserError(f"{key}={_value(config, key)!r} is not known{suggestion(str(_value(config, key)), known)}")
-    for key in POSITIVE:
-        if not _value(config, key) > 0 or not math.isfinite(_value(config, key)):
-            raise UserError(f"{key}={_value(config, key)} must be a finite number above 0")
-    for key in NOT_NEGATIVE:
-        if not _value(config, key) >= 0 or not math.isfinite(_value(config, key)):
-            raise UserError(f"{key}={_value(config, key)} must be a finite number, 0 or more")
-    gba = config.gba
-    if len(gba.weights) != len(PERSPECTIVES):
-        raise UserError(
-            f"gba.weights has {len(gba.weights)} values; give {len(PERSPECTIVES)}, "
-            f"in the order {', '.join(PERSPECTIVES)}"
-        )
-    for name, weight in zip(PERSPECTIVES, gba.weights, strict=True):
-        if not math.isfinite(weight) or weight < 0:
-            raise UserError(f"gba.weights: {name}={weight} must be a finite number, 0 or more")
-    if gba.num_generations < 2:
-        raise UserError(f"gba.num_generations={gba.num_generations}: a group needs at least 2 completions")
-    active = sum(weight > 0 for weight in gba.weights)
-    if gba.conditioning == "prompted" and active and gba.num_generations < 2 * active:
-        raise UserError(
-            f"gba.num_generations={gba.num_generations} is too small for {active} prompted perspectives: "
-            f"give at least {2 * active}, or gba.conditioning=free"
-        )
-    if gba.top_p > 1:
-        raise UserError(f"gba.top_p={gba.top_p} must lie in (0, 1]")
-    if gba.checkpoint_every % gba.num_iterations:
-        raise UserError(
-            f"gba.checkpoint_every={gba.checkpoint_every} must be a multiple of "
-            f"gba.num_iterations={gba.num_iterations}: a run resumes at a rollout boundary"
-        )
-    if not config.specialty.names or len(set(config.specialty.names)) != len(config.specialty.names):
-        raise UserError("specialty.names needs at least one name, each once")
-    if config.model.name_or_path is None and config.model.architecture is None:
-        raise UserError("model.name_or_path is empty: give a hub id or a folder, or use model=tiny")
-    for name, one in config.benchmark.items():
-        if one.root is not None and not Path(one.root).is_dir():
-            raise UserError(f"benchmark.{name}.root={one.root} is not a folder: give the folder of the published files")
-    if config.engine.name == "openai" and not (config.engine.endpoint.base_url and config.engine.endpoint.model):
-        raise UserError("engine=openai needs engine.endpoint.base_url=<...>/v1 and engine.endpoint.model=<served name>")
-    judge = config.eval.llm_judge
-    if (judge.base_url is None) != (judge.model is None):
-        raise UserError("eval.llm_judge needs both base_url and model, or neither")
-    if config.data.root is not None and not Path(config.data.root).is_dir():
-        raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")

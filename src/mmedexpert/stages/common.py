@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import Logger
 
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import load_records
-from mmedexpert.errors import UserError
+from mmedexpert.errors import UserError, suggestion
 from mmedexpert.modules.backbone import Loading
 from mmedexpert.runs import Run, execute
-from mmedexpert.schema import Config, suggestion
+from mmedexpert.schema import Config
 from mmedexpert.tracking import group_name, logger_for
 
 

@@ -19,13 +19,13 @@ from mmedexpert.benchmarks.llm_judge import LLMJudge
 from mmedexpert.engines.asking import Engine
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.engines.transformers import TransformersEngine
-from mmedexpert.errors import UserError
+from mmedexpert.errors import UserError, suggestion
 from mmedexpert.evaluate import Prediction, QuestionSet, judge_again, majority_engine, predict
 from mmedexpert.merging.adapters import LoraAdapter, check_compatible
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import load_encoder, load_model
 from mmedexpert.runs import Run, write_json
-from mmedexpert.schema import Config, EndpointConfig, suggestion
+from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.stages import benchmark, caci, dsa, gba
 from mmedexpert.stages.common import device_of, loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.contamination import clean_part
@@ -87,7 +87,7 @@ def subjects_of(config: Config) -> list[Subject]:
     """The models to ask, by name or folder; those of the pipeline are trained first where they are not there yet."""
     if config.engine.name == "openai":
         model = config.engine.endpoint.model
-        assert model is not None  # schema.check
+        assert model is not None  # checks.check
         return [Subject(Path(model).name, f"served:{model}")]
     wanted = config.eval.models
     if wanted is None and config.benchmark:
@@ -205,7 +205,7 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
 
 
 def _served(endpoint: EndpointConfig, system_prompt: str, max_new_tokens: int) -> OpenAIEngine:
-    assert endpoint.base_url is not None and endpoint.model is not None  # schema.check
+    assert endpoint.base_url is not None and endpoint.model is not None  # checks.check
     variable = endpoint.api_key_env
     if variable is not None and not os.environ.get(variable):
         raise UserError(

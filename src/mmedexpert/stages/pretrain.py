@@ -44,7 +44,7 @@ def run(config: Config) -> dict[str, Run]:
 
 def _pretrain(config: Config) -> Run:
     architecture, settings = config.model.architecture, config.pretrain
-    assert architecture is not None  # schema.check
+    assert architecture is not None  # checks.check
     key = {"architecture": asdict(architecture), "pretrain": {**asdict(settings), "checkpoint_every": None}}
 
     def work(run: Run) -> dict[str, float]:
