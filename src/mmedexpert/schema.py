@@ -1,4 +1,4 @@
-"""The typed schema at the door: every key a user can set, its type, and the cross-field checks with their fixes."""
+"""The typed schema at the door: every key a user can set and its type (`checks.py`: which values)."""
 
 from __future__ import annotations
 
