@@ -41,7 +41,7 @@ def test_every_run_folder_is_complete(outputs):
 
 
 def test_predictions_are_one_line_per_question(outputs):
-    folder = newest(outputs, "eval", "caci")
+    folder = newest(outputs, "eval", "caci-phantom")
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in rows}) == len(rows) == 64
     assert {"response", "gold", "robust", "medevalkit", "tokens", "finish_reason"} <= set(rows[0])
