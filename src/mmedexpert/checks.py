@@ -39,7 +39,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "dsa.weight_decay", "gba.weight_decay", "reward.accuracy", "reward.format",
-    "seed", "pretrain.reading_steps", "logger.log_completions_every",
+    "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
 )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class DataConfig:
     root: str | None = None
     on_bad_record: str = "error"
     limit: int | None = None
+    seed: int = 0
     source: dict[str, Any] = field(default_factory=dict)
 
 

@@ -57,7 +57,7 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
 
     # the place of the images is part of the folder, not of what is asked: predictions follow `data_fingerprint`
     where = {"place": str(root.resolve())} if benchmark.root is not None else {}
-    return stage_run(config, "benchmark", benchmark.name, {"load": benchmark.load, **key, **where}, work)
+    return stage_run(config, "benchmark", benchmark.name, {"load": benchmark.load, **key, **where}, work, seed=0)
 
 
 def _own_training_part(

@@ -62,9 +62,12 @@ def stage_run(
     key: Mapping[str, Any],
     work: Callable[[Run], Mapping[str, float]],
     inputs: Mapping[str, str] | None = None,
+    *,
+    seed: int | None = None,
 ) -> Run:
-    """`runs.execute` with the config's output folder and seed."""
-    return execute(stage, name, key, work, outputs=config.paths.outputs, seed=config.seed, inputs=inputs)
+    """`runs.execute` with the config's output folder and, if no other is given, its seed."""
+    seed = config.seed if seed is None else seed
+    return execute(stage, name, key, work, outputs=config.paths.outputs, seed=seed, inputs=inputs)
 
 
 @contextmanager

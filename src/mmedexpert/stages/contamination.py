@@ -34,7 +34,7 @@ def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str)
         return counts(found)
 
     name = f"{questions.name}-in-{data.name}"
-    run = stage_run(config, "overlap", name, {}, work, {"data": data.run_id, "questions": identity})
+    run = stage_run(config, "overlap", name, {}, work, {"data": data.run_id, "questions": identity}, seed=0)
     return {**json.loads((run.folder / "overlap.json").read_text(encoding="utf-8")), "found": run.metrics}
 
 

@@ -41,7 +41,7 @@ def dataset(config: Config) -> Run:
     def work(run: Run) -> dict[str, float]:
         with run.phase("build"):
             records, image_root, bad = instantiate(
-                source, _convert_="all", root=root, out_dir=run.folder, seed=config.seed
+                source, _convert_="all", root=root, out_dir=run.folder, seed=settings.seed
             )
         with run.phase("validate"):
             records, bad = validate(records, image_root, bad=bad, on_bad_record=settings.on_bad_record)
@@ -59,7 +59,8 @@ def dataset(config: Config) -> Run:
                 counts[f"records/{record.split}/{name}"] += 1
         return {**{k: float(v) for k, v in sorted(counts.items())}, "records/skipped": float(len(bad))}
 
-    return stage_run(config, "data", settings.name, key, work)
+    # its own seed: under every seed of training the same questions are asked
+    return stage_run(config, "data", settings.name, key, work, seed=settings.seed)
 
 
 def first_of_each(records: list[Record], limit: int) -> list[Record]:
