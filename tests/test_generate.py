@@ -75,12 +75,21 @@ def test_a_trained_vision_tower_is_never_cached(tiny, picture):
 
 
 def test_images_are_kept_up_to_a_number_of_bytes(tiny, picture, tmp_path):
+    """The room of three images as patches; what was never kept, or is kept no more, takes none of it."""
     encoder = Encoder(tiny[1].tokenizer, tiny[1].image_processor, cache_bytes=3 * 16 * 1176 * 4)
     for seed in range(5):
         picture(seed).save(tmp_path / f"{seed}.png")
     images = [encoder.image(tmp_path / f"{seed}.png") for seed in (0, 1, 2, 0, 3)]
     assert images[3] is images[0]
     assert encoder.image(tmp_path / "0.png") is images[0] and encoder.image(tmp_path / "1.png") is not images[1]
+    frozen = copy.deepcopy(tiny[0]).requires_grad_(False)
+    encoder.see(frozen, [encoder.chat("heart", [encoder.patches(picture(seed))]) for seed in range(20)])
+    encoder.see(frozen, [encoder.chat("heart", [images[1]])])
+    names = [tmp_path / f"{seed}.png" for seed in (0, 1, 2, 3)]
+    first = encoder.image(names[0])
+    for name in names[1:]:
+        encoder.image(name)
+    assert encoder.image(names[0]) is not first
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

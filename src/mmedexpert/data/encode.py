@@ -30,6 +30,7 @@ class EncodedImage:
     grid: Tensor
     patches: Tensor | None
     seen: Any = None
+    kept: bool = False  # in an encoder's memory
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,12 @@ class Encoder:
         key = str(path)
         if key not in self._images:
             self._images[key] = self.patches(open_image(path))
+            self._images[key].kept = True
             self._free -= _bytes(self._images[key])
             while self._free < 0 and len(self._images) > 1:
-                self._free += _bytes(self._images.popitem(last=False)[1])
+                _, oldest = self._images.popitem(last=False)
+                self._free += _bytes(oldest)
+                oldest.kept = False
         self._images.move_to_end(key)
         return self._images[key]
 
@@ -116,7 +120,7 @@ class Encoder:
             if _deep(out):
                 image.seen.deepstack_features = [(layer[place],) for layer in _deep(out)]
             image.patches = None
-            self._free += before - _bytes(image)
+            self._free += (before - _bytes(image)) * image.kept
 
     def chat(self, text: str, images: Sequence[EncodedImage]) -> Prompt:
         """One user turn (images first) and the start of the assistant's, through the model's chat template.
