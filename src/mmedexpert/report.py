@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,14 +104,14 @@ def print_result(runs: Mapping[str, Run]) -> None:
     """The last table of a command: models where models were evaluated, else each run with its main numbers."""
     evaluated = {name.removeprefix("eval/"): run for name, run in runs.items() if run.stage == "eval"}
     if evaluated:
-        summaries = {name: _summary(run) for name, run in evaluated.items()}
+        summaries = {name: run.summary for name, run in evaluated.items()}
         if voted := [row for name, one in summaries.items() if "vote" in one for row in vote_rows(name, one)]:
             print_table(voted, "One perspective against the vote of four", "gain: vote minus mean of the four, paired.")
         if next(iter(summaries.values()))["question_set"]["public"]:
             print_benchmarks(summaries)
             return
         if "pipeline" in runs:
-            rows = model_rows(_summary(runs["pipeline"]))
+            rows = model_rows(runs["pipeline"].summary)
         else:
             rows = [_row(name, one) for name, one in summaries.items()]
         sizes = next(iter(summaries.values()))["per_specialty"]
@@ -128,10 +127,6 @@ def print_result(runs: Mapping[str, Run]) -> None:
     ]
     if rows:
         print_table(rows, "Runs")
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    return json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def benchmark_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -203,7 +198,7 @@ def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
         row = {"job": " ".join(word for word in overrides.split() if word not in common)}  # only what was varied
         pipeline = runs.get("pipeline")
         if pipeline is not None:
-            models = json.loads((pipeline.folder / "summary.json").read_text())["models"]
+            models = pipeline.summary["models"]
             experts = models.pop("experts")
             best = max(experts.values(), key=lambda m: m["macro_accuracy"])
             row |= {"base": f"{models['base']['macro_accuracy']:.2f}", "best expert": f"{best['macro_accuracy']:.2f}"}

@@ -9,7 +9,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from hydra.utils import get_method, instantiate
 
-from mmedexpert.contamination import fingerprints, overlap
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import Bad, fingerprint, image_faults, load_records, save_records
 from mmedexpert.errors import UserError
@@ -17,7 +16,7 @@ from mmedexpert.evaluate import QuestionSet
 from mmedexpert.runs import Run
 from mmedexpert.schema import BenchmarkConfig, Config
 from mmedexpert.stages.common import stage_run
-from mmedexpert.stages.contamination import counts
+from mmedexpert.stages.contamination import compare, counts
 from mmedexpert.stages.data import root_fingerprint
 
 
@@ -73,9 +72,7 @@ def _own_training_part(
     except UserError:
         return None  # only the test part lies here
     usable, _ = askable(train, train_root)
-    cache = Path(config.paths.outputs) / "image_fingerprints.jsonl"
-    found = overlap(fingerprints(usable, train_root, cache), fingerprints(test, image_root, cache))
-    return counts(found)
+    return counts(compare(config, (usable, train_root), (test, image_root)))
 
 
 def question_set(benchmark: BenchmarkConfig, run: Run) -> QuestionSet:

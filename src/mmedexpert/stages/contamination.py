@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedexpert.contamination import Overlap, fingerprints, overlap, report
+from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import load_records
 from mmedexpert.evaluate import QuestionSet
 from mmedexpert.runs import Run, write_json
@@ -23,9 +24,8 @@ def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str)
 
     def work(run: Run) -> dict[str, float]:
         records, image_root = load_records(data.folder)
-        cache = Path(config.paths.outputs) / "image_fingerprints.jsonl"
-        train = fingerprints([record for record in records if record.split == "train"], image_root, cache)
-        found = overlap(train, fingerprints(questions.records, questions.image_root, cache))
+        train = [record for record in records if record.split == "train"]
+        found = compare(config, (train, image_root), (questions.records, questions.image_root))
         rows = report(found)
         write_json(
             run.folder / "overlap.json",
@@ -36,6 +36,12 @@ def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str)
     name = f"{questions.name}-in-{data.name}"
     run = stage_run(config, "overlap", name, {}, work, {"data": data.run_id, "questions": identity}, seed=0)
     return {**json.loads((run.folder / "overlap.json").read_text(encoding="utf-8")), "found": run.metrics}
+
+
+def compare(config: Config, train: tuple[list[Record], Path], test: tuple[list[Record], Path]) -> Overlap:
+    """What of `test` is in `train`, each records and image root; all data sets share one cache of hashes."""
+    cache = Path(config.paths.outputs) / "image_fingerprints.jsonl"
+    return overlap(fingerprints(*train, cache), fingerprints(*test, cache))
 
 
 def counts(found: Overlap) -> dict[str, float]:

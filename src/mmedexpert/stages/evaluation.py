@@ -181,7 +181,7 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
 
     inputs = {"questions": asked.identity, "model": subject.identity}
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs)
-    if done.reused and summary_of(done)["judged_by"] != _rules(config, questions):
+    if done.reused and done.summary["judged_by"] != _rules(config, questions):
         rows = judge_again(done.folder / "predictions.jsonl", questions)
         write_json(done.folder / "metrics.json", summarise(done, rows))
     return done
@@ -248,8 +248,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             flat[f"{prefix}{key}"] = float(value)
     return flat
-
-
-def summary_of(run: Run) -> dict[str, Any]:
-    """What `work` wrote to summary.json."""
-    return json.loads(Path(run.folder / "summary.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from mmedexpert.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
 from mmedexpert.stages.common import records_of, stage_logger, stage_run
-from mmedexpert.stages.evaluation import flatten, summary_of
+from mmedexpert.stages.evaluation import flatten
 from mmedexpert.tracking import log_metrics, log_table
 
 
@@ -53,8 +53,7 @@ def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
     """The machine-readable result of a pipeline (DESIGN section 4)."""
     details = ("protocols", "baselines", "question_set", "contamination", "judged_by")  # in each model's own summary
     evaluated = {
-        name: {key: value for key, value in summary_of(r).items() if key not in details}
-        for name, r in done["eval"].items()
+        name: {key: value for key, value in r.summary.items() if key not in details} for name, r in done["eval"].items()
     }
     models: dict[str, Any] = {
         "base": evaluated["base"],
