@@ -193,7 +193,7 @@ def test_engine_answers_as_generate_does_whatever_the_batch(tiny, picture, tmp_p
     asked = QuestionSet("t", records, tmp_path, medevalkit.ask, medevalkit.judge)
     texts = []
     for batch_size in (1, 2, 5):
-        engine = TransformersEngine(model, encoder, batch_size=batch_size, max_new_tokens=6, device="cpu")
+        engine = TransformersEngine(model, encoder, batch_size=batch_size, max_new_tokens=6)
         rows = ask(engine, asked, tmp_path / f"{batch_size}.jsonl", protocol="medevalkit")
         texts.append([row["response"] for row in rows])
         assert all(row["mean_logp"] <= 0 and row["tokens"] <= 6 for row in rows)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
 from mmedexpert.advantages import group_relative
 from mmedexpert.data.record import Record
-from mmedexpert.engines.generate import core_of
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.modules.backbone import add_lora
 from mmedexpert.modules.fit import fit
 from mmedexpert.modules.gba import GbaModule, report, rollout_stream
+from mmedexpert.packing import pack, token_logps
 from mmedexpert.rollouts import Guidance, Sampling, assign_perspectives, roll_out
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -22,8 +22,6 @@ TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 @pytest.fixture()
 def parts(tiny, picture, tmp_path):
-    import copy
-
     model, encoder = copy.deepcopy(tiny[0]), tiny[1]
     policy = add_lora(model, r=8, alpha=16, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False, seed=0)
     records = []
@@ -46,7 +44,7 @@ def sample(parts, *, weights=(0.0, 0.0, 0.0, 0.0), conditioning="prompted", seed
         policy, encoder, records, root, sampling=Sampling(group, tokens, 1.0, 1.0, 0),
         guidance=Guidance(weights, 1.0, "correct", conditioning, "group"), 
         reward_weights={"accuracy": 1.0, "format": 0.2},
-        protocol="robust", device="cpu", generator=torch.Generator().manual_seed(seed),
+        protocol="robust", generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 
 
@@ -61,31 +59,37 @@ def module(parts, **changes):
 
 @pytest.mark.parametrize("weights", [(0.0,) * 4, (1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)])
 def test_update_sees_the_log_probabilities_of_the_sampler(parts, weights):
+    policy, encoder = parts[:2]
     rollout = sample(parts, weights=weights, group=8)
-    logps, entropy = module(parts).logps(rollout)
-    assert torch.allclose(logps * rollout.mask, rollout.old_logps * rollout.mask, atol=1e-4)
-    assert (entropy >= 0).all() and rollout.advantages.shape == (3, 8)
+    packed = pack(policy, encoder, rollout.prompts, rollout.completions)
+    logps = packed.matrix(token_logps(policy, packed)[0], rollout.mask.shape[1])
+    assert torch.allclose(logps, rollout.sampling_logps, atol=1e-5)
+    assert rollout.advantages.shape == (3, 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_a_prompt_read_once_gives_the_log_probabilities_and_gradients_of_whole_sequences(parts, tokens):
-    policy, encoder, records, root = parts
-    several = [records[0], replace(records[1], images=("1.png", "2.png")), records[2]]
-    rollout = sample((policy, encoder, several, root), weights=(1.0, 1.0, 1.0, 1.0), group=8, tokens=tokens)
-    for name, parameter in policy.named_parameters():  # a fresh adapter's B is zero, and so would be A's gradient
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_micro_batches_change_no_update(parts, tmp_path, loss_type):
+    """The same rollout, in one pack and in packs of a few tokens, moves the weights alike; two updates, with KL."""
+    for name, parameter in parts[0].named_parameters():  # away from the reference
         if "lora_B" in name:
-            parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    found = []
-    learner = module(parts)
-    for compute in (learner.logps, lambda r: learner._logps_of_whole_sequences(core_of(policy), r)):
-        policy.zero_grad()
-        logps, entropy = compute(rollout)
-        (logps * rollout.mask * torch.linspace(-1, 2, logps.shape[0])[:, None]).sum().backward()
-        gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
-        found.append((logps * rollout.mask, entropy * rollout.mask, gradients))
-    (logps, entropy, gradients), (expected_logps, expected_entropy, expected) = found
-    assert (logps - expected_logps).abs().max() <= 1e-5 and (entropy - expected_entropy).abs().max() <= 1e-5
-    assert expected.norm() > 0 and (gradients - expected).norm() / expected.norm() <= 1e-5
+            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    start = copy.deepcopy({n: p.data for n, p in parts[0].named_parameters() if p.requires_grad})
+    rollout = sample(parts, weights=(1.0, 1.0, 1.0, 1.0), group=8)
+    rollout.advantages = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for budget in (None, 60):
+        for name, parameter in parts[0].named_parameters():
+            if name in start:
+                parameter.data.copy_(start[name])
+        rollout.old_logps = None
+        learner = module(parts, steps=2, loss_type=loss_type, beta=0.1, micro_batch_tokens=budget)
+        learner.optimizer = lambda: torch.optim.SGD([p for p in parts[0].parameters() if p.requires_grad], lr=1.0)
+        fit(learner, lambda step: itertools.repeat(rollout), folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+        ends.append(torch.cat([p.detach().flatten() for n, p in parts[0].named_parameters() if n in start]))
+        metrics = {k: float(v) for k, v in learner.trainer.callback_metrics.items()}
+        assert metrics["kl"] > 0 and rollout.old_logps is not None
+    moved = ends[0] - torch.cat([start[n].flatten() for n, p in parts[0].named_parameters() if n in start])
+    assert moved.norm() > 0 and (ends[0] - ends[1]).norm() / moved.norm() <= 1e-5
 
 
 def test_without_weights_advantages_are_grpo_bit_for_bit(parts):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmedexpert.data.encode import Encoder
-from mmedexpert.engines.generate import generate, positions
+from mmedexpert.engines.generate import generate
+from mmedexpert.packing import positions
 
 
 def prompts(encoder, picture):
@@ -24,8 +25,9 @@ def prompts(encoder, picture):
 
 def test_greedy_equals_transformers_generate(tiny, picture):
     model, encoder = tiny
-    batch = encoder.collate_prompts(prompts(encoder, picture))
-    ours = generate(model, batch, end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=12)
+    chosen = prompts(encoder, picture)
+    batch = encoder.collate_prompts(chosen)
+    ours = generate(model, encoder, chosen, max_new_tokens=12)
     theirs = model.generate(
         **batch, max_new_tokens=12, do_sample=False, eos_token_id=encoder.end_ids, pad_token_id=encoder.pad_id
     )[:, batch["input_ids"].shape[1] :]
@@ -56,13 +58,8 @@ def test_an_image_is_encoded_once_and_its_features_change_nothing(tiny, picture,
     assert len(calls) == 3
     for one, other in zip(again[2].images, chosen[2].images, strict=True):
         assert torch.allclose(one.seen.pooler_output[0], other.seen.pooler_output[0], atol=1e-5)
-    greedy = generate(
-        model, encoder.collate_prompts(chosen), end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=8
-    )
-    plain = generate(
-        model, encoder.collate_prompts(prompts(encoder, picture)), end_ids=encoder.end_ids, pad_id=encoder.pad_id,
-        max_new_tokens=8,
-    )  # fmt: skip
+    greedy = generate(model, encoder, chosen, max_new_tokens=8)
+    plain = generate(model, encoder, prompts(encoder, picture), max_new_tokens=8)
     assert greedy.rows() == plain.rows()
 
 
@@ -97,8 +94,8 @@ def test_logps_are_those_of_a_plain_forward_pass(tiny, picture, temperature):
     model, encoder = tiny
     chosen = prompts(encoder, picture)[:3]
     out = generate(
-        model, encoder.collate_prompts(chosen), end_ids=encoder.end_ids, pad_id=encoder.pad_id, max_new_tokens=10,
-        num_generations=3, temperature=temperature, generator=torch.Generator().manual_seed(0),
+        model, encoder, chosen, max_new_tokens=10, num_generations=3, temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     rows = out.rows()
     assert len(rows) == 9 and len({tuple(r) for r in rows[:3]}) > 1
@@ -113,10 +110,10 @@ def test_logps_are_those_of_a_plain_forward_pass(tiny, picture, temperature):
 
 def test_end_token_finishes_a_row_and_leaves_the_others(tiny, picture):
     model, encoder = tiny
-    batch = encoder.collate_prompts(prompts(encoder, picture) * 5)  # 20 rows: finished ones stay a while, then leave
-    plain = generate(model, batch, end_ids=[-1], pad_id=encoder.pad_id, max_new_tokens=12)
+    chosen = prompts(encoder, picture) * 5  # 20 rows: finished ones stay a while, then leave
+    plain = generate(model, encoder, chosen, end_ids=[-1], max_new_tokens=12)
     stops = [plain.ids[0, 3].item(), plain.ids[1, 6].item()]  # tokens these rows really say
-    out = generate(model, batch, end_ids=stops, pad_id=encoder.pad_id, max_new_tokens=12)
+    out = generate(model, encoder, chosen, end_ids=stops, max_new_tokens=12)
     assert out.finished[0] and out.mask[0].sum() <= 4 and not out.finished.all()
     for before, after, logps, expected in zip(plain.rows(), out.rows(), out.logps, plain.logps, strict=True):
         length = next((i + 1 for i, token in enumerate(before) if token in stops), 12)
@@ -126,18 +123,18 @@ def test_end_token_finishes_a_row_and_leaves_the_others(tiny, picture):
 
 def test_top_k_one_is_greedy_and_top_p_bounds_the_choice(tiny, picture):
     model, encoder = tiny
-    batch = encoder.collate_prompts(prompts(encoder, picture))
-    options = {"end_ids": encoder.end_ids, "pad_id": encoder.pad_id, "max_new_tokens": 6}
-    greedy = generate(model, batch, **options)
+    chosen = prompts(encoder, picture)
+    greedy = generate(model, encoder, chosen, max_new_tokens=6)
     for warp in ({"top_k": 1}, {"top_p": 1e-6}):
-        sampled = generate(model, batch, temperature=1.0, generator=torch.Generator().manual_seed(3), **warp, **options)
+        generator = torch.Generator().manual_seed(3)
+        sampled = generate(model, encoder, chosen, max_new_tokens=6, temperature=1.0, generator=generator, **warp)
         assert sampled.rows() == greedy.rows()
 
 
 def test_sampling_leaves_training_mode_as_it_was(tiny, picture):
     model, encoder = tiny
     model.train()
-    generate(model, encoder.collate_prompts(prompts(encoder, picture)[:1]), end_ids=[1], pad_id=0, max_new_tokens=2)
+    generate(model, encoder, prompts(encoder, picture)[:1], max_new_tokens=2)
     assert model.training
     model.eval()
 
@@ -145,19 +142,19 @@ def test_sampling_leaves_training_mode_as_it_was(tiny, picture):
 def test_positions_are_three_dimensional(tiny, picture):
     """Without mm_token_type_ids transformers falls back to 1-D positions in silence."""
     model, encoder = tiny
-    batch = encoder.collate_prompts(prompts(encoder, picture)[:1])
-    position_ids, following = positions(model, batch)
-    image = (batch["input_ids"] == encoder.image_token_id)[0]
-    assert not torch.equal(position_ids[0, 0, image], position_ids[1, 0, image])
-    assert following[0] == position_ids.max() + 1
+    prompt = prompts(encoder, picture)[0]
+    position_ids, following = positions(model, encoder, prompt)
+    image = torch.tensor(prompt.input_ids) == encoder.image_token_id
+    assert not torch.equal(position_ids[0, image], position_ids[1, image])
+    assert following == position_ids.max() + 1
 
 
 def test_banned_tokens_are_never_chosen(tiny, picture):
     model, encoder = tiny
-    batch = encoder.collate_prompts(prompts(encoder, picture))
-    options = {"end_ids": encoder.end_ids, "pad_id": encoder.pad_id, "max_new_tokens": 8}
-    said = {token for row in generate(model, batch, **options).rows() for token in row}
-    again = generate(model, batch, banned_ids=sorted(said), **options)
+    chosen = prompts(encoder, picture)
+    said = {token for row in generate(model, encoder, chosen, max_new_tokens=8).rows() for token in row}
+    banned = {"banned_ids": sorted(said), "max_new_tokens": 8}
+    again = generate(model, encoder, chosen, **banned)
     assert not said & {token for row in again.rows() for token in row}
-    sampled = generate(model, batch, banned_ids=sorted(said), temperature=1.0, num_generations=4, **options)
+    sampled = generate(model, encoder, chosen, temperature=1.0, num_generations=4, **banned)
     assert not said & {token for row in sampled.rows() for token in row}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmedexpert.losses import kl_k3, masked_mean, policy_loss, selected_logps_and_entropy
+from mmedexpert.losses import kl_k3, masked_mean, policy_loss, selected_logps
 
 N, T = 5, 7
 LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "gspo"]
@@ -199,7 +199,7 @@ def test_bad_arguments_are_refused() -> None:
         policy_loss(**data, beta=0.1)
 
 
-# --- selected_logps_and_entropy ---------------------------------------------------------------------------------------
+# --- selected_logps ---------------------------------------------------------------------------------------------------
 
 H, V = 6, 50
 
@@ -212,11 +212,13 @@ def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), ids
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 12, 1024])
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 12, 1024])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logps_are_the_full_ones(chunk: int, temperature: float) -> None:
+def test_logps_in_blocks_are_the_full_ones(rows: int, temperature: float, trained_head: bool) -> None:
     hidden, weight, ids = head()
-    logps, entropy = selected_logps_and_entropy(hidden, weight, ids, temperature, chunk)
+    weight.requires_grad_(trained_head)
+    logps, entropy, likeliest = selected_logps(hidden, weight, ids, temperature, rows * V)
 
     logits = hidden.detach().numpy() @ weight.detach().numpy().T / temperature
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -224,11 +226,13 @@ def test_chunked_logps_are_the_full_ones(chunk: int, temperature: float) -> None
     np.testing.assert_allclose(logps.detach().numpy(), expected, rtol=1e-10)
     np.testing.assert_allclose(entropy.numpy(), -(probabilities * np.log(probabilities)).sum(-1), rtol=1e-10)
     assert not entropy.requires_grad
+    assert torch.equal(likeliest, torch.from_numpy(logits.argmax(-1)) == ids)
 
     upstream = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     full = torch.log_softmax(hidden @ weight.t() / temperature, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    expected_gradients = torch.autograd.grad((full * upstream).sum(), (hidden, weight))
-    gradients = torch.autograd.grad((logps * upstream).sum(), (hidden, weight))
+    leaves = (hidden, weight) if trained_head else (hidden,)
+    expected_gradients = torch.autograd.grad((full * upstream).sum(), leaves)
+    gradients = torch.autograd.grad((logps * upstream).sum(), leaves)
     torch.testing.assert_close(gradients, expected_gradients)
 
 
@@ -245,24 +249,26 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_over_all_positions_and_the_vocabulary_is_ever_made() -> None:
-    chunk, hidden, ids = 8, torch.randn(4, 16, H, requires_grad=True), torch.zeros(4, 16, dtype=torch.long)
-    weight = torch.randn(V, H)
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_no_tensor_over_all_positions_and_the_vocabulary_is_ever_made(trained_head: bool) -> None:
+    rows, hidden, ids = 8, torch.randn(4, 16, H, requires_grad=True), torch.zeros(4, 16, dtype=torch.long)
+    weight = torch.randn(V, H, requires_grad=trained_head)
     with LargestTensor() as forward_and_backward:
-        logps, _ = selected_logps_and_entropy(hidden, weight, ids, chunk=chunk)
+        logps, _, _ = selected_logps(hidden, weight, ids, block=rows * V)
         logps.sum().backward()
-    assert forward_and_backward.numel == chunk * V
+    assert forward_and_backward.numel == rows * V
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
-        selected_logps_and_entropy(hidden, weight, ids, chunk=chunk)
-    assert max(saved, default=0) < chunk * V
+        selected_logps(hidden, weight, ids, block=rows * V)
+    assert max(saved, default=0) < rows * V
 
 
-def test_half_precision_states_give_fp32_logps() -> None:
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_half_precision_states_give_fp32_logps(trained_head: bool) -> None:
     hidden, weight, ids = head(torch.bfloat16)
-    logps, entropy = selected_logps_and_entropy(hidden, weight, ids)
+    logps, entropy, _ = selected_logps(hidden, weight.detach().requires_grad_(trained_head), ids)
     assert logps.dtype == entropy.dtype == torch.float32
-    exact, _ = selected_logps_and_entropy(*head())
+    exact, _, _ = selected_logps(*head())
     torch.testing.assert_close(logps.double(), exact, atol=0.1, rtol=0)
     logps.sum().backward()
     assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
@@ -271,6 +277,6 @@ def test_half_precision_states_give_fp32_logps() -> None:
 def test_bad_logp_arguments_are_refused() -> None:
     hidden, weight, ids = head()
     with pytest.raises(ValueError, match="expected hidden"):
-        selected_logps_and_entropy(hidden, weight, ids[:2])
+        selected_logps(hidden, weight, ids[:2])
     with pytest.raises(ValueError, match="temperature"):
-        selected_logps_and_entropy(hidden, weight, ids, temperature=0.0)
+        selected_logps(hidden, weight, ids, temperature=0.0)

@@ -98,7 +98,7 @@ def main() -> None:
         for turn in range(options.turns + 1):  # the first warms up and does not count
             encoder = Encoder(tokenizer, processor)
             engine = TransformersEngine(
-                model, encoder, batch_size=options.batch_size, max_new_tokens=options.tokens, device="cpu"
+                model, encoder, batch_size=options.batch_size, max_new_tokens=options.tokens
             )
             start = time.process_time()
             answers = {place: reply.text for place, reply in engine(asks)}

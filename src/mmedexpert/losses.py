@@ -1,9 +1,9 @@
 """Policy-gradient losses with TRL's definitions, and chunked per-token log-probabilities.
 
-Shapes: N completions, T completion tokens, H hidden size, V vocabulary size.
+Shapes: S tokens, N completions, T completion tokens, H hidden size, V vocabulary size.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ LossType = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 
 _MAX_LOG_RATIO = 20.0  # peers: verl, EasyR1 (exp(89) overflows fp32)
 _MAX_KL = 10.0  # peers: verl, EasyR1
+_BLOCK = 2**25  # ours: logits at a time, 128 MB in fp32
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -49,6 +50,7 @@ def policy_loss(
     ref_per_token_logps: Tensor | None = None,
     max_completion_length: int | None = None,
     num_items: int | Tensor | None = None,
+    num_completions: int | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy-gradient loss of GRPO and three of its variants, TRL's definitions.
 
@@ -68,6 +70,8 @@ def policy_loss(
         beta: weight of the KL penalty; above 0 it needs `ref_per_token_logps`.
         max_completion_length: normaliser of `dr_grpo`.
         num_items: normaliser of `dapo`: counted tokens of the whole generation batch; those of this call when None.
+        num_completions: N of the whole generation batch, for the other losses; that of this call when None. With both
+            given, the losses of a batch's parts add up to the loss of the batch.
 
     Returns:
         The scalar loss, and detached scalars `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean`
@@ -113,63 +117,96 @@ def policy_loss(
         per_token_loss = per_token_loss + beta * kl
         metrics["kl"] = masked_mean(kl.detach(), mask)
 
+    completions = torch.as_tensor(shape[0] if num_completions is None else num_completions)
     if loss_type in ("grpo", "gspo"):
-        return masked_mean(per_token_loss, mask, dim=1).mean(), metrics
+        return masked_mean(per_token_loss, mask, dim=1).sum() / completions, metrics
     total = per_token_loss.masked_fill(~mask, 0.0).sum()
     if loss_type == "dapo":
         return total / torch.as_tensor(mask.sum() if num_items is None else num_items).clamp(min=1), metrics
     if loss_type == "dr_grpo":
         if max_completion_length is None:
             raise ValueError("dr_grpo needs max_completion_length")
-        return total / (shape[0] * max_completion_length), metrics
+        return total / (completions * max_completion_length), metrics
     raise ValueError(f"loss_type must be grpo, dr_grpo, dapo or gspo, got {loss_type!r}")
 
 
-def _chunk_logps_and_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = hidden @ weight.t()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    log_z = logits.logsumexp(-1)
-    logps = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - log_z
-    # Last, and out of the graph: recomputation in the backward pass stops before it.
-    with torch.no_grad():
-        entropy = log_z - ((logits - log_z.unsqueeze(-1)).exp() * logits).sum(-1)
-    return logps, entropy
+def selected_logps(
+    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, block: int = _BLOCK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each chosen token, the entropy of its distribution, and whether the token is the likeliest.
 
-
-def selected_logps_and_entropy(
-    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, chunk: int = 1024
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each chosen token and entropy of its distribution, without keeping any `[N*T, V]` tensor.
-
-    The vocabulary projection runs over `chunk` positions at a time and is recomputed in the backward pass, so memory
-    holds one `[chunk, V]` block in either pass.
+    No `[S, V]` tensor of all positions exists: the vocabulary projection runs over as many positions at a time as give
+    `block` logits. With a frozen head the gradient is known in the same pass, d logp / d hidden = W[id] - p W, and the
+    backward pass projects nothing; with a trained head each block is computed again there.
 
     Args:
-        hidden: `[N, T, H]` last hidden states, already shifted: position t predicts `token_ids[:, t]`.
+        hidden: `[..., H]` last hidden states, already shifted: a position predicts the token of its place.
         lm_head_weight: `[V, H]`.
-        token_ids: `[N, T]`, in [0, V); put any valid id where the mask will be false.
+        token_ids: `[...]`, in [0, V).
         temperature: logits are divided by it, as they were when sampling.
 
     Returns:
-        `[N, T]` log-probabilities and `[N, T]` entropies (nats, detached); fp32, or fp64 for fp64 inputs.
+        Three `[...]`: log-probabilities and detached entropies (nats; fp32, or fp64 for fp64 inputs), and bool.
 
     Raises:
-        ValueError: shapes do not match, or temperature or chunk is not positive.
+        ValueError: shapes do not match, or temperature or block is not positive.
     """
-    if hidden.dim() != 3 or hidden.shape[:2] != token_ids.shape or hidden.shape[2:] != lm_head_weight.shape[1:]:
+    if hidden.shape[:-1] != token_ids.shape or hidden.shape[-1:] != lm_head_weight.shape[1:]:
         raise ValueError(
-            f"expected hidden [N, T, H], lm_head_weight [V, H], token_ids [N, T]; got {tuple(hidden.shape)}, "
+            f"expected hidden [..., H], lm_head_weight [V, H], token_ids [...]; got {tuple(hidden.shape)}, "
             f"{tuple(lm_head_weight.shape)}, {tuple(token_ids.shape)}"
         )
-    if not temperature > 0 or chunk < 1:
-        raise ValueError(f"temperature and chunk must be positive, got {temperature} and {chunk}")
-    hidden_chunks, id_chunks = torch.split(hidden.flatten(0, 1), chunk), torch.split(token_ids.flatten(), chunk)
-    parts = [
-        checkpoint(
-            _chunk_logps_and_entropy, part, lm_head_weight, ids, temperature,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        for part, ids in zip(hidden_chunks, id_chunks, strict=True)
-    ]  # fmt: skip
-    logps, entropy = (torch.cat(column).view(token_ids.shape) for column in zip(*parts, strict=True))
-    return logps, entropy
+    if not temperature > 0 or block < 1:
+        raise ValueError(f"temperature and block must be positive, got {temperature} and {block}")
+    rows = max(1, block // len(lm_head_weight))
+    trained, whole = lm_head_weight.requires_grad and torch.is_grad_enabled(), token_ids.numel() <= rows
+    parts = []
+    states = hidden.reshape(-1, hidden.shape[-1])
+    for part, ids in zip(states.split(rows), token_ids.flatten().split(rows), strict=True):
+        if not trained:
+            parts.append(_FrozenHead.apply(part, lm_head_weight, ids, temperature))
+        elif whole:
+            parts.append(_block(part, lm_head_weight, ids, temperature))
+        else:
+            parts.append(checkpoint(_block, part, lm_head_weight, ids, temperature, use_reentrant=False))
+    logps, entropy, likeliest = (torch.cat(column).view(token_ids.shape) for column in zip(*parts, strict=True))
+    return logps, entropy, likeliest
+
+
+def _block(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    logits = hidden @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logps = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logps.exp() * logps).sum(-1)
+        likeliest = logits.argmax(-1) == ids
+    return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy, likeliest
+
+
+class _FrozenHead(torch.autograd.Function):
+    """One block of `selected_logps` whose gradient with respect to the hidden states is formed at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = hidden @ weight.t()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+        picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        highest = logits.amax(-1)
+        shifted = logits.sub_(highest.unsqueeze(-1))
+        chances = shifted.exp()
+        total = chances.sum(-1, keepdim=True)
+        chances.div_(total)
+        log_total = total.squeeze(-1).log()
+        entropy = log_total - torch.linalg.vecdot(chances, shifted)
+        likeliest = picked >= highest
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((weight[ids] - chances.to(weight.dtype) @ weight).div_(temperature))
+        ctx.mark_non_differentiable(entropy, likeliest)
+        return picked - highest - log_total, entropy, likeliest
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (direction,) = ctx.saved_tensors
+        return direction * gradients[0].unsqueeze(-1).to(direction.dtype), None, None, None

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mmedexpert import rewards
 from mmedexpert.advantages import RewardScale, group_relative, perspective_terms
-from mmedexpert.data.encode import Encoder, Prompt, to_device
+from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.record import Record
-from mmedexpert.engines.generate import core_of, generate
+from mmedexpert.engines.generate import generate
 from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.modules.backbone import core_of
 from mmedexpert.scoring import Protocol
 
 
@@ -41,7 +42,7 @@ class Guidance:
     scale_rewards: RewardScale
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rollout:
     """B groups of G completions: everything the update needs, and what is logged. Rows are b*G+g."""
 
@@ -49,7 +50,7 @@ class Rollout:
     completions: list[list[int]]
     texts: list[str]
     perspectives: list[str | None]
-    old_logps: Tensor  # [B*G, T]
+    sampling_logps: Tensor  # [B*G, T], of the distribution sampled from
     mask: Tensor  # [B*G, T]
     finished: Tensor  # [B*G]
     outcome: Tensor  # [B, G]
@@ -57,6 +58,7 @@ class Rollout:
     adherence: Tensor  # [B, G, K], NaN where another perspective was asked for
     terms: Tensor  # [B, G, K] each perspective's share of the advantage
     advantages: Tensor  # [B, G]
+    old_logps: Tensor | None = None  # [B*G, T], kept by the first update for the later ones
 
 
 def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
@@ -86,7 +88,6 @@ def roll_out(
     guidance: Guidance,
     reward_weights: dict[str, float],
     protocol: Protocol,
-    device: str,
     generator: torch.Generator,
 ) -> Rollout:
     """Sample a group per record, score it and compute its advantages.
@@ -105,9 +106,8 @@ def roll_out(
     encoder.see(core_of(model), prompts)
     sampled = generate(
         model,
-        to_device(encoder.collate_prompts(prompts), device),
-        end_ids=encoder.end_ids,
-        pad_id=encoder.pad_id,
+        encoder,
+        prompts,
         banned_ids=encoder.banned_ids,
         max_new_tokens=sampling.max_new_tokens,
         num_generations=per_prompt,

@@ -81,7 +81,6 @@ class DataConfig:
 class DsaConfig:
     steps: int = MISSING
     batch_size: int = MISSING
-    accumulate_grad_batches: int = 1
     lr: float = MISSING
     warmup_ratio: float = MISSING
     weight_decay: float = MISSING
@@ -129,6 +128,8 @@ class RewardConfig:
 class MergeConfig:
     name: str = MISSING
     method: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+    lora_rank: int | None = None
 
 
 @dataclass
@@ -189,6 +190,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: int = 1
     precision: str = "32-true"
+    micro_batch_tokens: int | None = None
     threads: int | None = None
 
 

@@ -137,9 +137,8 @@ class Encoder:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         string = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = string.split(IMAGE_TOKEN)
-        merge = self.image_processor.merge_size**2
         for image, index in zip(images, range(1, len(pieces)), strict=True):
-            pieces[index] = IMAGE_TOKEN * (int(image.grid.prod()) // merge) + pieces[index]
+            pieces[index] = IMAGE_TOKEN * self.image_tokens(image) + pieces[index]
         return Prompt(self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"], list(images))
 
     def ask(self, ask: Ask) -> Prompt:
@@ -170,14 +169,21 @@ class Encoder:
             "attention_mask": mask,
             "mm_token_type_ids": (ids == self.image_token_id).int(),
         }
-        images = [image for prompt in prompts for image in prompt.images]
-        if images:
-            batch["image_grid_thw"] = torch.stack([image.grid for image in images])
-            if all(image.seen is not None for image in images):
-                batch["mm_encoder_outputs"] = {"image": _joined([image.seen for image in images])}
-            else:
-                batch["pixel_values"] = torch.cat([p for image in images if (p := image.patches) is not None]).float()
-        return batch
+        return batch | self.image_inputs([image for prompt in prompts for image in prompt.images])
+
+    def image_inputs(self, images: Sequence[EncodedImage], device: str | torch.device = "cpu") -> Batch:
+        """What the model needs of the images: their features once all are seen, else their patches."""
+        if not images:
+            return {}
+        grids = torch.stack([image.grid for image in images]).to(device)
+        if all(image.seen is not None for image in images):
+            return {"image_grid_thw": grids, "mm_encoder_outputs": {"image": _joined([image.seen for image in images])}}
+        patches = torch.cat([p for image in images if (p := image.patches) is not None]).float()
+        return {"image_grid_thw": grids, "pixel_values": patches.to(device)}
+
+    def image_tokens(self, image: EncodedImage) -> int:
+        """How many tokens of a prompt an image takes."""
+        return int(image.grid.prod()) // self.image_processor.merge_size**2
 
     def collate_prompts(self, prompts: Sequence[Prompt]) -> Batch:
         """Left-padded prompts [B, P] for generation."""

@@ -1,4 +1,4 @@
-"""Sampling with transformers: one vision encode and one prefill per prompt, shared by its G completions."""
+"""Sampling with transformers: an image is seen once, a prompt is read once, and both are shared by G completions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from mmedexpert.data.encode import Batch
+from mmedexpert.attention import Prefix
+from mmedexpert.data.encode import Encoder, Prompt
+from mmedexpert.modules.backbone import core_of
+from mmedexpert.packing import pack
 
 ROOM = 64  # ours: tokens a cache grows by at a time
 LEAVE = 8  # ours: finished rows leave the batch when they are one in so many; each leaving copies the cache
@@ -31,7 +35,7 @@ class RoomyLayer(DynamicLayer):
         held, room = getattr(self, name), self.room.get(name)
         length = held.shape[-2] if held.numel() else 0
         end = length + new.shape[-2]
-        # rows that were repeated or taken out are in a tensor of their own
+        # rows that were taken out are in a tensor of their own
         if room is None or room.data_ptr() != held.data_ptr() or room.shape[-2] < end:
             room = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
             if length:
@@ -56,23 +60,6 @@ class Completions:
         return [ids[: int(n)].tolist() for ids, n in zip(self.ids, self.mask.sum(1), strict=True)]
 
 
-def core_of(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper (its layers keep their adapters)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def positions(core: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions [3, B, P] and the next text position of each row [B] (Qwen2-VL, section 2.1)."""
-    position_ids, _ = core.model.get_rope_index(
-        batch["input_ids"],
-        mm_token_type_ids=batch["mm_token_type_ids"],
-        image_grid_thw=batch.get("image_grid_thw"),
-        attention_mask=batch["attention_mask"],
-    )
-    following = position_ids.masked_fill(batch["attention_mask"] == 0, -1).amax(dim=(0, 2)) + 1
-    return position_ids, following
-
-
 def _warp(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Log-probabilities of the sampling distribution [N, V]."""
     logps = torch.log_softmax(logits / temperature, dim=-1)
@@ -86,51 +73,71 @@ def _warp(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tenso
     return torch.log_softmax(logps, dim=-1) if top_k or top_p < 1.0 else logps
 
 
+def prefill(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> tuple[Prefix, Tensor, Tensor]:
+    """Read prompts, each shared token once: keys and values, states [B, H] at the ends, positions [B] behind them."""
+    core = core_of(model)
+    packed = pack(model, encoder, prompts, [[]] * len(prompts))
+    cache = DynamicCache(config=core.config.get_text_config())
+    hidden = core.model(**packed.inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    longest = max(len(places) for places in packed.prompts)
+    # padding on the left; it repeats the first token and is masked
+    places = pad_sequence(packed.prompts, batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(places) for places in packed.prompts], device=hidden.device)
+    padding = torch.arange(longest, device=hidden.device) < longest - lengths[:, None]
+    keys, values = (
+        [getattr(layer, name)[0].transpose(0, 1)[places].transpose(1, 2).contiguous() for layer in cache.layers]
+        for name in ("keys", "values")
+    )
+    owner = torch.arange(len(prompts), device=hidden.device)
+    prefix = Prefix.of(keys, values, padding if bool(padding.any()) else None, owner)
+    return prefix, hidden[places[:, -1]], packed.following
+
+
 @torch.no_grad()
 def generate(
     model: Any,
-    batch: Batch,
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
     *,
-    end_ids: Sequence[int],
-    pad_id: int,
     max_new_tokens: int,
     num_generations: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    end_ids: Sequence[int] | None = None,
     banned_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Completions:
-    """Sample `num_generations` completions per left-padded prompt; temperature 0 is greedy.
+    """Sample `num_generations` completions per prompt; temperature 0 is greedy.
 
     The model runs in eval mode (no dropout while sampling). `logps` are those of the distribution sampled from (of the
-    plain softmax when greedy). Finished rows leave the batch, some at a time. `banned_ids` are never chosen: an image
-    placeholder in a completion would ask the next forward pass for an image that is not there.
+    plain softmax when greedy). A row ends with a token of `end_ids` (None: the encoder's); finished rows leave the
+    batch, some at a time. `banned_ids` are never chosen: an image placeholder in a completion would ask the next
+    forward pass for an image that is not there.
     """
     core = core_of(model)
     was_training = model.training
     model.eval()
-    device = batch["input_ids"].device
-    position_ids, following = positions(core, batch)
+    prefix, last, following = prefill(model, encoder, prompts)
+    device = last.device
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
+    logits = core.lm_head(last).float()[owner]
+    following = following[owner]
+    prefix = prefix.keep(owner)
     cache = Cache(layers=[RoomyLayer() for _ in range(core.config.get_text_config().num_hidden_layers)])
-    hidden = core.model(**batch, position_ids=position_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    logits = core.lm_head(hidden[:, -1]).float().repeat_interleave(num_generations, dim=0)
-    cache.batch_repeat_interleave(num_generations)
-    attention = batch["attention_mask"].repeat_interleave(num_generations, dim=0)
-    following = following.repeat_interleave(num_generations)
 
-    total = logits.shape[0]
-    ids = torch.full((total, max_new_tokens), pad_id, device=device)
+    total = len(owner)
+    ids = torch.full((total, max_new_tokens), encoder.pad_id, device=device)
     logps = torch.zeros(total, max_new_tokens, device=device)
     lengths = torch.full((total,), max_new_tokens, device=device)
     finished = torch.zeros(total, dtype=torch.bool, device=device)
-    ends = torch.tensor(list(end_ids), device=device)
+    ends = torch.tensor(list(encoder.end_ids if end_ids is None else end_ids), dtype=torch.long, device=device)
     banned = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
     alive = torch.arange(total, device=device)  # rows in the batch
     over = torch.zeros(total, dtype=torch.bool, device=device)  # of these, finished
     for step in range(max_new_tokens):
         scores = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
-        allowed = scores.index_fill(1, banned, -torch.inf)
+        allowed = scores.index_fill(1, banned, -torch.inf) if len(banned) else scores
         if temperature:
             token = torch.multinomial(allowed.exp(), 1, generator=generator).squeeze(1)
         else:
@@ -146,16 +153,16 @@ def generate(
             break
         if int(over.sum()) * LEAVE >= len(over):
             keep = (~over).nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            alive, token, attention, following = alive[keep], token[keep], attention[keep], following[keep]
-            over = over[keep]
-        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+            if step:
+                cache.batch_select_indices(keep)
+            alive, token, owner, following, over = alive[keep], token[keep], owner[keep], following[keep], over[keep]
+            prefix = prefix.keep(owner)
         hidden = core.model.language_model(
             inputs_embeds=core.get_input_embeddings()(token[:, None]),
             position_ids=(following + step).view(1, -1, 1).expand(3, -1, 1),
-            attention_mask=attention,
             past_key_values=cache,
             use_cache=True,
+            prefix=prefix,
         ).last_hidden_state
         logits = core.lm_head(hidden[:, -1]).float()
     model.train(was_training)

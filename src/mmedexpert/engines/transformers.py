@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmedexpert.data.encode import Encoder, to_device
+from mmedexpert.data.encode import Encoder
 from mmedexpert.engines.asking import Ask, Reply
-from mmedexpert.engines.generate import core_of, generate
+from mmedexpert.engines.generate import generate
+from mmedexpert.modules.backbone import core_of
 
 WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
 
@@ -18,8 +19,8 @@ PATCHES = 16384  # ours: in one call of the vision tower, 8 images of 400,000 pi
 class TransformersEngine:
     """Answers questions with a loaded model; an instance is an `asking.Engine`."""
 
-    def __init__(self, model: Any, encoder: Encoder, *, batch_size: int, max_new_tokens: int, device: str) -> None:
-        self.model, self.encoder, self.device = model, encoder, device
+    def __init__(self, model: Any, encoder: Encoder, *, batch_size: int, max_new_tokens: int) -> None:
+        self.model, self.encoder = model, encoder
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
@@ -37,8 +38,7 @@ class TransformersEngine:
         start = time.perf_counter()
         self.encoder.see(core_of(self.model), prompts, patches_together=PATCHES)
         out = generate(
-            self.model, to_device(self.encoder.collate_prompts(prompts), self.device), end_ids=self.encoder.end_ids,
-            pad_id=self.encoder.pad_id, banned_ids=self.encoder.banned_ids, max_new_tokens=self.max_new_tokens,
+            self.model, self.encoder, prompts, banned_ids=self.encoder.banned_ids, max_new_tokens=self.max_new_tokens
         )  # fmt: skip
         lengths = out.mask.sum(1)
         means = ((out.logps * out.mask).sum(1) / lengths.clamp(min=1)).tolist()

@@ -37,6 +37,11 @@ class Loading:
     device: str
 
 
+def core_of(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper (its layers keep their adapters)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def resolve(name_or_path: str, revision: str | None) -> Path:
     """The local folder of a model, downloading a pinned hub revision when it is no folder; UserError if it cannot."""
     if Path(name_or_path).is_dir():

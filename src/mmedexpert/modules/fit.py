@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import get_cosine_schedule_with_warmup
 
@@ -20,11 +21,14 @@ Stream = Callable[[int], Iterator[Any]]
 
 
 class TrainingModule(L.LightningModule):
-    """What every stage's module shares: schedule, clipping, skipped steps, checkpoints of the trained weights alone.
+    """What every stage's module shares: the optimiser step, its schedule, checkpoints of the trained weights alone.
 
-    A step whose gradient is not finite is skipped and counted as `skipped_steps`. Randomness depends on (seed, step)
-    only, so that a resumed run repeats what an uninterrupted one does.
+    A batch is a whole optimiser step; `training_step` hands its loss in parts to `descend`. A step whose gradient is
+    not finite is skipped and counted as `skipped_steps`. Randomness depends on (seed, step) only, so that a resumed
+    run repeats what an uninterrupted one does.
     """
+
+    automatic_optimization = False
 
     def __init__(self, *, seed: int, steps: int, warmup_ratio: float, max_grad_norm: float) -> None:
         super().__init__()
@@ -44,15 +48,30 @@ class TrainingModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.seed, self.global_step))
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches stay where they are: packing moves what it needs, once."""
+        return batch
+
+    def descend(self, losses: Iterator[Tensor], parts: int) -> None:
+        """One optimiser step on a loss whose `parts` add up, each with a graph of its own."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(parts):
+            self.manual_backward(next(losses))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if not torch.isfinite(norm):
             self.skipped_steps += 1
             for parameter in parameters:
                 parameter.grad = None
-        self.log("grad_norm", norm)
-        self.log("skipped_steps", float(self.skipped_steps))
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.log_dict({"grad_norm": norm, "skipped_steps": float(self.skipped_steps)})
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The mean over the devices: a normaliser that gives each its share of the whole batch's loss."""
+        return self.trainer.strategy.reduce(value.float(), reduce_op="mean")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
@@ -131,7 +150,6 @@ def fit(
     folder: Path,
     title: str = "train",
     checkpoint_every: int,
-    accumulate_grad_batches: int = 1,
     accelerator: str = "auto",
     devices: int = 1,
     precision: Any = "32-true",
@@ -139,7 +157,7 @@ def fit(
 ) -> None:
     """Train `module` for its `steps`, from `folder`/last.ckpt when an earlier try left one.
 
-    `stream(step)` yields the micro-batches from optimiser step `step` on (`accumulate_grad_batches` per step).
+    `stream(step)` yields a batch for each optimiser step from `step` on.
     """
     path = folder / "last.ckpt"
     trainer = L.Trainer(
@@ -148,7 +166,6 @@ def fit(
         accelerator=accelerator,
         devices=devices,
         precision=precision,
-        accumulate_grad_batches=accumulate_grad_batches,
         logger=logger or False,
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -157,7 +174,6 @@ def fit(
         callbacks=[Checkpoint(path, checkpoint_every), Steps(title)],
         default_root_dir=folder,
     )
-    # batches come ready: the default conversion would take the vision outputs in them apart
     steps = _FromStep(stream, lambda: trainer.global_step)
     loader: Iterable[Any] = DataLoader(steps, batch_size=None, collate_fn=lambda batch: batch)
     trainer.fit(module, loader, ckpt_path=str(path) if path.exists() else None, weights_only=True)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache
 
-from mmedexpert.data.encode import Encoder, to_device
+from mmedexpert.data.encode import Encoder
 from mmedexpert.data.record import Record
-from mmedexpert.engines.generate import core_of, positions
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.losses import LossType, masked_mean, policy_loss, selected_logps_and_entropy
+from mmedexpert.losses import LossType, masked_mean, policy_loss
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, step_seed
+from mmedexpert.packing import micro_batches, pack, token_logps
 from mmedexpert.rollouts import Rollout
 
 
@@ -36,6 +35,7 @@ class GbaModule(TrainingModule):
         temperature: float,
         max_completion_length: int,
         mask_truncated_completions: bool,
+        micro_batch_tokens: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
@@ -44,81 +44,61 @@ class GbaModule(TrainingModule):
         self.epsilon, self.epsilon_high, self.beta = epsilon, epsilon_high, beta
         self.temperature, self.max_completion_length = temperature, max_completion_length
         self.mask_truncated_completions = mask_truncated_completions
+        self.micro_batch_tokens = micro_batch_tokens
 
-    def logps(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Per-token log-probabilities and entropy [N, T] of the completions under the model as it is now.
-
-        A prompt is read once, with its gradient, by all of its completions.
-        """
-        core = core_of(self.model)
-        self.encoder.see(core, rollout.prompts)
-        if core.model.language_model.gradient_checkpointing:  # transformers then keeps no cache
-            return self._logps_of_whole_sequences(core, rollout)
-        prompts = list({id(prompt): prompt for prompt in rollout.prompts}.values())
-        place = {id(prompt): row for row, prompt in enumerate(prompts)}
-        rows = torch.tensor([place[id(prompt)] for prompt in rollout.prompts], device=self.device)
-        batch = to_device(self.encoder.collate_prompts(prompts), self.device)
-        position_ids, following = positions(core, batch)
-        cache = DynamicCache(config=core.config.get_text_config())
-        read = core.model(**batch, position_ids=position_ids, past_key_values=cache, use_cache=True).last_hidden_state
-        cache.batch_select_indices(rows)
-        ids = torch.full(rollout.mask.shape, self.encoder.pad_id)
-        for row, completion in enumerate(rollout.completions):
-            ids[row, : len(completion)] = torch.tensor(completion)
-        ids, steps = ids.to(self.device), torch.arange(ids.shape[1], device=self.device)
-        at = read[rows, -1:]  # the last place of the prompt predicts the first token, token t - 1 predicts token t
-        if len(steps) > 1:
-            said = core.model.language_model(
-                inputs_embeds=core.get_input_embeddings()(ids[:, :-1]),
-                position_ids=(following[rows, None] + steps[:-1]).expand(3, -1, -1),
-                attention_mask=torch.cat([batch["attention_mask"][rows], rollout.mask[:, :-1].to(self.device)], dim=1),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            at = torch.cat([at, said], dim=1)
-        return selected_logps_and_entropy(at, core.lm_head.weight, ids, self.temperature, chunk=256)
-
-    def _logps_of_whole_sequences(self, core: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        batch, _ = self.encoder.collate(rollout.prompts, rollout.completions)
-        hidden = core.model(**to_device(batch, self.device), use_cache=False).last_hidden_state
-        starts = torch.tensor([len(prompt.input_ids) for prompt in rollout.prompts], device=hidden.device)
-        offsets = torch.arange(rollout.mask.shape[1], device=hidden.device)
-        # position start-1+t predicts token t; beyond the completion any position does, its mask is 0
-        places = (starts[:, None] - 1 + offsets).clamp(max=hidden.shape[1] - 1)
-        at = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        ids = batch["input_ids"].to(hidden.device).gather(1, (places + 1).clamp(max=hidden.shape[1] - 1))
-        return selected_logps_and_entropy(at, core.lm_head.weight, ids, self.temperature, chunk=256)
-
-    def transfer_batch_to_device(self, batch: Rollout, device: torch.device, dataloader_idx: int) -> Rollout:
-        """Rollouts stay where they are; `training_step` moves what it needs."""
-        return batch
-
-    def training_step(self, rollout: Rollout, batch_idx: int) -> Tensor:
+    def training_step(self, rollout: Rollout, batch_idx: int) -> None:
         mask = rollout.mask.to(self.device)
         if self.mask_truncated_completions:
             mask = mask * rollout.finished[:, None].to(self.device)
-        logps, entropy = self.logps(rollout)
-        reference = None
-        if self.beta > 0:
-            with torch.no_grad(), self.model.disable_adapter():
-                reference, _ = self.logps(rollout)
-        loss, metrics = policy_loss(
-            logps,
-            rollout.old_logps.to(self.device),
-            rollout.advantages.flatten().to(self.device),
-            mask,
-            loss_type=self.loss_type,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            beta=self.beta,
-            ref_per_token_logps=reference,
-            max_completion_length=self.max_completion_length,
-        )
-        self.log_dict({"loss": loss, "entropy": masked_mean(entropy, mask), **metrics})
+        parts = micro_batches(self.encoder, rollout.prompts, rollout.completions, self.micro_batch_tokens)
+        whole = {
+            "num_completions": self.over_ranks(torch.tensor(len(mask), device=self.device)),
+            "num_items": self.over_ranks(mask.sum()),
+        }
+        logps, entropy = torch.zeros(2, *mask.shape, device=self.device)
+        reference = torch.zeros_like(logps) if self.beta > 0 else None
+        advantages = rollout.advantages.flatten().to(self.device)
+        old = rollout.old_logps
+
+        def loss(logps: Tensor, rows: Any, **normalisers: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            return policy_loss(
+                logps,
+                # at the first update the policy is the one that sampled: its log-probabilities are these, detached
+                logps.detach() if old is None else old[rows],
+                advantages[rows],
+                mask[rows],
+                loss_type=self.loss_type,
+                epsilon=self.epsilon,
+                epsilon_high=self.epsilon_high,
+                beta=self.beta,
+                ref_per_token_logps=None if reference is None else reference[rows],
+                max_completion_length=self.max_completion_length,
+                **normalisers,
+            )
+
+        def losses() -> Iterator[Tensor]:
+            width = mask.shape[1]
+            for rows in parts:
+                packed = pack(
+                    self.model, self.encoder, [rollout.prompts[row] for row in rows],
+                    [rollout.completions[row] for row in rows],
+                )  # fmt: skip
+                if reference is not None:
+                    with torch.no_grad(), self.model.disable_adapter():
+                        frozen, _, _ = token_logps(self.model, packed, self.temperature)
+                    reference[rows] = packed.matrix(frozen, width)
+                values, spread, _ = token_logps(self.model, packed, self.temperature)
+                now = packed.matrix(values, width)
+                logps[rows], entropy[rows] = now.detach(), packed.matrix(spread, width)
+                yield loss(now, rows, **whole)[0]
+
+        self.descend(losses(), len(parts))
+        total, metrics = loss(logps, slice(None))
+        rollout.old_logps = logps if old is None else old
+        self.log_dict({"loss": total, "entropy": masked_mean(entropy, mask), **metrics})
         reported = report(rollout)
         self.log_dict({key: reported.pop(key) for key in ("reward", "adherence")}, prog_bar=True)
         self.log_dict(reported)
-        return loss
 
     def optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]

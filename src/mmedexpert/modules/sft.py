@@ -3,44 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmedexpert.data.encode import IGNORE, Batch, Encoder, Prompt, to_device
+from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.record import Record
-from mmedexpert.engines.generate import core_of
+from mmedexpert.modules.backbone import core_of
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices
+from mmedexpert.packing import micro_batches, pack, token_logps
 
 
-def completion_loss(model: Any, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the labelled tokens, and the share of them predicted; logits only where labelled."""
-    core = core_of(model)
-    hidden = core.model(**batch, use_cache=False).last_hidden_state
-    scored = labels[:, 1:] != IGNORE
-    logits = core.lm_head(hidden[:, :-1][scored]).float()
-    gold = labels[:, 1:][scored]
-    return F.cross_entropy(logits, gold), (logits.argmax(-1) == gold).float().mean()
+@dataclass(frozen=True)
+class Samples:
+    """The prompts of one optimiser step and their completions; `scored` says which tokens count (None: all)."""
+
+    prompts: Sequence[Prompt]
+    completions: Sequence[Sequence[int]]
+    scored: Sequence[Sequence[bool]] | None = None
 
 
 class SftModule(TrainingModule):
-    """Next-token loss on the completion alone; logs TRL's names `loss` and `mean_token_accuracy`."""
+    """Next-token loss on the completion alone; logs TRL's names `loss`, `entropy` and `mean_token_accuracy`.
 
-    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, **training: Any) -> None:
+    Samples are packed without padding, and what several share at their beginning (an image, a system prompt) is read
+    once; the loss is the mean over all scored tokens of the step, however it is cut into micro-batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        *,
+        lr: float,
+        weight_decay: float,
+        micro_batch_tokens: int | None = None,
+        **training: Any,
+    ) -> None:
         super().__init__(**training)
-        self.model, self.lr, self.weight_decay = model, lr, weight_decay
+        self.model, self.encoder, self.lr, self.weight_decay = model, encoder, lr, weight_decay
+        self.micro_batch_tokens = micro_batch_tokens
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Tensors alone: Lightning would take the vision outputs in the batch apart."""
-        return to_device(batch[0], device), batch[1].to(device)
+    def training_step(self, samples: Samples, batch_idx: int) -> None:
+        self.encoder.see(core_of(self.model), samples.prompts)
+        parts = micro_batches(self.encoder, samples.prompts, samples.completions, self.micro_batch_tokens)
+        scored = samples.scored or [[True] * len(words) for words in samples.completions]
+        count = torch.tensor(float(sum(map(sum, scored))), device=self.device)
+        whole, sums = self.over_ranks(count), torch.zeros(3, device=self.device)
 
-    def training_step(self, batch: tuple[Batch, Tensor], batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        loss, accuracy = completion_loss(self.model, inputs, labels)
+        def losses() -> Iterator[Tensor]:
+            for rows in parts:
+                packed = pack(
+                    self.model, self.encoder, [samples.prompts[row] for row in rows],
+                    [samples.completions[row] for row in rows],
+                )  # fmt: skip
+                counted = torch.tensor([one for row in rows for one in scored[row]], device=self.device)
+                logps, entropy, likeliest = token_logps(self.model, packed, counted=counted)
+                sums.add_(torch.stack([-logps.detach().sum(), entropy.sum(), likeliest.sum()]))
+                yield -logps.sum() / whole
+
+        self.descend(losses(), len(parts))
+        loss, entropy, accuracy = sums / count
         self.log_dict({"loss": loss, "mean_token_accuracy": accuracy}, prog_bar=True)
-        return loss
+        self.log("entropy", entropy)
 
     def optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -50,8 +77,8 @@ class SftModule(TrainingModule):
 class PretrainModule(SftModule):
     """All weights: Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest."""
 
-    def __init__(self, model: nn.Module, *, muon_lr: float, **training: Any) -> None:
-        super().__init__(model, **training)
+    def __init__(self, model: nn.Module, encoder: Encoder, *, muon_lr: float, **training: Any) -> None:
+        super().__init__(model, encoder, **training)
         self.muon_lr = muon_lr
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -95,13 +122,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def sft_stream(
-    model: Any,
-    encoder: Encoder,
     records: Sequence[Record],
     sample: Callable[[Record], tuple[Prompt, list[int]]],
     *,
     batch_size: int,
-    accumulate: int,
     seed: int,
 ) -> Stream:
     """Batches of (prompt, completion) samples in a shuffled order that depends on the seed alone.
@@ -109,10 +133,8 @@ def sft_stream(
     Samples are encoded as they come, images from the encoder's cache: a data set need not fit in memory.
     """
 
-    def stream(step: int) -> Iterator[tuple[Batch, Tensor]]:
-        for chosen in batch_indices(len(records), batch_size, seed, step * accumulate):
-            prompts, completions = zip(*(sample(records[i]) for i in chosen), strict=True)
-            encoder.see(core_of(model), prompts)
-            yield encoder.collate(prompts, completions)
+    def stream(step: int) -> Iterator[Samples]:
+        for chosen in batch_indices(len(records), batch_size, seed, step):
+            yield Samples(*zip(*(sample(records[i]) for i in chosen), strict=True))
 
     return stream

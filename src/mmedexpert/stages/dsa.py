@@ -49,17 +49,17 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             seed=config.seed,
         )  # fmt: skip
         module = SftModule(
-            model, lr=settings.lr, weight_decay=settings.weight_decay, seed=config.seed, steps=settings.steps,
+            model, encoder, lr=settings.lr, weight_decay=settings.weight_decay, seed=config.seed, steps=settings.steps,
             warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
+            micro_batch_tokens=config.trainer.micro_batch_tokens,
         )  # fmt: skip
         stream = sft_stream(
-            model, encoder, records, partial(sample, encoder, image_root), batch_size=settings.batch_size,
-            accumulate=settings.accumulate_grad_batches, seed=config.seed,
+            records, partial(sample, encoder, image_root), batch_size=settings.batch_size, seed=config.seed
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(
                 module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
-                accumulate_grad_batches=settings.accumulate_grad_batches, logger=logger, **fit_options(config),
+                logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         save_adapter(run.folder / "adapter", model, encoder, base.folder)

@@ -27,7 +27,7 @@ from mmedexpert.modules.backbone import load_encoder, load_model
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.stages import benchmark, caci, dsa, gba
-from mmedexpert.stages.common import device_of, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.common import loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.contamination import clean_part
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
@@ -35,6 +35,7 @@ from mmedexpert.summary import Summary
 from mmedexpert.tracking import log_metrics
 
 BASELINES = ("majority", "blank_image")
+MULTI_TASK = "sft_all"  # one LoRA on the data of all specialties; asked only by name
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,16 @@ def subjects_of(config: Config) -> list[Subject]:
         for name, r in {**dsa.run(config), **gba.run(config)}.items():
             known[name] = Subject(name, r.run_id, base.folder, r.folder / "adapter")
         known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
+        if MULTI_TASK in (wanted or []):  # what merging must approach; gba.init=sft_all starts from the same
+            r = dsa.expert(config, "all", config.specialty.names)
+            known[MULTI_TASK] = Subject(MULTI_TASK, r.run_id, base.folder, r.folder / "adapter")
     for name in wanted or []:
         if Path(name).is_dir() and name not in known:
             known[name] = _from_folder(Path(name), base.folder)
     chosen = [name for name in wanted or known if name not in BASELINES]
     for name in chosen:
         if name not in known:
-            options = [*known, *BASELINES]
+            options = [*known, MULTI_TASK, *BASELINES]
             raise UserError(
                 f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, options)}"
             )
@@ -194,13 +198,12 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
     system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
     if subject.folder is None:
         return _served(config.engine.endpoint, system_prompt or "", config.model.max_new_tokens)
-    device = device_of(config)
     encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
     encoder.system_prompt = system_prompt
     answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
     return TransformersEngine(
         answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
-        max_new_tokens=config.model.max_new_tokens, device=device,
+        max_new_tokens=config.model.max_new_tokens,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from mmedexpert.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
-from mmedexpert.stages.common import device_of, fit_options, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.common import fit_options, loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.tracking import log_table
@@ -68,7 +68,6 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
         records, image_root = records_of(data, "train", specialties)
         if any(record.options is None for record in records):
             raise UserError(f"data {data.name}: gba needs options in every record, {records[0].id} has none")
-        device = device_of(config)
         encoder, model = load_encoder(base.folder, loading(config)), load_model(base.folder, loading(config))
         adapters = [LoraAdapter.load(start.folder / "adapter") for start in starts.values()]
         weight = 1.0 / max(len(adapters), 1)
@@ -83,7 +82,8 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             policy, encoder, lr=settings.lr, weight_decay=settings.weight_decay, loss_type=settings.loss_type,  # type: ignore[arg-type]
             epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
             temperature=settings.temperature, max_completion_length=config.model.max_new_tokens,
-            mask_truncated_completions=settings.mask_truncated_completions, seed=config.seed, steps=settings.steps,
+            mask_truncated_completions=settings.mask_truncated_completions,
+            micro_batch_tokens=config.trainer.micro_batch_tokens, seed=config.seed, steps=settings.steps,
             warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
         )  # fmt: skip
         guidance = Guidance(
@@ -97,7 +97,7 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             return roll_out(
                 policy, encoder, batch, image_root, sampling=sampling, guidance=guidance,
                 reward_weights={"accuracy": config.reward.accuracy, "format": config.reward.format},
-                protocol=cast(Protocol, config.reward.protocol), device=device, generator=generator,
+                protocol=cast(Protocol, config.reward.protocol), generator=generator,
             )  # fmt: skip
 
         curve = run.folder / "curve.jsonl"

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mmedexpert.cards import write_card
-from mmedexpert.data.encode import IGNORE, Batch, Encoder, Prompt
+from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.phantom import lessons
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules import tiny
 from mmedexpert.modules.backbone import resolve, save_backbone
 from mmedexpert.modules.fit import Stream, batch_indices, fit
-from mmedexpert.modules.sft import PretrainModule
+from mmedexpert.modules.sft import PretrainModule, Samples
 from mmedexpert.progress import track
 from mmedexpert.runs import Run
 from mmedexpert.schema import ArchitectureConfig, Config, PretrainConfig
@@ -55,7 +54,7 @@ def _pretrain(config: Config) -> Run:
             stream = lesson_stream(encoder, settings, config.seed)
             steps = settings.reading_steps + settings.looking_steps
         module = PretrainModule(
-            model, muon_lr=settings.muon_lr, lr=settings.lr, weight_decay=0.01, seed=config.seed, steps=steps,
+            model, encoder, muon_lr=settings.muon_lr, lr=settings.lr, weight_decay=0.01, seed=config.seed, steps=steps,
             warmup_ratio=0.05, max_grad_norm=1.0,  # ours
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
@@ -102,21 +101,21 @@ def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stre
         image = encoder.patches(lesson.image, torch.float16)
         pool.append((encoder.chat(lesson.prompt, [image]), encoder.completion(lesson.completion)))
 
-    def text_batch(step: int) -> tuple[Batch, Tensor]:
+    def text_batch(step: int) -> Samples:
         rng = np.random.default_rng([seed, 1, step])
         taught = [lessons.reading(rng) for _ in range(settings.text_batch_size)]
-        ids = [encoder.tokenizer(lesson.prompt)["input_ids"] for lesson in taught]
+        prompts = [Prompt(encoder.tokenizer(lesson.prompt)["input_ids"], []) for lesson in taught]
         answers = [encoder.tokenizer(lesson.completion)["input_ids"] for lesson in taught]
-        batch, labels = encoder.collate([Prompt(i, []) for i in ids], answers)
-        for row, lesson in enumerate(taught):
-            scored = {encoder.tokenizer(f" {word}")["input_ids"][0] for word in lesson.scored or ()}
-            labels[row][~torch.isin(labels[row], torch.tensor(sorted(scored)))] = IGNORE
-        return batch, labels
+        scored = []
+        for lesson, answer in zip(taught, answers, strict=True):
+            words = {encoder.tokenizer(f" {word}")["input_ids"][0] for word in lesson.scored or ()}
+            scored.append([token in words for token in answer])
+        return Samples(prompts, answers, scored)
 
-    def stream(step: int) -> Iterator[tuple[Batch, Tensor]]:
+    def stream(step: int) -> Iterator[Samples]:
         for number in range(step, settings.reading_steps):
             yield text_batch(number)
         for chosen in batch_indices(len(pool), settings.batch_size, seed, max(0, step - settings.reading_steps)):
-            yield encoder.collate([pool[i][0] for i in chosen], [pool[i][1] for i in chosen])
+            yield Samples(*zip(*(pool[i] for i in chosen), strict=True))
 
     return stream

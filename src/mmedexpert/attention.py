@@ -1,0 +1,221 @@
+"""Attention over sequences that share beginnings: the one piece transformers lacks for shared prompts and packing.
+
+Registered with transformers' attention interface under the name `prefix_tree` and set on the language model alone. A
+forward pass that brings a `Tree` (keyword `tree`) attends by it, one that brings a `Prefix` (keyword `prefix`) decodes
+behind shared prompts, any other goes through transformers' sdpa. Shapes: H query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "prefix_tree"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Segments of one packed row of tokens [L]; each attends to all of its ancestors and, causally, to itself.
+
+    `lengths` [S] of the segments in the order of the row and `parents` [S], -1 for a root; children of one parent stand
+    side by side, and behind their parent.
+    """
+
+    lengths: Sequence[int]
+    parents: Sequence[int]
+    device: torch.device
+
+    def ancestors(self, segment: int) -> list[int]:
+        """The segments before this one, from the root on."""
+        parent = self.parents[segment]
+        return [] if parent < 0 else [*self.ancestors(parent), parent]
+
+    @cached_property
+    def families(self) -> list[Family]:
+        """The segments by parent, in the order of the row."""
+        starts: list[int] = [i for i, parent in enumerate(self.parents) if i == 0 or parent != self.parents[i - 1]]
+        ends = [*starts[1:], len(self.parents)]
+        return [Family(self, range(start, end)) for start, end in zip(starts, ends, strict=True)]
+
+    @cached_property
+    def ragged(self) -> dict[str, Any]:
+        """The same for a kernel of variable lengths: the places of every segment's keys, and where segments begin."""
+        firsts = [0]
+        for length in self.lengths:
+            firsts.append(firsts[-1] + length)
+        keys = [[*self.ancestors(s), s] for s in range(len(self.lengths))]
+        places = [torch.arange(firsts[s], firsts[s + 1]) for chain in keys for s in chain]
+        key_lengths = [sum(self.lengths[s] for s in chain) for chain in keys]
+        begins = torch.tensor([0, *key_lengths]).cumsum(0)
+        return {
+            "places": torch.cat(places).to(self.device),
+            "cu_seq_q": torch.tensor(firsts, dtype=torch.int32, device=self.device),
+            "cu_seq_k": begins.to(self.device, torch.int32),
+            "max_q": max(self.lengths),
+            "max_k": max(key_lengths),
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """Segments of one parent: their queries are padded to one block, their ancestors' keys stand before their own."""
+
+    tree: Tree
+    members: range
+
+    @cached_property
+    def chain(self) -> list[int]:
+        """The segments all members continue."""
+        return self.tree.ancestors(self.members[0])
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[C, P + C]: all P places of the ancestors, and the own ones up to the query; None without ancestors."""
+        before = sum(self.tree.lengths[s] for s in self.chain)
+        own = max(self.tree.lengths[s] for s in self.members)
+        if not before:
+            return None
+        return torch.ones(own, before + own, dtype=torch.bool, device=self.tree.device).tril(before)
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """The places of the padded block [members * C] that hold a token; None where all do."""
+        lengths = torch.tensor([self.tree.lengths[s] for s in self.members], device=self.tree.device)
+        longest = int(lengths.max())
+        held = torch.arange(longest, device=self.tree.device) < lengths[:, None]
+        return None if bool(held.all()) else held.flatten().nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of shared prompts while their completions are decoded.
+
+    `keys`, `values`: for each layer [B, K, P, D], padded on the left; `padding` [B, P] is true there;
+    `rows` [B, G]: the batch rows of each prompt, the first of them repeated where a prompt has fewer; `back` [N]: where
+    each batch row stands in the flattened `rows`.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    padding: Tensor | None
+    rows: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, keys: Sequence[Tensor], values: Sequence[Tensor], padding: Tensor | None, owner: Tensor) -> Prefix:
+        """With `owner` [N], the prompt of each batch row, in ascending order."""
+        counts = torch.bincount(owner, minlength=len(keys[0]))
+        firsts = counts.cumsum(0) - counts
+        steps = torch.arange(int(counts.max()), device=owner.device)
+        rows = firsts[:, None] + torch.where(steps < counts[:, None], steps, 0)
+        rows = rows.clamp(max=len(owner) - 1)  # a prompt without rows sees any, and is seen by none
+        back = owner * len(steps) + torch.arange(len(owner), device=owner.device) - firsts[owner]
+        return cls(keys, values, padding, rows, back)
+
+    def keep(self, owner: Tensor) -> Prefix:
+        """The same prompts with the batch rows that are left."""
+        return Prefix.of(self.keys, self.values, self.padding, owner)
+
+
+def enable(language_model: Any) -> None:
+    """Let a language model attend by trees and prefixes; without either it goes on as with sdpa.
+
+    Raises:
+        ValueError: the model has layers of sliding-window attention.
+    """
+    if "sliding_attention" in (getattr(language_model.config, "layer_types", None) or []):
+        raise ValueError("prefix trees are not made for sliding-window attention")
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    language_model.config._attn_implementation = NAME
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree: Tree | None = None,
+    prefix: Prefix | None = None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Query [B, H, L, D], key and value [B, K, L, D] -> [B, L, H, D], as transformers calls it."""
+    if tree is not None:
+        attend = by_kernel if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else by_family
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attend(q, k, v, tree, scaling)[None], None
+    if prefix is not None:
+        return behind_prefix(query, key, value, prefix, module.layer_idx, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+
+
+def by_family(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None) -> Tensor:
+    """Tree attention with one dense sdpa call for each family: [L, H, D] -> [L, H, D]."""
+    queries, keys, values = (x.split(list(tree.lengths)) for x in (query, key, value))
+    outputs = []
+    for family in tree.families:
+        q, k, v = (pad_sequence([x[s] for s in family.members], batch_first=True) for x in (queries, keys, values))
+        if family.chain:
+            k, v = (
+                torch.cat([*(x[s].expand(len(q), -1, -1, -1) for s in family.chain), own], dim=1)
+                for x, own in ((keys, k), (values, v))
+            )
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            attn_mask=family.mask, is_causal=family.mask is None, scale=scaling, enable_gqa=q.shape[2] != k.shape[2],
+        ).transpose(1, 2).flatten(0, 1)  # fmt: skip
+        outputs.append(out if family.kept is None else out.index_select(0, family.kept))
+    return torch.cat(outputs)
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None) -> Tensor:
+    """Tree attention with one call of the flash kernel for variable lengths: [L, H, D] -> [L, H, D].
+
+    Its causal mask is aligned with the ends of queries and keys, so a segment's keys are its ancestors' and its own.
+    """
+    ragged = tree.ragged
+    k, v = (x.index_select(0, ragged["places"]) for x in (key, value))
+    lengths = {name: ragged[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k")}
+    gqa = query.shape[1] != key.shape[1]
+    out = varlen_attn(query.contiguous(), k, v, **lengths, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def behind_prefix(
+    query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, layer: int, scaling: float | None
+) -> Tensor:
+    """One decoding step: query [N, H, 1, D], own keys and values so far [N, K, T, D] -> [N, 1, H, D].
+
+    A prompt's keys are read once for all of its rows (Hydragen, arXiv 2402.05099): as a matrix product, not G times.
+    """
+    n, heads, _, size = query.shape
+    kinds = key.shape[1]
+    prompts, group = prefix.rows.shape
+    q = query.view(n, kinds, heads // kinds, size) * (size**-0.5 if scaling is None else scaling)
+    grouped = q[prefix.rows].transpose(1, 2).reshape(prompts, kinds, -1, size)  # [B, K, G * H / K, D]
+    shared = grouped @ prefix.keys[layer].transpose(-1, -2)
+    if prefix.padding is not None:
+        shared = shared.masked_fill(prefix.padding[:, None, None], -torch.inf)
+    length = shared.shape[-1]
+    shared = shared.view(prompts, kinds, group, -1, length).transpose(1, 2).flatten(0, 1)[prefix.back]
+    scores = torch.cat([shared, q @ key.transpose(-1, -2)], dim=-1)  # [N, K, H / K, P + T]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    ahead = weights[..., :length][prefix.rows].transpose(1, 2).reshape(prompts, kinds, -1, length)
+    ahead = (ahead @ prefix.values[layer]).view(prompts, kinds, group, -1, size).transpose(1, 2)
+    out = ahead.flatten(0, 1)[prefix.back] + weights[..., length:] @ value
+    return out.reshape(n, 1, heads, size)
