@@ -218,7 +218,7 @@ def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 def test_logps_in_blocks_are_the_full_ones(rows: int, temperature: float, trained_head: bool) -> None:
     hidden, weight, ids = head()
     weight.requires_grad_(trained_head)
-    logps, entropy, likeliest = selected_logps(hidden, weight, ids, temperature, rows * V)
+    logps, entropy, likeliest = selected_logps(hidden, weight, ids, temperature, rows)
 
     logits = hidden.detach().numpy() @ weight.detach().numpy().T / temperature
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -254,12 +254,12 @@ def test_no_tensor_over_all_positions_and_the_vocabulary_is_ever_made(trained_he
     rows, hidden, ids = 8, torch.randn(4, 16, H, requires_grad=True), torch.zeros(4, 16, dtype=torch.long)
     weight = torch.randn(V, H, requires_grad=trained_head)
     with LargestTensor() as forward_and_backward:
-        logps, _, _ = selected_logps(hidden, weight, ids, block=rows * V)
+        logps, _, _ = selected_logps(hidden, weight, ids, rows=rows)
         logps.sum().backward()
     assert forward_and_backward.numel == rows * V
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
-        selected_logps(hidden, weight, ids, block=rows * V)
+        selected_logps(hidden, weight, ids, rows=rows)
     assert max(saved, default=0) < rows * V
 
 

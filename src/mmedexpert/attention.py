@@ -103,7 +103,7 @@ class Prefix:
 
     `keys`, `values`: for each layer [B, K, P, D], padded on the left; `padding` [B, P] is true there;
     `rows` [B, G]: the batch rows of each prompt, the first of them repeated where a prompt has fewer; `back` [N]: where
-    each batch row stands in the flattened `rows`.
+    each batch row stands in the flattened `rows`. `full`: every prompt has G rows.
     """
 
     keys: Sequence[Tensor]
@@ -111,6 +111,7 @@ class Prefix:
     padding: Tensor | None
     rows: Tensor
     back: Tensor
+    full: bool
 
     @classmethod
     def of(cls, keys: Sequence[Tensor], values: Sequence[Tensor], padding: Tensor | None, owner: Tensor) -> Prefix:
@@ -121,7 +122,18 @@ class Prefix:
         rows = firsts[:, None] + torch.where(steps < counts[:, None], steps, 0)
         rows = rows.clamp(max=len(owner) - 1)  # a prompt without rows sees any, and is seen by none
         back = owner * len(steps) + torch.arange(len(owner), device=owner.device) - firsts[owner]
-        return cls(keys, values, padding, rows, back)
+        return cls(keys, values, padding, rows, back, full=len(owner) == rows.numel())
+
+    def group(self, x: Tensor) -> Tensor:
+        """Batch rows [N, K, R, D] by prompt: [B, K, G * R, D]."""
+        prompts, group = self.rows.shape
+        by_prompt = x.view(prompts, group, *x.shape[1:]) if self.full else x[self.rows]
+        return by_prompt.transpose(1, 2).flatten(2, 3)
+
+    def ungroup(self, x: Tensor) -> Tensor:
+        """The inverse of `group`."""
+        by_row = x.unflatten(2, (self.rows.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        return by_row if self.full else by_row[self.back]
 
     def keep(self, owner: Tensor) -> Prefix:
         """The same prompts with the batch rows that are left."""
@@ -205,17 +217,12 @@ def behind_prefix(
     """
     n, heads, _, size = query.shape
     kinds = key.shape[1]
-    prompts, group = prefix.rows.shape
     q = query.view(n, kinds, heads // kinds, size) * (size**-0.5 if scaling is None else scaling)
-    grouped = q[prefix.rows].transpose(1, 2).reshape(prompts, kinds, -1, size)  # [B, K, G * H / K, D]
-    shared = grouped @ prefix.keys[layer].transpose(-1, -2)
+    shared = prefix.group(q) @ prefix.keys[layer].transpose(-1, -2)  # [B, K, G * H / K, P]
     if prefix.padding is not None:
         shared = shared.masked_fill(prefix.padding[:, None, None], -torch.inf)
     length = shared.shape[-1]
-    shared = shared.view(prompts, kinds, group, -1, length).transpose(1, 2).flatten(0, 1)[prefix.back]
-    scores = torch.cat([shared, q @ key.transpose(-1, -2)], dim=-1)  # [N, K, H / K, P + T]
+    scores = torch.cat([prefix.ungroup(shared), q @ key.transpose(-1, -2)], dim=-1)  # [N, K, H / K, P + T]
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    ahead = weights[..., :length][prefix.rows].transpose(1, 2).reshape(prompts, kinds, -1, length)
-    ahead = (ahead @ prefix.values[layer]).view(prompts, kinds, group, -1, size).transpose(1, 2)
-    out = ahead.flatten(0, 1)[prefix.back] + weights[..., length:] @ value
-    return out.reshape(n, 1, heads, size)
+    ahead = prefix.ungroup(prefix.group(weights[..., :length]) @ prefix.values[layer])
+    return (ahead + weights[..., length:] @ value).reshape(n, 1, heads, size)

@@ -13,7 +13,7 @@ LossType = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 
 _MAX_LOG_RATIO = 20.0  # peers: verl, EasyR1 (exp(89) overflows fp32)
 _MAX_KL = 10.0  # peers: verl, EasyR1
-_BLOCK = 2**25  # ours: logits at a time, 128 MB in fp32
+_LOGITS, _ROWS = 2**22, 256  # ours: logits at a time (16 MB in fp32 stay near a CPU), and positions at least
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -131,13 +131,13 @@ def policy_loss(
 
 
 def selected_logps(
-    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, block: int = _BLOCK
+    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each chosen token, the entropy of its distribution, and whether the token is the likeliest.
 
-    No `[S, V]` tensor of all positions exists: the vocabulary projection runs over as many positions at a time as give
-    `block` logits. With a frozen head the gradient is known in the same pass, d logp / d hidden = W[id] - p W, and the
-    backward pass projects nothing; with a trained head each block is computed again there.
+    No `[S, V]` tensor of all positions exists: the vocabulary projection runs over `rows` positions at a time. With a
+    frozen head the gradient is known in the same pass, d logp / d hidden = W[id] - p W, and the backward pass projects
+    nothing; with a trained head each block is computed again there.
 
     Args:
         hidden: `[..., H]` last hidden states, already shifted: a position predicts the token of its place.
@@ -149,16 +149,16 @@ def selected_logps(
         Three `[...]`: log-probabilities and detached entropies (nats; fp32, or fp64 for fp64 inputs), and bool.
 
     Raises:
-        ValueError: shapes do not match, or temperature or block is not positive.
+        ValueError: shapes do not match, or temperature or rows is not positive.
     """
     if hidden.shape[:-1] != token_ids.shape or hidden.shape[-1:] != lm_head_weight.shape[1:]:
         raise ValueError(
             f"expected hidden [..., H], lm_head_weight [V, H], token_ids [...]; got {tuple(hidden.shape)}, "
             f"{tuple(lm_head_weight.shape)}, {tuple(token_ids.shape)}"
         )
-    if not temperature > 0 or block < 1:
-        raise ValueError(f"temperature and block must be positive, got {temperature} and {block}")
-    rows = max(1, block // len(lm_head_weight))
+    rows = max(_ROWS, _LOGITS // len(lm_head_weight)) if rows is None else rows
+    if not temperature > 0 or rows < 1:
+        raise ValueError(f"temperature and rows must be positive, got {temperature} and {rows}")
     trained, whole = lm_head_weight.requires_grad and torch.is_grad_enabled(), token_ids.numel() <= rows
     parts = []
     states = hidden.reshape(-1, hidden.shape[-1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -16,6 +17,7 @@ from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.modules.backbone import core_of
 from mmedexpert.packing import pack
 
+BLOCK = 128  # ours: vocabulary entries summed at a time to find the one that is drawn
 ROOM = 64  # ours: tokens a cache grows by at a time
 LEAVE = 8  # ours: finished rows leave the batch when they are one in so many; each leaving copies the cache
 
@@ -71,6 +73,23 @@ def _warp(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tenso
         drop = ordered.cumsum(-1) - ordered >= top_p
         logps = logps.masked_fill(drop.scatter(1, order, drop), -torch.inf)
     return torch.log_softmax(logps, dim=-1) if top_k or top_p < 1.0 else logps
+
+
+def _draw(logps: Tensor, chance: Tensor) -> Tensor:
+    """The token [N] at which the cumulative probability passes `chance` [N] in [0, 1), found in two levels.
+
+    torch.multinomial draws a number for each entry of the vocabulary, which costs more than a small model's layers.
+    """
+    blocks = F.pad(logps.exp(), (0, -logps.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    passed = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted = chance * passed[:, -1]
+    block = torch.searchsorted(passed, wanted[:, None], right=True).squeeze(1)
+    rows = torch.arange(len(block), device=block.device)
+    within = blocks[rows, block].cumsum(-1, dtype=torch.float64)
+    before = torch.where(block > 0, passed[rows, block - 1], 0.0)
+    # rounding must not lead behind the block's last token that has a chance at all
+    rest = (wanted - before).clamp(max=within[:, -1].nextafter(torch.zeros_like(wanted)))
+    return block * BLOCK + torch.searchsorted(within, rest[:, None], right=True).squeeze(1)
 
 
 def prefill(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> tuple[Prefix, Tensor, Tensor]:
@@ -133,15 +152,14 @@ def generate(
     finished = torch.zeros(total, dtype=torch.bool, device=device)
     ends = torch.tensor(list(encoder.end_ids if end_ids is None else end_ids), dtype=torch.long, device=device)
     banned = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
+    # drawn at once: what a row says does not depend on which others are still in the batch
+    chances = torch.rand(total, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
     alive = torch.arange(total, device=device)  # rows in the batch
     over = torch.zeros(total, dtype=torch.bool, device=device)  # of these, finished
     for step in range(max_new_tokens):
         scores = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
         allowed = scores.index_fill(1, banned, -torch.inf) if len(banned) else scores
-        if temperature:
-            token = torch.multinomial(allowed.exp(), 1, generator=generator).squeeze(1)
-        else:
-            token = allowed.argmax(-1)
+        token = _draw(allowed, chances[alive, step]) if temperature else allowed.argmax(-1)
         going = ~over
         ids[alive[going], step] = token[going]
         logps[alive[going], step] = scores.gather(1, token[:, None]).squeeze(1)[going]
