@@ -108,6 +108,7 @@ def test_perspectives_are_spread_over_those_with_weight():
 def test_report_has_trls_names(parts):
     names = set(report(sample(parts, weights=(1.0, 1.0, 1.0, 1.0), group=8)))
     assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/accuracy/mean", "completions/mean_length"} <= names
+    assert {"reward_std_group", "completions/clipped_ratio", "completions/max_terminated_length"} <= names
     assert {f"advantages/{name}/mean" for name in PERSPECTIVES} <= names
 
 
@@ -147,3 +148,33 @@ def test_each_rollout_serves_num_iterations_updates(parts):
     calls.clear()
     next(stream(3))
     assert calls == again[1:2]
+
+
+def test_groups_without_signal_are_replaced_by_other_records(parts):
+    """A rollout keeps its size; what moves the policy stays, the rest is sampled again for other records."""
+    whole = sample(parts, group=4, tokens=6)
+    whole.advantages = torch.tensor([[0.0] * 4, [1.0, -1.0, 0.5, -0.5], [0.0] * 4])
+    drawn = []
+
+    def draw(batch, generator):
+        drawn.append([record.id for record in batch])
+        if len(drawn) == 1:
+            return whole
+        shorter = sample((*parts[:2], batch, parts[3]), group=4, tokens=4, seed=len(drawn))
+        shorter.advantages = torch.zeros(len(batch), 4)
+        shorter.advantages[0, 0] = 1.0
+        return shorter
+
+    seen = []
+    stream = rollout_stream(
+        parts[2], draw, prompts_per_step=3, num_iterations=1, seed=0, dynamic_sampling=2,
+        watch=lambda number, batch, rollout: seen.append([record.id for record in batch]),
+    )  # fmt: skip
+    rollout = next(stream(0))
+    assert [len(ids) for ids in drawn] == [3, 2, 1]
+    assert rollout.outcome.shape == (3, 4) and rollout.mask.shape == rollout.sampling_logps.shape == (12, 6)
+    assert len(rollout.completions) == len(rollout.texts) == len(rollout.parts["accuracy"]) == 12
+    assert rollout.completions[:4] == whole.completions[4:8] and rollout.informative() == [0, 1, 2]
+    assert [int(n) for n in rollout.mask.sum(1)] == [len(words) for words in rollout.completions]
+    assert seen[0] == [drawn[0][1], drawn[1][0], drawn[2][0]]
+    assert [parts[1].decode(words) for words in rollout.completions] == rollout.texts

@@ -45,10 +45,11 @@ def reference(
         for name in ("per_token_logps", "old_per_token_logps", "ref_per_token_logps", "advantages", "completion_mask")
     )
     per_sequence, tokens, below, above, kls, sequences = [], 0, [], [], [], 0.0
+    shares_below, shares_above = [], []
     for n in range(N):
         kept = [t for t in range(T) if mask[n, t]]
         mean_log_ratio = sum(logps[n, t] - old[n, t] for t in kept) / max(len(kept), 1)
-        terms = []
+        terms, before = [], len(below)
         for t in kept:
             ratio = np.exp(mean_log_ratio if loss_type == "gspo" else logps[n, t] - old[n, t])
             clipped = min(max(ratio, 1 - low), 1 + high)
@@ -58,6 +59,9 @@ def reference(
             if loss_type != "gspo" or t == kept[0]:
                 below.append(ratio < 1 - low and advantages[n] < 0)
                 above.append(ratio > 1 + high and advantages[n] > 0)
+        if kept:
+            shares_below.append(np.mean(below[before:]))
+            shares_above.append(np.mean(above[before:]))
         tokens += len(kept)
         sequences += sum(terms)
         per_sequence.append(sum(terms) / max(len(kept), 1))
@@ -68,6 +72,7 @@ def reference(
         "dr_grpo": sequences / (N * max_length),
     }[loss_type]
     metrics = {"clip_ratio/low_mean": np.mean(below), "clip_ratio/high_mean": np.mean(above), "kl": np.mean(kls)}
+    metrics |= {"clip_ratio/low_min": min(shares_below), "clip_ratio/high_max": max(shares_above)}
     return loss, metrics | {"clip_ratio/region_mean": np.mean(below) + np.mean(above)}
 
 

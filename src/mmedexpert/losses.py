@@ -74,8 +74,8 @@ def policy_loss(
             given, the losses of a batch's parts add up to the loss of the batch.
 
     Returns:
-        The scalar loss, and detached scalars `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean`
-        and, given a reference, `kl`.
+        The scalar loss, and detached scalars `clip_ratio/low_mean`, `clip_ratio/low_min`, `clip_ratio/high_mean`,
+        `clip_ratio/high_max`, `clip_ratio/region_mean` and, given a reference, `kl`.
 
     Raises:
         ValueError: shapes do not match, the loss type is unknown, or an argument it needs is missing.
@@ -107,9 +107,17 @@ def policy_loss(
         # TRL counts tokens, and for sequence-level ratios completions.
         return masked_mean(clipped[:, 0], mask.any(1)) if loss_type == "gspo" else masked_mean(clipped, mask)
 
+    rows = mask.any(1)
+
+    def by_row(clipped: Tensor) -> Tensor:
+        shares = masked_mean(clipped, mask, dim=1)[rows]
+        return shares if len(shares) else shares.new_zeros(1)
+
     metrics = {
         "clip_ratio/low_mean": clip_mean(low),
+        "clip_ratio/low_min": by_row(low).min(),
         "clip_ratio/high_mean": clip_mean(high),
+        "clip_ratio/high_max": by_row(high).max(),
         "clip_ratio/region_mean": clip_mean(low + high),
     }
     if ref_per_token_logps is not None:

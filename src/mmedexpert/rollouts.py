@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmedexpert import rewards
 from mmedexpert.advantages import RewardScale, group_relative, perspective_terms
@@ -58,7 +60,40 @@ class Rollout:
     adherence: Tensor  # [B, G, K], NaN where another perspective was asked for
     terms: Tensor  # [B, G, K] each perspective's share of the advantage
     advantages: Tensor  # [B, G]
+    seconds: dict[str, float]  # wall seconds of `gen` and `reward`
     old_logps: Tensor | None = None  # [B*G, T], kept by the first update for the later ones
+
+    def informative(self) -> list[int]:
+        """The groups that move the policy: those in which not every advantage is zero."""
+        return self.advantages.bool().any(1).nonzero().flatten().tolist()
+
+    def take(self, groups: Sequence[int]) -> Rollout:
+        """Some of the groups."""
+        size = self.outcome.shape[1]
+        rows = [b * size + g for b in groups for g in range(size)]
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = value[groups if len(value) == len(self.outcome) else rows]
+            elif isinstance(value, list):
+                changed[name] = [value[row] for row in rows]
+        changed["parts"] = {name: [values[row] for row in rows] for name, values in self.parts.items()}
+        return replace(self, **changed)
+
+    def join(self, other: Rollout) -> Rollout:
+        """The groups of both; completions are padded to the longer of the two."""
+        joined: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            more = getattr(other, name)
+            if isinstance(value, list):
+                joined[name] = value + more
+            elif isinstance(value, Tensor):
+                width = max(value.shape[-1], more.shape[-1]) if name in ("mask", "sampling_logps") else None
+                pair = [F.pad(x, (0, width - x.shape[-1])) if width else x for x in (value, more)]
+                joined[name] = torch.cat(pair)
+        joined["parts"] = {name: values + other.parts[name] for name, values in self.parts.items()}
+        joined["seconds"] = {name: seconds + other.seconds[name] for name, seconds in self.seconds.items()}
+        return replace(self, **joined)
 
 
 def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
@@ -103,6 +138,7 @@ def roll_out(
         for record in records
         for name in layout
     ]
+    start = time.perf_counter()
     encoder.see(core_of(model), prompts)
     sampled = generate(
         model,
@@ -117,6 +153,7 @@ def roll_out(
         generator=generator,
     )
     rows = sampled.rows()
+    sampling_ended = time.perf_counter()
     texts = [encoder.decode(row) for row in rows]
     group = sampling.num_generations
     repeated = [record for record in records for _ in range(group)]
@@ -133,7 +170,8 @@ def roll_out(
     followed = torch.tensor(adherence).view(-1, group, len(PERSPECTIVES))
     correct = torch.tensor(parts["accuracy"]).view(-1, group) == 1.0
     total, terms = advantages(scores, followed, guidance, correct)
+    seconds = {"gen": sampling_ended - start, "reward": time.perf_counter() - sampling_ended}
     return Rollout(
         [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
-        sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total,
+        sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total, seconds,
     )  # fmt: skip

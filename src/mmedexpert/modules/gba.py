@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmedexpert.data.encode import Encoder
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.losses import LossType, masked_mean, policy_loss
-from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, step_seed
+from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, gathered, share, step_seed
 from mmedexpert.packing import micro_batches, pack, token_logps
 from mmedexpert.rollouts import Rollout
+from mmedexpert.runs import gather
 
 
 class GbaModule(TrainingModule):
@@ -45,12 +49,15 @@ class GbaModule(TrainingModule):
         self.temperature, self.max_completion_length = temperature, max_completion_length
         self.mask_truncated_completions = mask_truncated_completions
         self.micro_batch_tokens = micro_batch_tokens
+        self.num_tokens, self.clock = 0, 0.0
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> None:
         mask = rollout.mask.to(self.device)
         if self.mask_truncated_completions:
             mask = mask * rollout.finished[:, None].to(self.device)
-        parts = micro_batches(self.encoder, rollout.prompts, rollout.completions, self.micro_batch_tokens)
+        parts = self.weighted(
+            micro_batches(self.encoder, rollout.prompts, rollout.completions, self.micro_batch_tokens)
+        )
         whole = {
             "num_completions": self.over_ranks(torch.tensor(len(mask), device=self.device)),
             "num_items": self.over_ranks(mask.sum()),
@@ -78,7 +85,7 @@ class GbaModule(TrainingModule):
 
         def losses() -> Iterator[Tensor]:
             width = mask.shape[1]
-            for rows in parts:
+            for rows, weight in parts:
                 packed = pack(
                     self.model, self.encoder, [rollout.prompts[row] for row in rows],
                     [rollout.completions[row] for row in rows],
@@ -89,38 +96,82 @@ class GbaModule(TrainingModule):
                     reference[rows] = packed.matrix(frozen, width)
                 values, spread, _ = token_logps(self.model, packed, self.temperature)
                 now = packed.matrix(values, width)
-                logps[rows], entropy[rows] = now.detach(), packed.matrix(spread, width)
-                yield loss(now, rows, **whole)[0]
+                if weight:
+                    logps[rows], entropy[rows] = now.detach(), packed.matrix(spread, width)
+                yield weight * loss(now, rows, **whole)[0]
 
         self.descend(losses(), len(parts))
-        total, metrics = loss(logps, slice(None))
+        total, metrics = loss(logps, slice(None), **whole)
         rollout.old_logps = logps if old is None else old
-        self.log_dict({"loss": total, "entropy": masked_mean(entropy, mask), **metrics})
-        reported = report(rollout)
+        difference = (logps - rollout.sampling_logps.to(self.device)).abs() * rollout.mask.to(self.device)
+        metrics["sampling/sampling_logp_difference/mean"] = masked_mean(difference, rollout.mask.to(self.device))
+        metrics["entropy"] = masked_mean(entropy, mask)
+        tokens = mask.sum() / whole["num_items"].clamp(min=1)  # of this rank, as a share of the mean
+        self.log_dict({name: self.over_ranks(value * tokens) for name, value in metrics.items()})
+        farthest = self.trainer.strategy.reduce(difference.max(), reduce_op="max")
+        self.log_dict({"loss": self.over_ranks(total), "sampling/sampling_logp_difference/max": farthest})
+        self.log_dict(self.pace(rollout))
+        reported = report(together(rollout))
         self.log_dict({key: reported.pop(key) for key in ("reward", "adherence")}, prog_bar=True)
         self.log_dict(reported)
+
+    def pace(self, rollout: Rollout) -> dict[str, float]:
+        """TRL's `step_time` and `num_tokens`, and verl's `timing_s/` and `perf/`: rollout and update together."""
+        now = time.perf_counter()
+        tokens = sum(map(len, rollout.completions)) + sum(len(prompt.input_ids) for prompt in rollout.prompts)
+        tokens = sum(gather(tokens))
+        self.num_tokens += tokens
+        step, self.clock = now - self.clock, now
+        return {
+            "step_time": step,
+            "num_tokens": float(self.num_tokens),
+            "perf/throughput": tokens / step,
+            **{f"timing_s/{name}": seconds for name, seconds in rollout.seconds.items()},
+            "timing_s/update_actor": step - sum(rollout.seconds.values()),
+        }
+
+    def on_train_start(self) -> None:
+        self.clock = time.perf_counter()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["num_tokens"] = self.num_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.num_tokens = checkpoint["num_tokens"]
 
     def optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
+def together(rollout: Rollout) -> Rollout:
+    """The shares of all ranks as one rollout in the order of the batch, for what is logged: without prompts and ids."""
+    logged = {name: getattr(rollout, name).cpu() for name in ("sampling_logps", "mask", "finished")}
+    return reduce(Rollout.join, gather(replace(rollout, prompts=[], completions=[], old_logps=None, **logged)))
+
+
 def report(rollout: Rollout) -> dict[str, float]:
     """TRL's metric names, and ours under `advantages/` and `adherence/`.
 
-    `reward_std` is the mean deviation within groups; `reward_std_batch` that of the whole batch.
+    `reward_std` is the deviation of all rewards, as in TRL; `reward_std_group` the mean of those within groups.
     """
     lengths = rollout.mask.sum(1).float()
+    ended = lengths[rollout.finished] if rollout.finished.any() else torch.zeros(1)
     rewards = rollout.outcome
     metrics = {
         "reward": rewards.mean(),
-        "reward_std": rewards.std(dim=1).mean(),
-        "reward_std_batch": rewards.std(),
-        "frac_reward_zero_std": (rewards.std(dim=1) == 0).float().mean(),
+        "reward_std": rewards.std(),
+        "reward_std_group": rewards.std(dim=1).mean(),
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - rollout.finished.float().mean(),
+        "completions/mean_terminated_length": ended.mean(),
+        "completions/min_terminated_length": ended.min(),
+        "completions/max_terminated_length": ended.max(),
         "advantages/std": rollout.advantages.std(),
         "adherence": rollout.adherence.nanmean().nan_to_num(),
     }
@@ -143,19 +194,45 @@ def rollout_stream(
     prompts_per_step: int,
     num_iterations: int,
     seed: int,
+    dynamic_sampling: int = 0,
+    settle: Callable[[Rollout], None] | None = None,
     watch: Callable[[int, list[Record], Rollout], None] | None = None,
+    policy: nn.Module | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    draws: int = 0,
 ) -> Stream:
-    """Rollouts of the current policy, each used for `num_iterations` updates; starts at a rollout boundary."""
+    """Rollouts of the current policy, each used for `num_iterations` updates; starts at a rollout boundary.
+
+    With `dynamic_sampling` (DAPO, arXiv 2503.14476, 3.2), groups whose advantages are all zero are replaced by those of
+    other records, at most so many times for a rollout. `settle` gets the complete rollout before it is used.
+
+    Of several ranks each samples for its share of the prompts, with the weights of `policy` whole; `watch` gets the
+    rollout of all, on each. `draws`: the random numbers a prompt takes; those of the prompts of the ranks before are
+    passed over, so that completions do not depend on the number of ranks.
+    """
 
     def stream(step: int) -> Iterator[Rollout]:
         for number, chosen in enumerate(
             batch_indices(len(records), prompts_per_step, seed, step // num_iterations), step // num_iterations
         ):
             generator = torch.Generator().manual_seed(step_seed(seed, number))
-            batch = [records[i] for i in chosen]
-            rollout = sample(batch, generator)
+            batch = [records[i] for i in share(chosen, rank, ranks)]
+            torch.rand(len(chosen) * rank // ranks * draws, generator=generator, dtype=torch.float64)
+            with gathered(policy):
+                rollout = sample(batch, generator)
+                for _ in range(dynamic_sampling):
+                    kept = rollout.informative()
+                    missing = len(batch) - len(kept)
+                    if not missing:
+                        break
+                    other = [records[int(i)] for i in torch.randint(len(records), (missing,), generator=generator)]
+                    batch = [batch[b] for b in kept] + other
+                    rollout = rollout.take(kept).join(sample(other, generator))
+            if settle is not None:
+                settle(rollout)
             if watch is not None:
-                watch(number, batch, rollout)
+                watch(number, [record for part in gather(batch) for record in part], together(rollout))
             for _ in range(num_iterations):
                 yield rollout
 
