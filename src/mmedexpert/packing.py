@@ -7,6 +7,7 @@ many completions continue it; positions restart after the shared part; attention
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from mmedexpert.losses import selected_logps
 from mmedexpert.modules.backbone import core_of
 
 MIN_SHARED = 16  # ours: a shorter common beginning is read again, for a call of the attention costs more
+_OWN = 2**40  # keys above every token id
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,20 @@ class Pack:
 
 @dataclass(eq=False)
 class _Node:
-    """A segment of the row: its tokens with their positions [3, n], and what continues it."""
+    """Tokens `begin` to `end` of row `row` and of all rows that share them; `children` go on from there."""
 
-    ids: Sequence[int]
-    positions: Tensor
-    images: Sequence[EncodedImage] = ()
-    children: list[_Node] = field(default_factory=list)
+    row: int
+    begin: int
+    end: int
     parent: _Node | None = None
+    children: list[_Node] = field(default_factory=list)
     number: int = -1
     first: int = -1  # the place of its first token
 
     def places(self) -> list[int]:
         """The places of the tokens of its ancestors and its own."""
         before = self.parent.places() if self.parent else []
-        return [*before, *range(self.first, self.first + len(self.ids))]
+        return [*before, *range(self.first, self.first + self.end - self.begin)]
 
 
 def pack(model: Any, encoder: Encoder, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> Pack:
@@ -71,52 +73,34 @@ def pack(model: Any, encoder: Encoder, prompts: Sequence[Prompt], completions: S
     """
     core = core_of(model)
     enable(core.model.language_model)
-    distinct = list({id(prompt): prompt for prompt in prompts}.values())
-    number = {id(prompt): n for n, prompt in enumerate(distinct)}
-    of = [number[id(prompt)] for prompt in prompts]
-    keys = token_keys(distinct, encoder)
-    located = [positions(core, encoder, prompt) for prompt in distinct]
-    ends: list[_Node] = [_Node([], torch.zeros(3, 0))] * len(distinct)
-    said: dict[int, _Node] = {}
-
-    def grow(members: list[int], depth: int, parent: _Node | None) -> list[_Node]:
-        nodes = []
-        for group, end in _groups(keys, members, depth):
-            source, where = distinct[group[0]], located[group[0]][0][:, depth:end]
-            node = _Node(source.input_ids[depth:end], where, _images(source, encoder, depth, end), parent=parent)
-            node.children = grow([n for n in group if len(keys[n]) > end], end, node)
-            for ended in (n for n in group if len(keys[n]) == end):
-                ends[ended] = node
-                for row in (row for row, n in enumerate(of) if n == ended and len(completions[row]) > 1):
-                    steps = located[ended][1] + torch.arange(len(completions[row]) - 1)
-                    said[row] = _Node(completions[row][:-1], steps.expand(3, -1), parent=node)
-                    node.children.append(said[row])
-            nodes.append(node)
-        return nodes
-
-    nodes = list(_rows_of_tree(grow(list(range(len(distinct))), 0, None)))
-    chains = [torch.tensor(node.places()) for node in ends]
-    at = [
-        torch.cat([chains[n][-1:], said[row].first + torch.arange(len(words) - 1)]) if len(words) > 1
-        else chains[n][-1:][: len(words)]
-        for row, (n, words) in enumerate(zip(of, completions, strict=True))
-    ]  # fmt: skip
-    device = core.device
-    parents = [node.parent.number if node.parent else -1 for node in nodes]
+    ids = [[*prompt.input_ids, *words[:-1]] for prompt, words in zip(prompts, completions, strict=True)]
+    located = {id(prompt): positions(core, encoder, prompt) for prompt in {id(p): p for p in prompts}.values()}
+    # no completion shares a token with another: what the policy said is read as often as it was said
+    unique = itertools.count(_OWN)
+    keys = [
+        np.concatenate([key, np.fromiter(unique, key.dtype, len(tokens) - len(key))])
+        for key, tokens in zip(token_keys(prompts, encoder), ids, strict=True)
+    ]
+    leaves: dict[int, _Node] = {}
+    nodes = list(_rows_of_tree(_grow(keys, list(range(len(keys))), 0, None, leaves)))
+    chains = [torch.tensor(leaves[row].places()) for row in range(len(keys))]
     lengths = torch.tensor([len(words) for words in completions])
+    before = [len(prompt.input_ids) for prompt in prompts]
+    device = core.device
+    where = torch.cat([_between(*located[id(prompts[n.row])], n) for n in nodes], dim=1)
     inputs: Batch = {
-        "input_ids": torch.tensor([[token for node in nodes for token in node.ids]], device=device),
-        "position_ids": torch.cat([node.positions for node in nodes], dim=1)[:, None].to(device),
-        "tree": Tree([len(node.ids) for node in nodes], parents, device),
-        **encoder.image_inputs([image for node in nodes for image in node.images], device),
+        "input_ids": torch.tensor([[token for n in nodes for token in ids[n.row][n.begin : n.end]]], device=device),
+        "position_ids": where[:, None].to(device),
+        "tree": Tree([n.end - n.begin for n in nodes], [n.parent.number if n.parent else -1 for n in nodes], device),
+        **encoder.image_inputs([image for n in nodes for image in _images(prompts[n.row], encoder, n)], device),
     }  # fmt: skip
     return Pack(
         inputs,
-        [chains[n].to(device) for n in of],
-        torch.tensor([located[n][1] for n in of], device=device),
-        torch.cat(at).to(device),
+        [chain[:length].to(device) for chain, length in zip(chains, before, strict=True)],
+        torch.tensor([located[id(prompt)][1] for prompt in prompts], device=device),
+        torch.cat([c[n - 1 : n - 1 + k] for c, n, k in zip(chains, before, lengths.tolist(), strict=True)]).to(device),
         torch.tensor([token for words in completions for token in words], dtype=torch.long, device=device),
-        torch.arange(len(of)).repeat_interleave(lengths).to(device),
+        torch.arange(len(keys)).repeat_interleave(lengths).to(device),
         torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device),
     )
 
@@ -159,6 +143,8 @@ def token_keys(prompts: Sequence[Prompt], encoder: Encoder) -> list[np.ndarray]:
 def shared_length(one: np.ndarray, other: np.ndarray) -> int:
     """How many tokens two sequences have in common at their beginning."""
     short = min(len(one), len(other))
+    if not short or one[0] != other[0]:
+        return 0
     differ = np.flatnonzero(one[:short] != other[:short])
     return int(differ[0]) if len(differ) else short
 
@@ -190,20 +176,26 @@ def micro_batches(
     return packs
 
 
-def _groups(keys: Sequence[np.ndarray], members: list[int], depth: int) -> Iterator[tuple[list[int], int]]:
-    """Members by what they share from `depth` on, and where each group stops sharing."""
-    left = members
-    while left:
-        first, group, rest, end = keys[left[0]], [left[0]], [], len(keys[left[0]])
-        for n in left[1:]:
-            shared = shared_length(first[depth:], keys[n][depth:])
-            if shared >= MIN_SHARED or len(keys[n]) == len(first) == depth + shared:
-                group.append(n)
+def _grow(
+    keys: Sequence[np.ndarray], rows: list[int], depth: int, parent: _Node | None, leaves: dict[int, _Node]
+) -> list[_Node]:
+    """The radix tree of rows that agree up to `depth`; `leaves` gets the node at which each row ends."""
+    nodes = []
+    while rows:
+        first, together, rest, end = keys[rows[0]], [rows[0]], [], len(keys[rows[0]])
+        for row in rows[1:]:
+            shared = shared_length(first[depth:], keys[row][depth:])
+            if shared >= MIN_SHARED or len(keys[row]) == len(first) == depth + shared:
+                together.append(row)
                 end = min(end, depth + shared)
             else:
-                rest.append(n)
-        yield group, end
-        left = rest
+                rest.append(row)
+        node = _Node(together[0], depth, end, parent)
+        leaves |= {row: node for row in together if len(keys[row]) == end}
+        node.children = _grow(keys, [row for row in together if len(keys[row]) > end], end, node, leaves)
+        nodes.append(node)
+        rows = rest
+    return nodes
 
 
 def _rows_of_tree(roots: list[_Node]) -> Iterator[_Node]:
@@ -214,16 +206,22 @@ def _rows_of_tree(roots: list[_Node]) -> Iterator[_Node]:
         family = families.pop(0)
         for node in family:
             node.number, node.first = number, place
-            number, place = number + 1, place + len(node.ids)
+            number, place = number + 1, place + node.end - node.begin
             yield node
         families += [node.children for node in family if node.children]
 
 
-def _images(prompt: Prompt, encoder: Encoder, begin: int, end: int) -> list[EncodedImage]:
-    """The images whose tokens stand between two places of a prompt: a segment never cuts one in two."""
+def _between(found: Tensor, following: int, node: _Node) -> Tensor:
+    """The positions [3, n] of a node's tokens, given those of its prompt and the next."""
+    spoken = torch.arange(max(node.end - found.shape[1], 0)) + following
+    return torch.cat([found, spoken.expand(3, -1)], dim=1)[:, node.begin : node.end]
+
+
+def _images(prompt: Prompt, encoder: Encoder, node: _Node) -> list[EncodedImage]:
+    """The images whose tokens stand in a node: none is cut in two."""
     starts, place = [], 0
     for image in prompt.images:
         place = prompt.input_ids.index(encoder.image_token_id, place)
         starts.append(place)
         place += encoder.image_tokens(image)
-    return [image for image, start in zip(prompt.images, starts, strict=True) if begin <= start < end]
+    return [image for image, start in zip(prompt.images, starts, strict=True) if node.begin <= start < node.end]
