@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
+import inspect
+import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -15,10 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmedexpert.merging import caci, dare_linear, dare_ties, linear, methods, task_arithmetic, ties
-from mmedexpert.merging.apply import call_method
-from mmedexpert.merging.conflicts import Conflicts
-from mmedexpert.merging.methods import drop, trim
+from mmedexpert.merging.methods import (
+    breadcrumbs,
+    caci,
+    dare_linear,
+    dare_ties,
+    della,
+    linear,
+    overlap_counts,
+    ram,
+    task_arithmetic,
+    ties,
+)
+from mmedexpert.merging.sparsify import crumbs, drop, kept_ranks, trim, uniform
 
 CONF = Path(__file__).parents[1] / "conf" / "merge"
 few = settings(max_examples=40, deadline=None)
@@ -147,6 +161,9 @@ def test_one_expert_comes_back_unchanged() -> None:
         task_arithmetic([delta], None),
         dare_ties([delta], None, 1.0),
         dare_linear([delta], None, 1.0),
+        della([delta], None, 1.0, 0.0),
+        breadcrumbs([delta], None, 1.0, 0.0),
+        ram([delta]),
         alone([delta], []),
         alone([], [delta]),
     ):
@@ -254,6 +271,8 @@ LIST_RULES = {
     "task_arithmetic": task_arithmetic,
     "dare_ties": functools.partial(dare_ties, density=0.5),
     "dare_linear": functools.partial(dare_linear, density=0.5),
+    "della": functools.partial(della, density=0.5, epsilon=0.1),
+    "breadcrumbs": functools.partial(breadcrumbs, density=0.5, gamma=0.1),
     "caci": lambda deltas, weights: caci_default(expert_weights=weights)(deltas, []),
 }
 
@@ -304,40 +323,190 @@ def test_unknown_scope_and_vote_are_refused() -> None:
         ties(randn(3), None, 0.5, vote="frequency")
 
 
-# --- configs and conflict statistics ---------------------------------------------------------------------------------
+# --- configs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", sorted(set(CONF.glob("*.yaml")) - {CONF / "none.yaml"}), ids=lambda f: f.stem)
 def test_every_merge_config_names_a_rule_and_runs(file: Path) -> None:
-    assert file.read_text().startswith("# ")
+    assert file.read_text().startswith("# ") and "arXiv" in file.read_text()
     config = yaml.safe_load(file.read_text())
     assert config["name"] == file.stem
     method = dict(config["method"])
     module, _, name = method.pop("_target_").rpartition(".")
-    assert module == methods.__name__ and method.pop("_partial_") is True
-    merged = call_method(functools.partial(getattr(methods, name), **method), randn(6, 5), randn(6, 5, n=1), "w")
+    assert method.pop("_partial_") is True
+    rule = getattr(importlib.import_module(module), name)
+    experts, reasoners = randn(6, 5), randn(6, 5, n=1, seed=1)
+    parameters = inspect.signature(rule).parameters
+    if "factors" in parameters:
+        a, b = rule([(d[:2], d[:, :2]) for d in [*experts, *reasoners]], **method)
+        merged = b @ a
+    elif "deltas" in parameters:
+        merged = rule([*experts, *reasoners], **method)
+    else:
+        merged = rule(experts, reasoners, **method)
     assert merged.shape == (6, 5) and merged.isfinite().all() and merged.count_nonzero() > 0
+    assert not set(method) - set(parameters) and "arXiv" in (rule.__doc__ or "")
 
 
-def test_conflicts_by_hand() -> None:
-    # column: + -, + +, + 0, 0 0, - -  -> three overlaps, one conflict, chance 1/2
-    a, b = torch.tensor([3.0, 1.0, 2.0, 0.0, -1.0]), torch.tensor([-1.0, 1.0, 0.0, 0.0, -1.0])
-    conflicts = Conflicts(["a", "b"])
-    conflicts.add([a, b], torch.tensor([3.0, 1.0, 2.0, 0.0, -1.0]))
-    report = conflicts.report()
-    assert report["sign_conflict_rate"] == pytest.approx(1 / 3)
-    assert report["sign_conflict_chance"] == 0.5
-    assert report["mean_cosine"] == pytest.approx(-1 / math.sqrt(15 * 3))
-    assert report["a/norm"] == pytest.approx(math.sqrt(15)) and report["merged_norm"] == pytest.approx(math.sqrt(15))
-    assert report["a/kept_share"] == 1 and report["b/kept_share"] == pytest.approx(2 / 3)
+# --- blocks, permutations, scale -------------------------------------------------------------------------------------
+
+BLOCK_RULES = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "ram", "caci"]
 
 
-def test_conflict_of_independent_updates_is_at_chance() -> None:
-    deltas = randn(200, 200, n=5)
-    conflicts = Conflicts(list("abcde"))
-    for rows in (slice(0, 80), slice(80, 200)):  # adds up over tensors
-        conflicts.add([d[rows] for d in deltas], linear([d[rows] for d in deltas], None))
-    report = conflicts.report()
-    assert report["sign_conflict_chance"] == 1 - 2**-4
-    assert report["sign_conflict_rate"] == pytest.approx(1 - 2**-4, abs=0.01)
-    assert abs(report["mean_cosine"]) < 0.01
+@few
+@given(
+    rule=st.sampled_from(BLOCK_RULES),
+    cuts=st.lists(st.integers(1, 11), max_size=3).map(lambda c: [0, *sorted(set(c)), 12]),
+    density=st.floats(0.2, 0.8),
+    vote=st.sampled_from(["mass", "count"]),
+    seed=st.integers(0, 10_000),
+)
+def test_blocks_of_rows_give_what_the_whole_gives(
+    rule: str, cuts: list[int], density: float, vote: str, seed: int
+) -> None:
+    deltas = randn(12, 7, n=4, seed=seed)
+    deltas[3] = deltas[3] / 20
+    trimmed = [trim(d, density) for d in deltas]
+    lowest = [float(t[t != 0].abs().min()) for t in trimmed]
+    middle = [crumbs(d, density, 0.1) for d in deltas]
+    bounds = [(float(m[m != 0].abs().min()), float(m.abs().max())) for m in middle]
+    norms = [float(t.norm()) for t in trimmed]
+    counts = sum(overlap_counts([d[i:j] for d in deltas], 1.0) for i, j in itertools.pairwise(cuts))
+    named = {"seed": seed, "name": "w"}
+    calls: dict[str, tuple[Callable[..., Tensor], dict[str, object]]] = {
+        "linear": (functools.partial(linear, weights=[1, 2, 3, 4]), {}),
+        "task_arithmetic": (functools.partial(task_arithmetic, scaling=0.3), {}),
+        "ties": (functools.partial(ties, weights=None, density=density, vote=vote), {"thresholds": lowest}),
+        "dare_linear": (functools.partial(dare_linear, weights=None, density=density, **named), {}),
+        "dare_ties": (functools.partial(dare_ties, weights=None, density=density, vote=vote, **named), {}),
+        "della": (functools.partial(della, weights=None, density=density, epsilon=0.1, vote=vote, **named), {}),
+        "breadcrumbs": (
+            functools.partial(breadcrumbs, weights=None, density=density, gamma=0.1),
+            {"thresholds": bounds},
+        ),
+        "ram": (functools.partial(ram, epsilon=1.0, r=0.5, alpha=2.0), {"counts": counts}),
+        "caci": (
+            lambda deltas, **k: caci_default(expert_density=density, reasoner_density=density, vote=vote, **k)(
+                deltas[:3], deltas[3:]
+            ),
+            {"thresholds": lowest, "norms": norms},
+        ),
+    }
+    call, measured = calls[rule]
+    parts = []
+    for i, j in itertools.pairwise(cuts):
+        first = {"first_row": i} if rule.startswith(("dare", "della")) else {}
+        parts.append(call([d[i:j] for d in deltas], **measured, **first))
+    torch.testing.assert_close(torch.cat(parts), call(deltas))
+
+
+@few
+@given(
+    seed=st.integers(0, 10_000),
+    order=st.permutations(range(4)),
+    density=st.floats(0.1, 1),
+    vote=st.sampled_from(["mass", "count"]),
+)
+def test_order_of_the_deltas_does_not_matter(seed: int, order: list[int], density: float, vote: str) -> None:
+    deltas = randn(5, 8, n=4, seed=seed)
+    weights, densities = [1.0, 2.0, 0.5, 3.0], [density, 1.0, density, 0.5]
+
+    def shuffle(values: list) -> list:
+        return [values[i] for i in order]
+
+    for rule in (
+        lambda d, w, p: ties(d, w, p, vote=vote),
+        lambda d, w, p: breadcrumbs(d, w, p, 0.05),
+        lambda d, w, p: ram(d, epsilon=1.0, alpha=2.0),
+        lambda d, w, p: caci_default(expert_weights=w, expert_density=p, vote=vote)(d, []),
+    ):
+        got = rule(shuffle(deltas), shuffle(weights), shuffle(densities))
+        torch.testing.assert_close(got, rule(deltas, weights, densities))
+
+
+def test_weights_of_a_role_move_its_vote_and_nothing_else() -> None:
+    experts, (reasoner,) = randn(30, 30), randn(30, 30, n=1, seed=5)
+    out = {
+        w: caci_default(expert_scaling=0.0, reasoner_weights=[w], expert_density=0.5)(experts, [reasoner])
+        for w in (0.01, 1.0, 1e6)
+    }
+    agreeing = [int((merged != 0).sum()) for merged in out.values()]
+    assert agreeing == sorted(agreeing) and agreeing[0] < agreeing[2] == reasoner.numel()
+    assert set((out[1.0] / reasoner).round(decimals=4).abs().unique().tolist()) == {0.0, 1.0}
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_kept_ranks_by_hand() -> None:
+    assert kept_ranks(10, 0.25) == (0, 2) and kept_ranks(10, 0.01) == (0, 1)
+    assert kept_ranks(10, 0.25, scope="global") == (0, 3) and kept_ranks(10, 1.0, scope="global") == (0, 10)
+    assert kept_ranks(100, 0.9, 0.01) == (1, 91) and kept_ranks(100, 0.9, 0.5) == (10, 100)
+    for bad in ({"density": 0.0}, {"density": 0.5, "gamma": 1.0}, {"density": 0.5, "scope": "layer"}):
+        with pytest.raises(ValueError, match=r"density|scope"):
+            kept_ranks(10, **bad)
+
+
+def test_breadcrumbs_by_hand() -> None:
+    delta = torch.tensor([[9.0, -1.0, 2.0, -3.0, 0.5]])
+    assert crumbs(delta, 0.6, 0.2).tolist() == [[0, -1, 2, -3, 0]]
+    assert crumbs(delta, 0.6, 0.2, (1.0, 3.0)).tolist() == [[0, -1, 2, -3, 0]]
+    assert breadcrumbs([delta, delta], [1, 2], [0.6, 0.4], 0.2, scaling=0.5).tolist() == [[0, -0.5, 3, -4.5, 0]]
+
+
+def test_ram_by_hand() -> None:
+    # first: both (mean 3), then a alone twice, b alone once, and nobody: a has 1 shared to 2 unique, b 1 to 1
+    a, b = torch.tensor([4.0, 2.0, -1.0, 0.0, 0.05]), torch.tensor([2.0, 0.0, 0.0, 6.0, 0.0])
+    assert overlap_counts([a, b], 0.1).tolist() == [[1, 2], [1, 1]]
+    assert ram([a, b], r=0.0, epsilon=0.1).tolist() == [3, 2, -1, 6, 0]
+    got = ram([a, b], r=0.5, alpha=0.75, epsilon=0.1, scaling=2.0)
+    torch.testing.assert_close(got, 2 * torch.tensor([3.0, 2 * 1.25, -1.25, 6 * 1.375, 0.0]))
+    given = ram([a, b], r=0.5, alpha=9.0, epsilon=0.1, counts=torch.tensor([[4, 1], [0, 7]]))
+    torch.testing.assert_close(given, torch.tensor([3.0, 6.0, -3.0, 6.0, 0.0]))
+    with pytest.raises(ValueError, match="alpha"):
+        ram([a, b], alpha=-1.0)
+
+
+def test_della_keeps_the_large_more_often() -> None:
+    delta = torch.arange(1.0, 102.0).repeat(4000, 1)[:, torch.randperm(101, generator=torch.Generator().manual_seed(0))]
+    (kept,) = drop([delta], 0.6, epsilon=0.3)
+    share = (kept != 0).float().mean(0)[delta[0].argsort()]
+    torch.testing.assert_close(share, torch.linspace(0.3, 0.9, 101), atol=0.04, rtol=0)
+    assert kept.mean() == pytest.approx(float(delta.mean()), rel=0.01)  # divided by its own probability
+    assert torch.equal(della([delta], None, 0.6, 0.0), dare_ties([delta], None, 0.6))
+    for epsilon in (0.6, 0.5, -0.1, [0.1, 0.1]):
+        with pytest.raises(ValueError, match="epsilon"):
+            della([delta], None, 0.6, epsilon)
+
+
+def test_random_masks_are_uniform_and_uncorrelated() -> None:
+    like = torch.empty(400, 500)
+    u = uniform(like, "0:w:0")
+    assert u.min() >= 0 and u.max() < 1
+    counts = torch.histc(u, 64, 0, 1)
+    assert float(((counts - like.numel() / 64) ** 2 / (like.numel() / 64)).sum()) < 110  # chi2 of 63, p = 0.0002
+    others = [u.roll(1, 0), u.roll(1, 1), u.roll(256, 1), uniform(like, "0:w:1"), uniform(like, "0:v:0")]
+    for other in others:
+        r = torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1]
+        assert abs(float(r)) < 5 / like.numel() ** 0.5
+    assert u.unique().numel() > 0.99 * like.numel()
+    row_means = u.mean(1)
+    assert float(row_means.std()) == pytest.approx((1 / 12 / 500) ** 0.5, rel=0.2)
+    assert torch.equal(u[7:9], uniform(like[7:9], "0:w:0", first_row=7))
+
+
+def test_random_masks_are_the_hash_of_row_and_column() -> None:
+    """Against plain integers: a merge must be repeatable on another machine, device and version."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x31848BAB % 2**32
+        return x ^ x >> 14
+
+    digest = hashlib.sha256(b"3:w:1").digest()
+    row_key, column_key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    want = [
+        [(mix((mix(row ^ row_key) + mix(column ^ column_key)) % 2**32) >> 8) / 2**24 for column in range(5)]
+        for row in range(70_000, 70_003)
+    ]
+    assert uniform(torch.empty(3, 5), "3:w:1", first_row=70_000).tolist() == want

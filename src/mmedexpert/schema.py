@@ -102,6 +102,7 @@ class GbaConfig:
     prompts_per_step: int = MISSING
     num_generations: int = MISSING
     num_iterations: int = MISSING
+    dynamic_sampling: int = 0
     temperature: float = MISSING
     top_p: float = MISSING
     top_k: int = MISSING
@@ -188,7 +189,9 @@ class ReportConfig:
 @dataclass
 class TrainerConfig:
     accelerator: str = "auto"
-    devices: int = 1
+    strategy: str = "ddp"
+    devices: int | None = 1
+    num_nodes: int = 1
     precision: str = "32-true"
     micro_batch_tokens: int | None = None
     threads: int | None = None

@@ -5,18 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging.checkpoint import fingerprint_base, new_folder, open_safetensors, read_checkpoint, read_json
+from mmedexpert.merging.checkpoint import (
+    StoredTensor,
+    fingerprint_base,
+    new_folder,
+    read_checkpoint,
+    read_json,
+    stored_tensors,
+)
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "mmedexpert.json"
 PREFIX = "base_model.model."  # PEFT's, before every name of the base model
@@ -42,6 +50,7 @@ class LoraAdapter:
     config: dict[str, Any]
     shapes: dict[str, tuple[int, int]]
     base_fingerprint: str | None
+    stored: Mapping[str, StoredTensor]
 
     @classmethod
     def load(cls, folder: str | Path) -> LoraAdapter:
@@ -49,9 +58,9 @@ class LoraAdapter:
         folder = Path(folder)
         config = read_json(folder / CONFIG)
         _check_config(folder, config)
-        sidecar = folder / SIDECAR
-        fingerprint = read_json(sidecar).get("base_fingerprint") if sidecar.exists() else None
-        return cls(folder, config, _target_shapes(folder), fingerprint)
+        stored = stored_tensors(folder / WEIGHTS)
+        shapes = _target_shapes(folder / WEIGHTS, stored)
+        return cls(folder, config, shapes, recorded_base(folder), {tensor.key: tensor for tensor in stored})
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -71,24 +80,40 @@ class LoraAdapter:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         """A [r, in] and B [out, r] in fp32, and the scaling: alpha / r, or alpha / sqrt(r) for rsLoRA (2312.03732)."""
-        from peft.utils.other import get_pattern_key
-
         module = name.removesuffix(".weight")
-        with open_safetensors(self.folder / WEIGHTS) as file:  # copies: a view would crash once the file is rewritten
-            keys = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
-            a, b = (file.get_tensor(key).to(torch.float32, copy=True) for key in keys)
+        a, b = (self.stored[f"{PREFIX}{module}.lora_{letter}.weight"].rows().float() for letter in "AB")
         for letter, factor in (("A", a), ("B", b)):
             if not torch.isfinite(factor).all():
                 raise UserError(f"lora_{letter} of {name} in {self.folder} has NaN or Inf: train this adapter again")
         rank = len(a)
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), module), self.config["lora_alpha"])
+        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
+        matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))  # as PEFT does
+        alpha = next(matching, self.config["lora_alpha"])
         return a, b, alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def scaled_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and scaling * B [out, r] in fp32."""
+        a, b, scaling = self.factors(name)
+        return a, b * scaling
+
+    def touches(self, name: str) -> bool:
+        """Whether the adapter targets a weight."""
+        return name in self.shapes
+
+    def reader(self, name: str) -> Callable[[int, int], Tensor]:
+        """A function (i, j) -> rows i:j of the update, [j - i, in] fp32, from factors read once."""
+        a, b = self.scaled_factors(name)
+        return lambda i, j: b[i:j] @ a
 
     def delta(self, name: str) -> Tensor:
         """The update of one weight, [out, in] fp32: scaling * B @ A (LoRA, arXiv 2106.09685)."""
-        a, b, scaling = self.factors(name)
-        return (b @ a) * scaling
+        return self.reader(name)(0, self.shapes[name][0])
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The fingerprint of the base that `record_base` noted beside an adapter, if it did."""
+    sidecar = folder / SIDECAR
+    return read_json(sidecar).get("base_fingerprint") if sidecar.exists() else None
 
 
 def record_base(adapter_folder: str | Path, fingerprint: str) -> None:
@@ -97,7 +122,18 @@ def record_base(adapter_folder: str | Path, fingerprint: str) -> None:
     (Path(adapter_folder) / SIDECAR).write_text(text + "\n", encoding="utf-8")
 
 
-def check_compatible(adapters: Sequence[LoraAdapter], base_folder: str | Path) -> None:
+class Trained(Protocol):
+    """What was trained on a base: an adapter or a whole model."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]: ...
+    @property
+    def base_fingerprint(self) -> str | None: ...
+
+
+def check_compatible(adapters: Sequence[Trained], base_folder: str | Path) -> None:
     """UserError unless every adapter was trained on this base (where that was recorded) and fits its shapes."""
     base = Path(base_folder)
     tensors = read_checkpoint(base)
@@ -110,7 +146,7 @@ def check_compatible(adapters: Sequence[LoraAdapter], base_folder: str | Path) -
         for name, shape in adapter.shapes.items():
             if name not in tensors:
                 raise UserError(f"adapter {adapter.folder} targets {name}, which base {base} has not: use its own base")
-            if tensors[name].shape != shape:
+            if tensors[name].matrix != shape:
                 raise UserError(
                     f"adapter {adapter.folder} does not fit base {base}: {name} is {list(shape)} in the adapter and "
                     f"{list(tensors[name].shape)} in the base; use its own base"
@@ -130,7 +166,7 @@ def concatenate_lora(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
     if len(fingerprints) > 1:
         folders = ", ".join(str(adapter.folder) for adapter in adapters)
         raise UserError(f"adapters {folders} were trained on different bases: use adapters of one base")
-    tensors, ranks = {}, {}
+    tensors = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.shapes):
         owners = [(a, weight) for a, weight in zip(adapters, weights, strict=True) if name in a.shapes]
         if len({a.shapes[name] for a, _ in owners}) > 1:
@@ -140,13 +176,25 @@ def concatenate_lora(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
         module = name.removesuffix(".weight")
         tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.cat([a for a, _, _, _ in parts], 0)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.cat([weight * scale * b for _, b, scale, weight in parts], 1)
-        ranks[module] = sum(len(a) for a, _, _, _ in parts)
+    save_lora(tensors, next((a for a in adapters if a.base_fingerprint), adapters[0]), out_folder)
+
+
+def save_lora(tensors: Mapping[str, Tensor], like: LoraAdapter, out_folder: str | Path) -> None:
+    """Write PEFT's folder of a LoRA adapter with scaling 1 and the ranks of its factors, for the base of `like`.
+
+    `tensors`: lora_A and lora_B by PEFT's keys. UserError for an existing `out_folder` or a full disk.
+    """
+    ranks = {
+        key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(factor)
+        for key, factor in tensors.items()
+        if key.endswith(".lora_A.weight")
+    }
     rank = max(ranks.values())
     lower = {module: r for module, r in ranks.items() if r < rank}
     config = {
         "peft_type": "LORA",
-        "task_type": adapters[0].config.get("task_type"),
-        "base_model_name_or_path": adapters[0].base,
+        "task_type": like.config.get("task_type"),
+        "base_model_name_or_path": like.base,
         "target_modules": list(ranks),
         "r": rank,
         "lora_alpha": rank,
@@ -158,9 +206,9 @@ def concatenate_lora(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
     }
     with new_folder(out_folder, sum(t.nbytes for t in tensors.values())) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        if fingerprints:
-            record_base(folder, fingerprints.pop())
+        save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        if like.base_fingerprint:
+            record_base(folder, like.base_fingerprint)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -178,22 +226,21 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{folder / CONFIG}: lora_alpha is not a number: save the adapter again")
 
 
-def _target_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def _target_shapes(file: Path, stored: Sequence[StoredTensor]) -> dict[str, tuple[int, int]]:
     """Name and shape of each targeted weight; UserError for anything that is not a pair of LoRA factors."""
-    with open_safetensors(folder / WEIGHTS) as file:
-        stored = [(key, file.get_slice(key).get_shape()) for key in list(file.keys())]
-    found: dict[str, dict[str, list[int]]] = {}
-    for key, shape in stored:
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor in stored:
+        key, shape = tensor.key, tensor.shape
         module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX) or kind not in ("A.weight", "B.weight") or len(shape) != 2:
             raise UserError(
-                f"{folder / WEIGHTS}: {key} {shape} is no LoRA factor of a linear layer and cannot be merged: train "
+                f"{file}: {key} {list(shape)} is no LoRA factor of a linear layer and cannot be merged: train "
                 "without it, or save with save_embedding_layers=False if it is a copy of the base's embedding"
             )
         found.setdefault(module, {})[kind[0]] = shape
     if not found:
-        raise UserError(f"{folder / WEIGHTS} holds no LoRA factors: train or copy the adapter again")
+        raise UserError(f"{file} holds no LoRA factors: train or copy the adapter again")
     for module, pair in found.items():
         if pair.keys() != {"A", "B"} or pair["A"][0] != pair["B"][1]:
-            raise UserError(f"{folder / WEIGHTS}: lora_A and lora_B of {module} do not match ({pair}): copy it again")
+            raise UserError(f"{file}: lora_A and lora_B of {module} do not match ({pair}): copy it again")
     return {f"{module}.weight": (pair["B"][0], pair["A"][1]) for module, pair in found.items()}

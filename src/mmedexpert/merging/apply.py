@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging.adapters import LoraAdapter, check_compatible
-from mmedexpert.merging.checkpoint import new_folder, read_checkpoint
+from mmedexpert.merging.adapters import PREFIX, LoraAdapter, check_compatible, save_lora
+from mmedexpert.merging.checkpoint import StoredTensor, check_room, new_folder, read_checkpoint
 from mmedexpert.merging.conflicts import Conflicts
-from mmedexpert.progress import Bar
+from mmedexpert.merging.stream import Method, Stream, call_method, load_update
+from mmedexpert.progress import Bar, track
 
-Method = Callable[..., Tensor]
+__all__ = ["add_delta", "apply_deltas_", "call_method", "merge_adapters", "write_merged"]
+
+OVERSAMPLING, ITERATIONS = 8, 2  # ours: directions beyond the rank, and passes, of the randomised SVD
+COPIED = 8 * 2**20  # bytes copied at a time
+
+Blocks = Iterable[tuple[int, Tensor]]
 
 SIDE_FILES = (  # copied from the base, by how their names start; not its card, adapters or code
     "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer", "vocab", "merges.txt",
@@ -35,7 +42,9 @@ def add_delta(weight: Tensor, delta: Tensor, name: str) -> Tensor:
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise UserError(f"{name} is stored as {weight.dtype}: merge into the base that is not quantised")
     merged = (weight.float() + delta.to(weight.device, torch.float32)).to(weight.dtype)
-    if not torch.isfinite(merged).all():
+    if (
+        not math.isfinite(float(merged.sum(dtype=torch.float32))) and not torch.isfinite(merged).all()
+    ):  # a sum may overflow
         raise UserError(f"{name} is not finite in {weight.dtype} after merging: lower the scaling or use a bf16 base")
     return merged
 
@@ -50,11 +59,14 @@ def apply_deltas_(model: torch.nn.Module, deltas: Iterable[tuple[str, Tensor]]) 
         parameters[name].copy_(add_delta(parameters[name], delta, name))
 
 
-def write_merged(base_folder: str | Path, out_folder: str | Path, merged: Callable[[str], Tensor | None]) -> None:
-    """Write a copy of a saved model in which each tensor has `merged(in-memory name)` added, where that is not None.
+def write_merged(
+    base_folder: str | Path, out_folder: str | Path, names: Collection[str], blocks: Callable[[str], Blocks]
+) -> None:
+    """Write a copy of a saved model in which the tensors `names` (as in memory) have their merged update added.
 
-    Same file names, keys, dtypes and side files as the base; one tensor in memory at a time. `out_folder` appears only
-    when complete. UserError if it exists, the base is incomplete, or the disk is too small.
+    `blocks(name)` yields (first row, rows of the update) in order, from the first row to the last. Same file names,
+    keys, dtypes and side files as the base; all other bytes are copied. One block in memory at a time. `out_folder`
+    appears only when complete. UserError if it exists, the base is incomplete, or the disk is too small.
     """
     base = Path(base_folder)
     tensors = read_checkpoint(base)
@@ -64,13 +76,15 @@ def write_merged(base_folder: str | Path, out_folder: str | Path, merged: Callab
         for file in sides:
             shutil.copyfile(file, folder / file.name)
         for file in weights:
-            shutil.copyfile(file, folder / file.name)
-            with (folder / file.name).open("r+b") as out:
-                for name, tensor in tensors.items():
-                    if tensor.file != file or (delta := merged(name)) is None:
-                        continue
-                    out.seek(tensor.offset)
-                    out.write(add_delta(tensor.read(), delta, name).reshape(-1).view(torch.uint8).numpy().data)
+            changed = [(name, t) for name, t in tensors.items() if t.file == file and name in names]
+            if not changed:
+                shutil.copyfile(file, folder / file.name)
+                continue
+            with file.open("rb", buffering=0) as source, (folder / file.name).open("wb", buffering=0) as out:
+                for name, tensor in changed:
+                    _copy(source, out, tensor.offset)
+                    _write(tensor, name, blocks(name), out)
+                _copy(source, out, file.stat().st_size)
 
 
 def merge_adapters(
@@ -79,54 +93,123 @@ def merge_adapters(
     experts: Mapping[str, str | Path],
     reasoners: Mapping[str, str | Path],
     method: Method,
+    *,
+    conflicts: Conflicts | None = None,
+    lora_rank: int | None = None,
 ) -> dict[str, float]:
-    """Merge LoRA adapters (name -> folder) into a base model, tensor by tensor, and write the merged model.
+    """Merge LoRA adapters or fine-tuned models (name -> folder) into a base model and write the merged model.
 
     CACI of MMedExpert-R1 (arXiv 2601.10949). A reasoner's folder holds the RL update alone, relative to where GBA
-    started. An adapter that does not target a weight contributes zeros there: it does not vote. For `method` see
-    `call_method`. Returns conflict statistics (`Conflicts.report`), names prefixed by `expert/` and `reasoner/`.
-    UserError for adapters that cannot be read, do not fit, or were trained on another base, and for a method's
-    complaint about its values.
+    started. What an update does not touch is zero there: it does not vote. `method` is a rule of `methods` or
+    `low_rank` with its settings bound; see `stream.call_method`. `conflicts`, of the updates' number, is filled.
+
+    With `lora_rank` (from 1) `out_folder` is a PEFT adapter of at most that rank in place of a model: exact where the
+    merged update has no higher rank (rules on factors; linear and task_arithmetic with the summed ranks), else its
+    best approximation, see `low_rank_update`. Returns {"energy_lost": share of the squared norm lost} then, else {}.
+
+    UserError before anything is written for updates that cannot be read, do not fit, hold NaN or were trained on
+    another base, for values which the method refuses, an existing `out_folder` and a disk too small.
     """
-    folders = {f"expert/{name}": folder for name, folder in experts.items()}
-    folders |= {f"reasoner/{name}": folder for name, folder in reasoners.items()}
+    folders = [*experts.values(), *reasoners.values()]
+    check_room(out_folder)
     if not folders:
         raise UserError("nothing to merge: give at least one expert or reasoner adapter")
-    adapters = [LoraAdapter.load(folder) for folder in folders.values()]
-    check_compatible(adapters, base_folder)
-    shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
-    conflicts = Conflicts(list(folders))
-    done = 0
-    with Bar("merge", len(shapes)) as bar:
-
-        def merged(name: str) -> Tensor | None:
-            nonlocal done
-            if name not in shapes:
-                return None
-            deltas = [a.delta(name) if name in a.shapes else torch.zeros(shapes[name]) for a in adapters]
-            result = call_method(method, deltas[: len(experts)], deltas[len(experts) :], name)
-            conflicts.add(deltas, result)
-            done += 1
-            bar.show(done)
-            return result
-
-        write_merged(base_folder, out_folder, merged)
-    return conflicts.report()
+    updates = [load_update(folder, base_folder) for folder in folders]
+    check_compatible(updates, base_folder)
+    adapters = [update for update in updates if isinstance(update, LoraAdapter)]
+    if lora_rank is not None and len(adapters) < len(updates):
+        raise UserError("lora_rank needs LoRA adapters to merge: leave it out to write a whole model")
+    with Stream(updates, len(experts), method, conflicts=conflicts) as stream:
+        for adapter in adapters:
+            for name in adapter.shapes:
+                adapter.factors(name)  # refuses NaN
+        if lora_rank is None:
+            _write_model(stream, base_folder, out_folder)
+            return {}
+        like = next((adapter for adapter in adapters if adapter.base_fingerprint), adapters[0])
+        return {"energy_lost": _write_lora(stream, lora_rank, like, out_folder)}
 
 
-def call_method(method: Method, experts: list[Tensor], reasoners: list[Tensor], name: str) -> Tensor:
-    """Call a merge rule on the deltas to one tensor, in the form it asks for by its parameters' names.
+def _write_model(stream: Stream, base_folder: str | Path, out_folder: str | Path) -> None:
+    names = [name for name in stream.names if stream.touches(name)]
+    with Bar("merge", len(names)) as bar:
 
-    A rule with a parameter `deltas` (ties, linear, ..) gets experts and reasoners as one list, experts first; any other
-    (caci) gets the two lists. A rule with a parameter `name` (the DARE ones, for their masks) gets the tensor's name.
+        def blocks(name: str) -> Blocks:
+            bar.show(names.index(name))
+            return stream.blocks(name)
+
+        write_merged(base_folder, out_folder, names, blocks)
+
+
+def _write_lora(stream: Stream, rank: int, like: LoraAdapter, out_folder: str | Path) -> float:
+    """Write the merged updates as one adapter for the base of `like`; returns the share of the squared norm lost."""
+    factors: dict[str, Tensor] = {}
+    total = kept = 0.0
+    for name in track(stream.names, "merge", size=sum(math.prod(stream.shape(n)) for n in stream.names)):
+        a, b, before, after = low_rank_update(stream, name, rank)
+        module = PREFIX + name.removesuffix(".weight")
+        factors |= {f"{module}.lora_A.weight": a.contiguous(), f"{module}.lora_B.weight": b.contiguous()}
+        total, kept = total + before, kept + after
+    save_lora(factors, like, out_folder)
+    return max(0.0, 1 - kept / total) if total else 0.0
+
+
+def low_rank_update(stream: Stream, name: str, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The merged update of a tensor as A [r, in], B [out, r] with r <= rank; its squared norm, and that of B A.
+
+    Of a rule on factors its own result, cut by an exact SVD where its rank is higher. Else a randomised SVD (Halko et
+    al., arXiv 0909.4061) of the streamed rows M: the row space from subspace iteration, V <- qr(M^T M V), one pass over
+    the blocks each, then the SVD of M V. The best rank r but for directions whose singular values hardly differ.
     """
-    parameters = inspect.signature(method).parameters
-    if "scope" in parameters and parameters["scope"].default == "global":
-        raise UserError("merge.method.scope=global needs whole task vectors, but tensors are merged singly: use tensor")
-    extra = {"name": name} if "name" in parameters else {}
-    try:
-        if "deltas" in parameters:
-            return method([*experts, *reasoners], **extra)
-        return method(experts, reasoners, **extra)
-    except ValueError as error:
-        raise UserError(f"the merge method refused {name}: {error}; mend the values under merge.method") from error
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    rows, columns = stream.shape(name)
+    width = min(rank + OVERSAMPLING, rows, columns)
+    if stream.low_rank:
+        a, b = stream.factors(name)
+        if stream.conflicts is not None:
+            for _ in stream.blocks(name):
+                pass
+        (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a.T), torch.linalg.qr(b)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        u, vh, total = q_b @ u, vh @ q_a.T, float(s.double().square().sum())
+        if len(a) <= rank:
+            return a, b, total, total
+    else:
+        v = torch.randn(columns, width, generator=torch.Generator().manual_seed(0))
+        for _ in range(ITERATIONS):
+            square = torch.zeros(columns, width)
+            for _, block in stream.blocks(name, count=False):
+                square.addmm_(block.T, block @ v)
+            v = torch.linalg.qr(square).Q
+        projected, total = torch.empty(rows, width), 0.0
+        for row, block in stream.blocks(name):
+            projected[row : row + len(block)] = block @ v
+            total += float(torch.linalg.vector_norm(block)) ** 2
+        u, s, vh = torch.linalg.svd(projected, full_matrices=False)
+        vh = vh @ v.T
+    root = s[:rank].sqrt()
+    kept = float(s[:rank].double().square().sum())
+    return root[:, None] * vh[:rank], u[:, :rank] * root, total, kept
+
+
+def _copy(source: IO[bytes], out: IO[bytes], stop: int) -> None:
+    """Copy the bytes from where `out` ends up to `stop`."""
+    source.seek(out.tell())
+    while (left := stop - out.tell()) > 0:
+        _write_all(out, memoryview(source.read(min(left, COPIED))))
+
+
+def _write(tensor: StoredTensor, name: str, blocks: Blocks, out: IO[bytes]) -> None:
+    """Write a stored tensor with its merged update; rows without a change keep their bytes (a sum would lose -0)."""
+    for row, delta in blocks:
+        rows = tensor.rows(row, row + len(delta))
+        merged = add_delta(rows, delta, name) if delta.any() else rows
+        _write_all(out, merged.view(-1).view(torch.uint8).numpy().data)
+    if out.tell() != tensor.offset + tensor.size:
+        raise ValueError(f"the blocks of {name} do not cover it")
+
+
+def _write_all(out: IO[bytes], data: memoryview) -> None:
+    while data:  # an unbuffered write may write less
+        data = data[out.write(data) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,21 +24,46 @@ from mmedexpert.errors import UserError
 HASH_WHOLE_BELOW = 64 * 2**20  # ours: larger files are sampled
 HASH_BLOCK = 2**20  # ours
 HASH_BLOCKS = 32  # ours: sampled blocks per file, 32 MB of each shard of a 7B model
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: its file, its key there, its shape, and the absolute offset of its first byte."""
+    """Where one tensor lies: its file, its key there, its shape, its bytes and safetensors' name of its dtype."""
 
     file: Path
     key: str
     shape: tuple[int, ...]
     offset: int
+    size: int
+    dtype: str
 
-    def read(self) -> Tensor:
-        """The tensor in the file's dtype."""
-        with open_safetensors(self.file) as opened:
-            return opened.get_tensor(self.key)
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which it is merged: [out, all the rest], and one row for a vector or a scalar."""
+        return (1, math.prod(self.shape)) if len(self.shape) < 2 else (self.shape[0], math.prod(self.shape[1:]))
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of the matrix in the file's dtype, read by bytes: a map of the file would stay in memory.
+
+        UserError for a dtype that is not a float of 16, 32 or 64 bits, and for a file cut short since it was opened.
+        """
+        count, columns = self.matrix
+        stop = count if stop is None else stop
+        if self.dtype not in DTYPES:
+            raise UserError(f"{self.key} in {self.file} is stored as {self.dtype}: merge a model that is not quantised")
+        row = columns * DTYPES[self.dtype].itemsize
+        data = bytearray((stop - start) * row)
+        with self.file.open("rb", buffering=0) as opened:
+            opened.seek(self.offset + start * row)
+            view = memoryview(data)
+            while view:
+                read = opened.readinto(view)
+                if not read:
+                    raise UserError(f"{self.file} ends within {self.key}: copy it again")
+                view = view[read:]
+        flat = torch.frombuffer(data, dtype=DTYPES[self.dtype]) if data else torch.empty(0, dtype=DTYPES[self.dtype])
+        return flat.view(stop - start, columns)
 
 
 def open_safetensors(file: Path) -> Any:
@@ -71,19 +98,25 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file in the order of its bytes; UserError for a truncated or foreign one."""
+    with open_safetensors(file):  # checks offsets against the file's length
+        header, start = _header(file)
+    stored = []
+    for key, entry in header.items():
+        if key != "__metadata__":
+            first, last = entry["data_offsets"]
+            stored.append(StoredTensor(file, key, tuple(entry["shape"]), start + first, last - first, entry["dtype"]))
+    return sorted(stored, key=lambda tensor: tensor.offset)
+
+
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a saved model by their transformers-5 in-memory name, in the order of the files' bytes.
 
     Qwen2-VL and Qwen2.5-VL are stored under other names (`visual.*`, `model.layers.*`) than they have in memory
     (`model.visual.*`, `model.language_model.layers.*`); text models and newer VLMs keep one name.
     """
-    stored: list[StoredTensor] = []
-    for file in weight_files(folder):
-        with open_safetensors(file):  # checks offsets against the file's length
-            header, start = _header(file)
-        entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
-            stored.append(StoredTensor(file, key, tuple(entry["shape"]), start + entry["data_offsets"][0]))
+    stored = [tensor for file in weight_files(folder) for tensor in stored_tensors(file)]
     vision = any(re.match(r"(model\.)?visual\.", tensor.key) for tensor in stored)
     return {_memory_name(tensor.key) if vision else tensor.key: tensor for tensor in stored}
 
@@ -116,6 +149,16 @@ def _fingerprint(config: str, files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
+def check_room(out_folder: str | Path, bytes_needed: int = 0) -> None:
+    """UserError if `out_folder` exists or its disk is too small."""
+    out = Path(out_folder)
+    if out.exists():
+        raise UserError(f"{out} exists already: delete it or choose another output folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(out.parent).free < bytes_needed:
+        raise UserError(_full(out, bytes_needed))
+
+
 @contextmanager
 def new_folder(out_folder: str | Path, bytes_needed: int) -> Iterator[Path]:
     """A temporary sibling folder to write in, renamed to `out_folder` at the end and removed after any error.
@@ -123,12 +166,7 @@ def new_folder(out_folder: str | Path, bytes_needed: int) -> Iterator[Path]:
     UserError if `out_folder` exists or the disk is too small or runs full.
     """
     out = Path(out_folder)
-    if out.exists():
-        raise UserError(f"{out} exists already: delete it or choose another output folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    full = f"not enough disk space for {out}, which needs {bytes_needed} bytes: free some or choose another folder"
-    if shutil.disk_usage(out.parent).free < bytes_needed:
-        raise UserError(full)
+    check_room(out, bytes_needed)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     try:
@@ -137,10 +175,14 @@ def new_folder(out_folder: str | Path, bytes_needed: int) -> Iterator[Path]:
         partial.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(full) from error
+            raise UserError(_full(out, bytes_needed)) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _full(out: Path, bytes_needed: int) -> str:
+    return f"not enough disk space for {out}, which needs {bytes_needed} bytes: free some or choose another folder"
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

@@ -1,45 +1,24 @@
-"""Merge rules: pure functions from task vectors (deltas to the base weights) to one merged task vector.
+"""Merge rules on the deltas (task vectors) of several models to one tensor; pure functions.
 
-Every rule works on one tensor at a time. `deltas` is a list of equal-shape floating point tensors (fp32), `weights`
-one number per delta (None: all equal to 1) and `density` the kept share in (0, 1], one number or one per delta. Entries
-that are zero never vote and are never counted. All rules raise ValueError for an empty list, unequal shapes, a density
-outside (0, 1], weights that are not finite or not one per delta, and weights summing to zero where normalised.
+Shared conventions. The driver (`apply`) gives a rule what its parameters' names ask for: `deltas` is a list of
+equal-shape floating point tensors (fp32), experts first, then reasoners, and `experts`, `reasoners` are the two lists
+apart; `weights` holds one number per delta (None: all equal to 1), `density` the kept share in (0, 1], one number or
+one per delta. All rules work on a whole tensor or on any block of its rows, given what was measured on the whole:
+`thresholds` (the smallest magnitude kept), `norms` (L2, of the trimmed deltas) and `counts` (of `overlap_counts`), one
+per delta, `first_row` and `name`. Without these a rule measures what it is given. Entries that are zero never vote and
+are never counted. All rules raise ValueError for an empty list, unequal shapes, a density outside (0, 1], weights that
+are not finite or not one per delta, and weights summing to zero where normalised. Rules on LoRA factors: `low_rank`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def trim(delta: Tensor, density: float, scope: str = "tensor") -> Tensor:
-    """Zero all but the largest `density` share of the entries by magnitude; same shape.
-
-    TIES-Merging (arXiv 2306.01708), step 1. scope="tensor" keeps exactly max(1, int(density * n)) entries, mergekit's
-    count. Only when equal magnitudes straddle the threshold does it sort, and keeps those that `torch.argsort` puts
-    first: mergekit's choice too, but one that may differ between machines. scope="global" is the authors' rule for a
-    whole flattened task vector: keep all entries not below the (n - int(density * n))-th smallest magnitude, so one
-    more than int(density * n), and all equals.
-    """
-    (density,), n = _densities([delta], density), delta.numel()
-    magnitude = delta.abs().flatten()
-    if scope == "global":
-        keep = magnitude >= magnitude.kthvalue(max(1, n - int(density * n))).values
-    elif scope == "tensor":
-        k = max(1, int(density * n))
-        if k >= n:
-            return delta
-        threshold = magnitude.kthvalue(n - k + 1).values
-        keep = magnitude >= threshold
-        if threshold > 0 and keep.sum() > k:
-            keep = torch.zeros_like(keep).index_fill(0, magnitude.argsort(descending=True)[:k], True)
-    else:
-        raise ValueError(f"scope must be 'tensor' or 'global', not {scope!r}")
-    return torch.where(keep.view_as(delta), delta, 0)
+from mmedexpert.merging.sparsify import crumbs, drop, per_delta, trim
 
 
 def elect_sign(votes: Tensor, vote: str = "mass") -> Tensor:
@@ -77,6 +56,7 @@ def ties(
     vote: str = "mass",
     normalize: bool = True,
     scaling: float = 1.0,
+    thresholds: Sequence[float] | None = None,
 ) -> Tensor:
     """TIES: trim each delta, elect a sign per entry, average the entries that agree with it.
 
@@ -84,8 +64,8 @@ def ties(
     With scope="tensor" the result on fp32 equals mergekit 0.1.5's (`normalize`: its default). scope="global" only
     changes how d_i is trimmed; the caller then passes whole flattened task vectors, not one tensor after another.
     """
-    w = _weights(deltas, weights, normalize)
-    return scaling * _elect_and_merge(_trim_all(deltas, density, scope), w, vote, normalize)
+    w = weights_like(deltas, weights, normalize)
+    return scaling * _elect_and_merge(_trim_all(deltas, density, scope, thresholds), w, vote, normalize)
 
 
 def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -93,7 +73,7 @@ def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> 
 
     Model soups (arXiv 2203.05482): for deltas of one base it is the weighted mean of the models.
     """
-    w = _weights(deltas, weights, normalize=True)
+    w = weights_like(deltas, weights, normalize=True)
     return (w * torch.stack(list(deltas))).sum(0) / w.sum()
 
 
@@ -101,30 +81,7 @@ def task_arithmetic(
     deltas: Sequence[Tensor], weights: Sequence[float] | None = None, *, scaling: float = 1.0
 ) -> Tensor:
     """Weighted sum of the deltas: scaling * sum_i w_i delta_i. Task arithmetic (arXiv 2212.04089)."""
-    return scaling * (_weights(deltas, weights, normalize=False) * torch.stack(list(deltas))).sum(0)
-
-
-def drop(
-    deltas: Sequence[Tensor],
-    density: float | Sequence[float],
-    *,
-    seed: int = 0,
-    name: str = "",
-    masks: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """Drop entries at random with probability 1 - density and divide the rest by density (expectation unchanged).
-
-    DARE (arXiv 2311.03099). The masks depend on `seed`, `name` (the tensor's name, so that tensors of one shape do not
-    share a mask) and the delta's place in the list, and not on the device; `masks` (bool, as the deltas) replaces them.
-    """
-    densities = _densities(deltas, density)
-    if masks is None:
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        masks = [torch.rand(d.shape, generator=generator) < p for d, p in zip(deltas, densities, strict=True)]
-    if [m.shape for m in masks] != [d.shape for d in deltas]:
-        raise ValueError("masks must be one per delta and of the deltas' shape")
-    return [delta * mask.to(delta.device) / p for delta, mask, p in zip(deltas, masks, densities, strict=True)]
+    return scaling * (weights_like(deltas, weights, normalize=False) * torch.stack(list(deltas))).sum(0)
 
 
 def dare_linear(
@@ -134,11 +91,12 @@ def dare_linear(
     *,
     seed: int = 0,
     name: str = "",
+    first_row: int = 0,
     masks: Sequence[Tensor] | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
     """DARE, then task arithmetic: scaling * sum_i w_i drop(delta_i). DARE (arXiv 2311.03099); masks as in `drop`."""
-    dropped = drop(deltas, density, seed=seed, name=name, masks=masks)
+    dropped = drop(deltas, density, seed=seed, name=name, first_row=first_row, masks=masks)
     return task_arithmetic(dropped, weights, scaling=scaling)
 
 
@@ -149,15 +107,103 @@ def dare_ties(
     *,
     seed: int = 0,
     name: str = "",
+    first_row: int = 0,
     masks: Sequence[Tensor] | None = None,
     vote: str = "mass",
     normalize: bool = True,
     scaling: float = 1.0,
 ) -> Tensor:
     """TIES with DARE's random drop and rescale in place of the trim. DARE (arXiv 2311.03099); masks as in `drop`."""
-    w = _weights(deltas, weights, normalize)
-    dropped = torch.stack(drop(deltas, density, seed=seed, name=name, masks=masks))
+    w = weights_like(deltas, weights, normalize)
+    dropped = torch.stack(drop(deltas, density, seed=seed, name=name, first_row=first_row, masks=masks))
     return scaling * _elect_and_merge(dropped, w, vote, normalize)
+
+
+def della(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    density: float | Sequence[float],
+    epsilon: float | Sequence[float],
+    *,
+    seed: int = 0,
+    name: str = "",
+    first_row: int = 0,
+    masks: Sequence[Tensor] | None = None,
+    vote: str = "mass",
+    normalize: bool = True,
+    scaling: float = 1.0,
+) -> Tensor:
+    """TIES' election after a random drop which spares large entries: with rank k (0 the smallest) among n in its row,
+
+        p = density - epsilon + 2 epsilon k / (n - 1);   d_i = delta_i * Bernoulli(p) / p
+
+    DELLA-Merging (arXiv 2406.11617), in mergekit's terms: density and epsilon are those of keeping, where the paper's
+    are those of dropping. epsilon = 0 is `dare_ties`. Rows must be whole; masks as in `drop`.
+    """
+    w = weights_like(deltas, weights, normalize)
+    dropped = drop(deltas, density, epsilon=epsilon, seed=seed, name=name, first_row=first_row, masks=masks)
+    return scaling * _elect_and_merge(torch.stack(dropped), w, vote, normalize)
+
+
+def breadcrumbs(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    density: float | Sequence[float],
+    gamma: float,
+    *,
+    scaling: float = 1.0,
+    thresholds: Sequence[tuple[float, float]] | None = None,
+) -> Tensor:
+    """Task arithmetic without the outliers and the small: scaling * sum_i w_i crumbs(delta_i).
+
+    Model Breadcrumbs (arXiv 2312.06795), per tensor, with mergekit's `density` (share kept) and `gamma` (share of the
+    largest that goes). `thresholds` are pairs (low, high): entries with low <= |delta| <= high stay.
+    """
+    _check_shapes(deltas)
+    bounds = [None] * len(deltas) if thresholds is None else thresholds
+    pairs = zip(deltas, per_delta(deltas, density), bounds, strict=True)
+    return task_arithmetic([crumbs(delta, share, gamma, b) for delta, share, b in pairs], weights, scaling=scaling)
+
+
+def overlap_counts(deltas: Sequence[Tensor], epsilon: float = 1e-5) -> Tensor:
+    """For each delta, how many of its entries above epsilon are above it in another delta too, and how many alone.
+
+    int64 `[N, 2]`: shared, unique. RAM (arXiv 2601.13572). Counts of blocks, or of tensors, add up.
+    """
+    _check_shapes(deltas)
+    active = torch.stack([delta.abs() > epsilon for delta in deltas])
+    shared = active & (active.sum(0) > 1)
+    total = active.flatten(1).sum(1)
+    return torch.stack([shared.flatten(1).sum(1), total - shared.flatten(1).sum(1)], 1)
+
+
+def ram(
+    deltas: Sequence[Tensor],
+    *,
+    r: float = 0.1,
+    alpha: float = 0.2,
+    epsilon: float = 1e-5,
+    scaling: float = 1.0,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Mean of what several deltas changed, and in full, or a little more, what only one of them did:
+
+        c = number of deltas with |delta_i| > epsilon there
+        out = scaling * sum_i {delta_i / c if c > 1;  (1 + r min(shared_i / unique_i, alpha)) delta_i if c = 1}
+
+    Reinforced Agent Merging (arXiv 2601.13572), made for the sparse updates of RL; r = 0 is mergekit's `ram`, r > 0 its
+    `ramplus_tl`. shared_i and unique_i are `counts`, measured on what is given if None; the paper's are over the whole
+    model, mergekit's over one tensor.
+    """
+    if not (r >= 0 and alpha >= 0 and epsilon >= 0):
+        raise ValueError(f"r, alpha and epsilon must not be negative, got {r}, {alpha} and {epsilon}")
+    counts = overlap_counts(deltas, epsilon) if counts is None else counts
+    shared, unique = counts.to(deltas[0].device).unbind(1)
+    boost = (1 + r * (shared / unique.clamp(min=1)).clamp(max=alpha)).to(deltas[0].dtype)
+    stacked = torch.stack([torch.where(delta.abs() > epsilon, delta, 0) for delta in deltas])
+    sharers = (stacked != 0).sum(0)
+    boost = boost.view(-1, *[1] * deltas[0].dim())
+    return scaling * torch.where(sharers > 1, stacked / sharers.clamp(min=1), stacked * boost).sum(0)
 
 
 def caci(
@@ -171,6 +217,10 @@ def caci(
     expert_scaling: float,
     reasoner_scaling: float,
     equalize_vote: bool = True,
+    vote: str = "mass",
+    scope: str = "tensor",
+    thresholds: Sequence[float] | None = None,
+    norms: Sequence[float] | None = None,
 ) -> Tensor:
     """Conflict-aware merge of experts (SFT) and reasoners (RL): one election, one disjoint mean per role.
 
@@ -180,27 +230,31 @@ def caci(
         out = expert_scaling * mean_w{experts' d_i agreeing with s} + reasoner_scaling * mean_w{reasoners' ...}
     Only the vote is equalised: RL updates are ten to thirty times smaller than SFT updates and would be outvoted, but
     rescaling their values would blow them up. The two roles add because a reasoner's delta is relative to where GBA
-    started, not to the base; otherwise the experts' part would count twice. Either list may be empty.
+    started, not to the base; otherwise the experts' part would count twice. Weights are normalised within a role, so
+    multiplying a role's weights changes its say in the vote and nothing else. Either list may be empty. `thresholds`
+    and `norms`: experts first, then reasoners.
     """
-    _check_shapes([*experts, *reasoners])
-    roles = [
-        (_trim_all(deltas, density), _weights(deltas, weights, normalize=True), scaling)
-        for deltas, weights, density, scaling in (
-            (experts, expert_weights, expert_density, expert_scaling),
-            (reasoners, reasoner_weights, reasoner_density, reasoner_scaling),
-        )
-        if deltas
-    ]
-    votes = torch.cat([w * (trimmed / _norms(trimmed) if equalize_vote else trimmed) for trimmed, w, _ in roles])
-    elected = elect_sign(votes)
-    return torch.stack([scale * disjoint_merge(w * trimmed, w, elected) for trimmed, w, scale in roles]).sum(0)
+    deltas, n = [*experts, *reasoners], len(experts)
+    _check_shapes(deltas)
+    pairs = ((experts, expert_weights), (reasoners, reasoner_weights))
+    w = torch.cat([weights_like(role, weights, normalize=True) for role, weights in pairs if role])
+    densities = [*per_delta(experts, expert_density), *per_delta(reasoners, reasoner_density)]
+    trimmed = _trim_all(deltas, densities, scope, thresholds)
+    elected = elect_sign(w * (trimmed / _norms(trimmed, norms) if equalize_vote else trimmed), vote)
+    roles = ((slice(0, n), expert_scaling), (slice(n, None), reasoner_scaling))
+    return torch.stack(
+        [scale * disjoint_merge(w[role] * trimmed[role], w[role], elected) for role, scale in roles if len(w[role])]
+    ).sum(0)
 
 
-def _trim_all(deltas: Sequence[Tensor], density: float | Sequence[float], scope: str = "tensor") -> Tensor:
+def _trim_all(
+    deltas: Sequence[Tensor], density: float | Sequence[float], scope: str, thresholds: Sequence[float] | None
+) -> Tensor:
     """The trimmed deltas, stacked to `[N, *shape]`."""
     _check_shapes(deltas)
-    pairs = zip(deltas, _densities(deltas, density), strict=True)
-    return torch.stack([trim(delta, share, scope) for delta, share in pairs])
+    bounds = [None] * len(deltas) if thresholds is None else thresholds
+    triples = zip(deltas, per_delta(deltas, density), bounds, strict=True)
+    return torch.stack([trim(delta, share, scope, bound) for delta, share, bound in triples])
 
 
 def _elect_and_merge(deltas: Tensor, weights: Tensor, vote: str, normalize: bool) -> Tensor:
@@ -208,10 +262,14 @@ def _elect_and_merge(deltas: Tensor, weights: Tensor, vote: str, normalize: bool
     return disjoint_merge(weighted, weights, elect_sign(weighted, vote), normalize)
 
 
-def _norms(deltas: Tensor) -> Tensor:
+def _norms(deltas: Tensor, norms: Sequence[float] | None) -> Tensor:
     """L2 norm of each of the stacked deltas, `[N, 1, ..]`; 1 for an all-zero delta, which casts no vote."""
-    norms = torch.stack([torch.linalg.vector_norm(delta) for delta in deltas]).view(-1, *[1] * (deltas.dim() - 1))
-    return norms.masked_fill(norms == 0, 1)
+    if norms is None:
+        values = torch.stack([torch.linalg.vector_norm(delta) for delta in deltas])
+    else:
+        values = deltas.new_tensor(norms)
+    values = values.view(-1, *[1] * (deltas.dim() - 1))
+    return values.masked_fill(values == 0, 1)
 
 
 def _check_shapes(deltas: Sequence[Tensor]) -> None:
@@ -221,7 +279,7 @@ def _check_shapes(deltas: Sequence[Tensor]) -> None:
         raise ValueError(f"deltas must have one shape, got {[tuple(delta.shape) for delta in deltas]}")
 
 
-def _weights(deltas: Sequence[Tensor], weights: Sequence[float] | None, normalize: bool) -> Tensor:
+def weights_like(deltas: Sequence[Tensor], weights: Sequence[float] | None, normalize: bool) -> Tensor:
     """The weights, checked, as a `[N, 1, ..]` tensor of the deltas' dtype and device."""
     _check_shapes(deltas)
     values = [1.0] * len(deltas) if weights is None else [float(w) for w in weights]
@@ -232,12 +290,3 @@ def _weights(deltas: Sequence[Tensor], weights: Sequence[float] | None, normaliz
     if normalize and abs(math.fsum(values)) < 1e-8:
         raise ValueError(f"weights sum to zero and cannot be normalised: {values}")
     return deltas[0].new_tensor(values).view(-1, *[1] * deltas[0].dim())
-
-
-def _densities(deltas: Sequence[Tensor], density: float | Sequence[float]) -> list[float]:
-    values = [float(d) for d in density] if isinstance(density, Sequence) else [float(density)] * len(deltas)
-    if len(values) != len(deltas):
-        raise ValueError(f"{len(values)} densities for {len(deltas)} deltas")
-    if not all(0 < d <= 1 for d in values):
-        raise ValueError(f"density must be in (0, 1], got {values}")
-    return values

@@ -12,7 +12,7 @@ from mmedexpert.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
 from mmedexpert.stages.common import records_of, stage_logger, stage_run
-from mmedexpert.stages.evaluation import flatten
+from mmedexpert.stages.evaluation import BASELINES, MULTI_TASK, flatten
 from mmedexpert.tracking import log_metrics, log_table
 
 
@@ -59,7 +59,7 @@ def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
         "base": evaluated["base"],
         "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated},
     }
-    models |= {n: evaluated[n] for n in [*done["gba"], *done["caci"], "majority", "blank_image"] if n in evaluated}
+    models |= {n: evaluated[n] for n in [*done["gba"], *done["caci"], MULTI_TASK, *BASELINES] if n in evaluated}
     if len(done["gba"]) == 1:  # whatever gba.name and merge.name say, readers find these two keys
         models["reasoner"] = evaluated[next(iter(done["gba"]))]
     seconds = {stage: sum(r.manifest["wall_seconds"] for r in runs.values()) for stage, runs in done.items()}
