@@ -158,3 +158,12 @@ def test_banned_tokens_are_never_chosen(tiny, picture):
     assert not said & {token for row in again.rows() for token in row}
     sampled = generate(model, encoder, chosen, temperature=1.0, num_generations=4, **banned)
     assert not said & {token for row in sampled.rows() for token in row}
+
+
+def test_patches_by_matrix_product_are_those_of_the_convolution(tiny, picture):
+    projection = tiny[0].model.visual.patch_embed.proj
+    stock = torch.nn.Conv3d(3, 32, projection.kernel_size, projection.stride, bias=False)
+    stock.load_state_dict(projection.state_dict())
+    patches = tiny[1].patches(picture(1)).patches.view(-1, 3, *projection.kernel_size)
+    assert type(projection) is not torch.nn.Conv3d
+    assert torch.allclose(projection(patches), stock(patches), atol=1e-5)

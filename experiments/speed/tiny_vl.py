@@ -11,7 +11,7 @@ import gc
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,24 @@ class Stopwatch:
             "cpu_s": round(float(np.median(self.seconds[warmup:])), 3),
             "mib": None if np.isnan(memory) else round(memory),
         }
+
+
+def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """The machine's FLOP/s in a square matrix product, and bytes/s, read and written, in a copy; medians of five."""
+    size, mib, repeats = (8192, 4096, 10) if device.startswith("cuda") else (1024, 256, 1)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    block = torch.ones(mib * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+
+    def seconds(function: Callable[[], Any]) -> float:
+        watch = Stopwatch(device)
+        for _ in range(6):
+            with watch.lap():
+                for _ in range(repeats):
+                    function()
+        return float(np.median(watch.seconds[1:])) / repeats
+
+    return 2 * size**3 / seconds(lambda: a @ b), 2 * block.numel() / seconds(lambda: target.copy_(block))
 
 
 def _resident(name: str) -> float:

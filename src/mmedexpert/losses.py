@@ -199,20 +199,16 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden @ weight.t()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
-        picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        highest = logits.amax(-1)
-        shifted = logits.sub_(highest.unsqueeze(-1))
-        chances = shifted.exp()
-        total = chances.sum(-1, keepdim=True)
-        chances.div_(total)
-        log_total = total.squeeze(-1).log()
-        entropy = log_total - torch.linalg.vecdot(chances, shifted)
-        likeliest = picked >= highest
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        all_logps = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
+        logps = all_logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        likeliest = logps >= all_logps.amax(-1)
+        chances = torch.exp(all_logps, out=logits)
+        entropy = -torch.linalg.vecdot(chances, all_logps)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((weight[ids] - chances.to(weight.dtype) @ weight).div_(temperature))
         ctx.mark_non_differentiable(entropy, likeliest)
-        return picked - highest - log_total, entropy, likeliest
+        return logps, entropy, likeliest
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

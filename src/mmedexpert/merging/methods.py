@@ -39,12 +39,12 @@ def disjoint_merge(weighted: Tensor, weights: Tensor, elected: Tensor, normalize
     TIES-Merging (arXiv 2306.01708), step 3. `weights` is `[N, 1, ..]`. Where nobody agrees, or the agreeing weights
     cancel, the divisor is 1.
     """
-    agrees = weighted.sign() == elected
-    merged = (weighted * agrees).sum(0)
+    agreeing = (weighted * elected).clamp_(min=0)  # magnitudes: no boolean mask, which torch does not vectorise
+    merged = agreeing.sum(0) * elected
     if not normalize:
         return merged
-    mass = (weights * agrees).sum(0)
-    return merged / mass.masked_fill(mass == 0, 1)
+    mass = (agreeing.sign_() * weights).sum(0)
+    return merged / mass.masked_fill_(mass == 0, 1)
 
 
 def ties(

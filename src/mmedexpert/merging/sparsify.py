@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def kept_ranks(n: int, density: float, gamma: float = 0.0, scope: str = "tensor") -> tuple[int, int]:
@@ -46,7 +47,11 @@ def trim(delta: Tensor, density: float, scope: str = "tensor", threshold: float 
     n = delta.numel()
     _, k = kept_ranks(n, density, scope=scope)
     if threshold is not None:
-        return torch.where(delta.abs() >= threshold, delta, 0)
+        if threshold <= 0:
+            return delta
+        # one pass, where a comparison and a choice are three: hardshrink keeps what is above its bound
+        below = torch.tensor(threshold, dtype=delta.dtype).nextafter(torch.zeros((), dtype=delta.dtype))
+        return F.hardshrink(delta, float(below))
     if k >= n:
         return delta
     magnitude = delta.abs().flatten()
