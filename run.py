@@ -5,6 +5,7 @@ import sys
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which tells them in one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that leaves is told by us
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,6 +16,16 @@ from mmedexpert.quiet import one_line, silence
 TRACEBACK = "debug.traceback=true" in sys.argv
 finished: list = []  # (overrides, runs) of each job of this command
 failed: list[str] = []
+
+
+def speaks() -> bool:
+    """Of several processes rank 0 tells results and errors; of those that have not met yet, a machine's first."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            return distributed.get_rank() == 0
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -29,24 +40,31 @@ def job(composed: DictConfig) -> None:
         import torch
 
         from mmedexpert import report
+        from mmedexpert.stages.common import launch
 
         silence(traceback=TRACEBACK)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         lightning.seed_everything(config.seed, verbose=False)
+        if config.stage.name != "report":  # it only reads
+            launch(config)
+        elif not speaks():
+            return
         runs = hydra.utils.get_method(config.stage.target)(config)
-        report.print_result(runs)
+        if speaks():
+            report.print_result(runs)
         finished.append((overrides, runs))
     except Exception as error:
         if TRACEBACK:
             raise
         # told and kept here, so that the other jobs of a sweep still run
         failed.append(overrides)
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        if speaks():
+            print(f"error: {one_line(error)}", file=sys.stderr)
 
 
 def main() -> int:
-    """Run every job of the command; returns the exit code."""
+    """Run every job of the command; returns the exit code, which of several processes rank 0's alone is."""
     try:
         job()
     except KeyboardInterrupt:
@@ -55,13 +73,19 @@ def main() -> int:
     except Exception as error:
         if TRACEBACK:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    if len(finished) + len(failed) > 1:
+        if speaks():
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2 if speaks() else 0
+    code = 2 if failed and speaks() else 0
+    if len(finished) + len(failed) > 1 and speaks():
         from mmedexpert import report
 
         report.print_jobs(finished, failed)
-    return 2 if failed else 0
+    if finished or failed:
+        from mmedexpert.ranks import part
+
+        part()
+    return code
 
 
 if __name__ == "__main__":

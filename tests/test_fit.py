@@ -87,6 +87,19 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+def test_a_batch_is_made_after_the_update_before_it(tmp_path):
+    """Lightning fetches one batch ahead of a loader without a length: a rollout would be of the policy before."""
+    module, made = Toy(4), []
+
+    def watched(step):
+        for batch in stream(step):
+            made.append(module.global_step)
+            yield batch
+
+    fit(module, watched, folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+    assert made == [0, 1, 2, 3]
+
+
 def test_batches_are_the_same_from_any_start():
     whole = list(itertools.islice(batch_indices(10, 4, 1, 0), 9))
     assert list(itertools.islice(batch_indices(10, 4, 1, 5), 4)) == whole[5:]

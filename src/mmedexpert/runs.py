@@ -14,8 +14,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
+from mmedexpert.ranks import gather, on_all, on_first, rank
 
 FORMAT = 2  # raise when a change of code makes older results wrong to reuse
 FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
@@ -84,42 +86,62 @@ def execute(
     outputs: str | Path,
     seed: int,
     inputs: Mapping[str, str] | None = None,
+    every_rank: bool = False,
 ) -> Run:
     """Run `work` in the folder of (stage, name, key), or return at once when that folder is DONE.
 
     `work(run)` returns flat metrics. A failure leaves FAILED and traceback.txt; an interruption leaves the folder for
     the next try, whose `work` finds its checkpoints there. Two processes never work in one folder at once.
+
+    Of several ranks rank 0 alone writes. `work` runs on it while the others wait, or with `every_rank` on all; where
+    one fails, all raise.
     """
     inputs = dict(inputs or {})
     identity = run_id(stage, {**key, "seed": seed, "inputs": inputs})
     run = Run(stage, name, identity, Path(outputs) / stage / f"{name}-{identity}")
-    _make_folder(run.folder)
-    with FileLock(run.folder.parent / f".{run.folder.name}.lock"):
+
+    def begin() -> None:
+        _make_folder(run.folder)
+        lock.enter_context(FileLock(run.folder.parent / f".{run.folder.name}.lock"))
         if run.done:
             run.reused = True
             _tell(run.folder, f"[dim]{stage:>8}  {name}  reused {run.folder}[/dim]")
-            return run
+            return
         _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
         for marker in ("FAILED", "traceback.txt"):
             (run.folder / marker).unlink(missing_ok=True)
         write_atomic(run.folder / "config.yaml", yaml.safe_dump(_plain(dict(key)), sort_keys=False).encode())
+
+    def finish() -> None:
+        wall = round(time.perf_counter() - start, 3)
+        write_json(run.folder / "metrics.json", dict(metrics or {}))
+        write_json(run.folder / "manifest.json", _manifest(run, seed, inputs, wall))
+        write_atomic(run.folder / "DONE", b"")
+
+    with ExitStack() as lock:
+        on_first(begin)
+        run.reused = gather(run.reused)[0]
+        if run.reused:
+            return run
         start = time.perf_counter()
         try:
-            metrics = dict(work(run))
-            wall = round(time.perf_counter() - start, 3)
-            write_json(run.folder / "metrics.json", metrics)
-            write_json(run.folder / "manifest.json", _manifest(run, seed, inputs, wall))
-            write_atomic(run.folder / "DONE", b"")
+            tell = partial(_failed, run.folder)
+            metrics = on_all(lambda: work(run), tell) if every_rank else on_first(lambda: work(run))
+            on_first(finish)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"the disk is full at {run.folder}: free space or set paths.outputs=<folder>"
                 ) from error
-            text = traceback.format_exc().encode()
-            write_atomic(run.folder / "traceback.txt", text)
-            write_atomic(run.folder / "FAILED", str(error).encode())
+            if rank() == 0:
+                _failed(run.folder, str(error), traceback.format_exc())
             raise
     return run
+
+
+def _failed(folder: Path, error: str, trace: str) -> None:
+    write_atomic(folder / "traceback.txt", trace.encode())
+    write_atomic(folder / "FAILED", error.encode())
 
 
 def _tell(folder: Path, line: str) -> None:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import get_cosine_schedule_with_warmup
 
+from mmedexpert.modules.backbone import core_of
 from mmedexpert.progress import Bar
 
 Stream = Callable[[int], Iterator[Any]]
+Item = TypeVar("Item")
 
 
 class TrainingModule(L.LightningModule):
     """What every stage's module shares: the optimiser step, its schedule, checkpoints of the trained weights alone.
 
     A batch is a whole optimiser step; `training_step` hands its loss in parts to `descend`. A step whose gradient is
-    not finite is skipped and counted as `skipped_steps`. Randomness depends on (seed, step) only, so that a resumed
-    run repeats what an uninterrupted one does.
+    not finite is skipped and counted as `skipped_steps`. Randomness depends on (seed, step) and the rank only, so that
+    a resumed run repeats what an uninterrupted one does. Of several devices each has its share of a batch.
     """
 
     automatic_optimization = False
+    model: Any
 
     def __init__(self, *, seed: int, steps: int, warmup_ratio: float, max_grad_norm: float) -> None:
         super().__init__()
@@ -46,32 +53,55 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(step_seed(self.seed, self.global_step))
+        torch.manual_seed(step_seed(self.seed, self.global_step) + self.global_rank)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches stay where they are: packing moves what it needs, once."""
         return batch
 
+    def configure_model(self) -> None:
+        """FSDP2: decoder layers are sharded; embedding, head and vision tower are frozen, and whole on each device."""
+        if self.device_mesh is None:
+            return
+        language, mesh = core_of(self.model).model.language_model, self.device_mesh["data_parallel"]
+        for layer in language.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        embedding = set(language.embed_tokens.parameters())
+        fully_shard(language, mesh=mesh, reshard_after_forward=True, ignored_params=embedding)
+
+    def weighted(self, parts: Sequence[Item]) -> list[tuple[Item, float]]:
+        """Micro-batches with weight 1; under FSDP2 all ranks run as many, so the first is repeated with weight 0."""
+        weighted = [(part, 1.0) for part in parts]
+        if self.device_mesh is not None:
+            most = self.over_ranks(torch.tensor(len(parts), device=self.device), "max")
+            weighted += [(parts[0], 0.0)] * (int(most) - len(parts))
+        return weighted
+
     def descend(self, losses: Iterator[Tensor], parts: int) -> None:
         """One optimiser step on a loss whose `parts` add up, each with a graph of its own."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        for _ in range(parts):
-            self.manual_backward(next(losses))
+        strategy = self.trainer.strategy
+        for left in reversed(range(parts)):
+            # DDP averages the gradients over the ranks in the last backward pass
+            alone = strategy.block_backward_sync() if left and isinstance(strategy, DDPStrategy) else nullcontext()
+            with alone:
+                self.manual_backward(next(losses))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if not torch.isfinite(norm):
             self.skipped_steps += 1
             for parameter in parameters:
                 parameter.grad = None
         optimizer.step()
+        self.log("learning_rate", optimizer.param_groups[0]["lr"])
         schedule: Any = self.lr_schedulers()
         schedule.step()
         self.log_dict({"grad_norm": norm, "skipped_steps": float(self.skipped_steps)})
 
-    def over_ranks(self, value: Tensor) -> Tensor:
-        """The mean over the devices: a normaliser that gives each its share of the whole batch's loss."""
-        return self.trainer.strategy.reduce(value.float(), reduce_op="mean")
+    def over_ranks(self, value: Tensor, how: str = "mean") -> Tensor:
+        """The mean over the devices: a normaliser that gives each its share of the whole batch's loss; or min, max."""
+        return self.trainer.strategy.reduce(value.float(), reduce_op=how)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
@@ -101,9 +131,42 @@ def batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator
         yield batch
 
 
+def share(items: Sequence[Item], rank: int, ranks: int) -> Sequence[Item]:
+    """The part of a batch that a rank works on: parts follow each other and differ by one item at most."""
+    return items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered from all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters by name, gathered from all ranks where they are sharded."""
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def gathered(model: nn.Module | None) -> Iterator[None]:
+    """Sharded weights are whole for a while: sampling reads all of them for every token, and ranks do not keep step."""
+    sharded = [module for module in (model.modules() if model else ()) if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in sharded:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+
+
 class _FromStep(IterableDataset):
-    def __init__(self, stream: Stream, start: Callable[[], int]) -> None:
-        self.stream, self.start = stream, start
+    """With a length: Lightning fetches a batch of unknown length ahead, and a rollout would be an update too old."""
+
+    def __init__(self, stream: Stream, start: Callable[[], int], steps: int) -> None:
+        self.stream, self.start, self.steps = stream, start, steps
+
+    def __len__(self) -> int:
+        return self.steps
 
     def __iter__(self) -> Iterator[Any]:
         return self.stream(self.start())
@@ -152,19 +215,25 @@ def fit(
     checkpoint_every: int,
     accelerator: str = "auto",
     devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "ddp",
     precision: Any = "32-true",
     logger: Any = None,
 ) -> None:
     """Train `module` for its `steps`, from `folder`/last.ckpt when an earlier try left one.
 
-    `stream(step)` yields a batch for each optimiser step from `step` on.
+    `stream(step)` yields a batch for each optimiser step from `step` on, on several devices each one's share of it.
+    `strategy` of several: ddp, or fsdp (FSDP2).
     """
-    path = folder / "last.ckpt"
+    path, size = folder / "last.ckpt", devices * num_nodes
+    sharded = ModelParallelStrategy(size, 1, save_distributed_checkpoint=False) if strategy == "fsdp" else strategy
     trainer = L.Trainer(
         max_steps=module.steps,
         max_epochs=-1,
         accelerator=accelerator,
         devices=devices,
+        num_nodes=num_nodes,
+        strategy=sharded if size > 1 else "auto",
         precision=precision,
         logger=logger or False,
         log_every_n_steps=1,
@@ -174,7 +243,11 @@ def fit(
         callbacks=[Checkpoint(path, checkpoint_every), Steps(title)],
         default_root_dir=folder,
     )
-    steps = _FromStep(stream, lambda: trainer.global_step)
+    steps = _FromStep(stream, lambda: trainer.global_step, module.steps)
     loader: Iterable[Any] = DataLoader(steps, batch_size=None, collate_fn=lambda batch: batch)
-    trainer.fit(module, loader, ckpt_path=str(path) if path.exists() else None, weights_only=True)
-    path.unlink(missing_ok=True)
+    try:
+        trainer.fit(module, loader, ckpt_path=str(path) if path.exists() else None, weights_only=True)
+    except SystemExit as exit_:  # what Lightning makes of an interruption
+        raise KeyboardInterrupt from exit_
+    if trainer.is_global_zero:
+        path.unlink(missing_ok=True)

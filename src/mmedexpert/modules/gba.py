@@ -18,8 +18,8 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.losses import LossType, masked_mean, policy_loss
 from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, gathered, share, step_seed
 from mmedexpert.packing import micro_batches, pack, token_logps
+from mmedexpert.ranks import gather
 from mmedexpert.rollouts import Rollout
-from mmedexpert.runs import gather
 
 
 class GbaModule(TrainingModule):
@@ -104,12 +104,15 @@ class GbaModule(TrainingModule):
         total, metrics = loss(logps, slice(None), **whole)
         rollout.old_logps = logps if old is None else old
         difference = (logps - rollout.sampling_logps.to(self.device)).abs() * rollout.mask.to(self.device)
-        metrics["sampling/sampling_logp_difference/mean"] = masked_mean(difference, rollout.mask.to(self.device))
+        drawn = self.over_ranks(rollout.mask.sum().to(self.device))
+        self.log("sampling/sampling_logp_difference/mean", self.over_ranks(difference.sum()) / drawn)
+        metrics["sampling/sampling_logp_difference/max"] = difference.max()
         metrics["entropy"] = masked_mean(entropy, mask)
         tokens = mask.sum() / whole["num_items"].clamp(min=1)  # of this rank, as a share of the mean
-        self.log_dict({name: self.over_ranks(value * tokens) for name, value in metrics.items()})
-        farthest = self.trainer.strategy.reduce(difference.max(), reduce_op="max")
-        self.log_dict({"loss": self.over_ranks(total), "sampling/sampling_logp_difference/max": farthest})
+        for name, value in metrics.items():
+            extreme = name[-3:] if name.endswith(("min", "max")) else None
+            self.log(name, self.over_ranks(value, extreme) if extreme else self.over_ranks(value * tokens))
+        self.log("loss", self.over_ranks(total))
         self.log_dict(self.pace(rollout))
         reported = report(together(rollout))
         self.log_dict({key: reported.pop(key) for key in ("reward", "adherence")}, prog_bar=True)

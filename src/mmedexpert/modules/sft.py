@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.record import Record
 from mmedexpert.modules.backbone import core_of
-from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices
+from mmedexpert.modules.fit import Stream, TrainingModule, batch_indices, share
 from mmedexpert.packing import micro_batches, pack, token_logps
 
 
@@ -48,24 +48,26 @@ class SftModule(TrainingModule):
 
     def training_step(self, samples: Samples, batch_idx: int) -> None:
         self.encoder.see(core_of(self.model), samples.prompts)
-        parts = micro_batches(self.encoder, samples.prompts, samples.completions, self.micro_batch_tokens)
+        parts = self.weighted(
+            micro_batches(self.encoder, samples.prompts, samples.completions, self.micro_batch_tokens)
+        )
         scored = samples.scored or [[True] * len(words) for words in samples.completions]
         count = torch.tensor(float(sum(map(sum, scored))), device=self.device)
         whole, sums = self.over_ranks(count), torch.zeros(3, device=self.device)
 
         def losses() -> Iterator[Tensor]:
-            for rows in parts:
+            for rows, weight in parts:
                 packed = pack(
                     self.model, self.encoder, [samples.prompts[row] for row in rows],
                     [samples.completions[row] for row in rows],
                 )  # fmt: skip
                 counted = torch.tensor([one for row in rows for one in scored[row]], device=self.device)
                 logps, entropy, likeliest = token_logps(self.model, packed, counted=counted)
-                sums.add_(torch.stack([-logps.detach().sum(), entropy.sum(), likeliest.sum()]))
-                yield -logps.sum() / whole
+                sums.add_(weight * torch.stack([-logps.detach().sum(), entropy.sum(), likeliest.sum()]))
+                yield -weight * logps.sum() / whole
 
         self.descend(losses(), len(parts))
-        loss, entropy, accuracy = sums / count
+        loss, entropy, accuracy = self.over_ranks(sums) / whole
         self.log_dict({"loss": loss, "mean_token_accuracy": accuracy}, prog_bar=True)
         self.log("entropy", entropy)
 
@@ -127,14 +129,17 @@ def sft_stream(
     *,
     batch_size: int,
     seed: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Stream:
     """Batches of (prompt, completion) samples in a shuffled order that depends on the seed alone.
 
-    Samples are encoded as they come, images from the encoder's cache: a data set need not fit in memory.
+    Samples are encoded as they come, images from the encoder's cache: a data set need not fit in memory. Of several
+    ranks each has its share of a batch.
     """
 
     def stream(step: int) -> Iterator[Samples]:
         for chosen in batch_indices(len(records), batch_size, seed, step):
-            yield Samples(*zip(*(sample(records[i]) for i in chosen), strict=True))
+            yield Samples(*zip(*(sample(records[i]) for i in share(chosen, rank, ranks)), strict=True))
 
     return stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
 
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import load_records
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.modules.backbone import Loading
+from mmedexpert.ranks import rank, ranks
 from mmedexpert.runs import Run, execute
 from mmedexpert.schema import Config
 from mmedexpert.tracking import group_name, logger_for
@@ -26,6 +29,45 @@ class Base:
 
     folder: Path
     identity: str
+
+
+def launch(config: Config) -> None:
+    """Let the ranks of a command on several devices meet: those torchrun started, else Lightning starts them.
+
+    UserError where processes, devices and settings do not agree.
+    """
+    trainer, devices = config.trainer, devices_of(config)
+    wanted = devices * trainer.num_nodes
+    if devices < 1:
+        raise UserError(f"trainer.devices={devices} must be above 0, or null for all")
+    met = torch.distributed.is_initialized()
+    torchrun = torch.distributed.is_torchelastic_launched()
+    started = ranks() if met else int(os.environ["WORLD_SIZE"]) if torchrun else wanted
+    if started != wanted:
+        raise UserError(
+            f"{started} processes are at work, trainer.devices={devices} trainer.num_nodes={trainer.num_nodes} needs "
+            f"{wanted}: give all jobs of a command the same; under torchrun trainer=ddp takes the processes it started"
+        )
+    if wanted == 1:
+        return
+    if device_of(config) == "cuda" and devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={devices}: only {torch.cuda.device_count()} CUDA devices here")
+    for key, size in (("dsa.batch_size", config.dsa.batch_size), ("gba.prompts_per_step", config.gba.prompts_per_step)):
+        if size < wanted:
+            raise UserError(f"{key}={size} leaves some of {wanted} devices without work: give at least {wanted}")
+    if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
+        raise UserError("trainer.precision=16-mixed does not go with trainer.strategy=fsdp: use bf16-mixed")
+    if not met:
+        Fabric(accelerator=device_of(config), devices=devices, num_nodes=trainer.num_nodes, strategy="ddp").launch()
+
+
+def devices_of(config: Config) -> int:
+    """`trainer.devices`; without it as many as torchrun started processes here, else all GPUs."""
+    if config.trainer.devices is not None:
+        return config.trainer.devices
+    if torch.distributed.is_torchelastic_launched():
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return torch.cuda.device_count() if device_of(config) == "cuda" else 1
 
 
 def device_of(config: Config) -> str:
@@ -64,15 +106,20 @@ def stage_run(
     inputs: Mapping[str, str] | None = None,
     *,
     seed: int | None = None,
+    every_rank: bool = False,
 ) -> Run:
     """`runs.execute` with the config's output folder and, if no other is given, its seed."""
     seed = config.seed if seed is None else seed
-    return execute(stage, name, key, work, outputs=config.paths.outputs, seed=seed, inputs=inputs)
+    outputs = config.paths.outputs
+    return execute(stage, name, key, work, outputs=outputs, seed=seed, inputs=inputs, every_rank=every_rank)
 
 
 @contextmanager
 def stage_logger(config: Config, run: Run) -> Iterator[Logger | None]:
-    """The logger of a stage's run; W&B group = model, data and seed of the pipeline."""
+    """The logger of a stage's run, on rank 0; W&B group = model, data and seed of the pipeline."""
+    if rank() > 0:
+        yield None
+        return
     group = group_name(config.model.name, config.data.name, config.seed)
     settings = config.logger
     with logger_for(run, kind=settings.name, project=settings.project, group=group, config=asdict(config)) as logger:
@@ -94,6 +141,12 @@ def records_of(data: Run, split: str, specialties: list[str]) -> tuple[list[Reco
 
 
 def fit_options(config: Config) -> dict[str, Any]:
-    """Lightning's part of `modules.fit.fit`."""
+    """Lightning's part of `modules.fit.fit`; a stage that trains on rank 0 alone uses one device."""
     trainer = config.trainer
-    return {"accelerator": trainer.accelerator, "devices": trainer.devices, "precision": trainer.precision}
+    options: dict[str, Any] = {"accelerator": trainer.accelerator, "precision": trainer.precision}
+    if ranks() == 1:
+        return options
+    return options | {
+        "accelerator": device_of(config), "devices": devices_of(config), "num_nodes": trainer.num_nodes,
+        "strategy": trainer.strategy,
+    }  # fmt: skip

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
 
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import Encoder, Prompt, target_text
@@ -13,8 +16,9 @@ from mmedexpert.guidelines import instructions
 from mmedexpert.merging.adapters import record_base
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
-from mmedexpert.modules.fit import fit
+from mmedexpert.modules.fit import fit, trained_weights
 from mmedexpert.modules.sft import SftModule, sft_stream
+from mmedexpert.ranks import rank, ranks
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import fit_options, loading, model_key, records_of, stage_logger, stage_run
@@ -54,7 +58,8 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             micro_batch_tokens=config.trainer.micro_batch_tokens,
         )  # fmt: skip
         stream = sft_stream(
-            records, partial(sample, encoder, image_root), batch_size=settings.batch_size, seed=config.seed
+            records, partial(sample, encoder, image_root), batch_size=settings.batch_size, seed=config.seed,
+            rank=rank(), ranks=ranks(),
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
             fit(
@@ -63,6 +68,8 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         save_adapter(run.folder / "adapter", model, encoder, base.folder)
+        if rank() > 0:
+            return metrics
         write_card(
             run.folder / "adapter", kind="adapter", title=f"{name} expert (DSA)", base_model=config.model.name_or_path,
             base_fingerprint=fingerprint_base(base.folder), method="LoRA SFT on reasoning traces (DSA)",
@@ -71,7 +78,8 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         )  # fmt: skip
         return {"train_records": float(len(records)), **metrics}
 
-    return stage_run(config, "dsa", name, key, work, {"base": base.identity, "data": data.run_id})
+    inputs = {"base": base.identity, "data": data.run_id}
+    return stage_run(config, "dsa", name, key, work, inputs, every_rank=True)
 
 
 def sample(encoder: Encoder, image_root: Path, record: Record) -> tuple[Prompt, list[int]]:
@@ -85,10 +93,16 @@ def licences(records: list[Record]) -> str:
     return ", ".join(sorted({record.license for record in records}))
 
 
-def save_adapter(folder: Path, model: object, encoder: Encoder, base_folder: Path) -> None:
-    """A PEFT folder with tokenizer and image processor, and with its base's fingerprint: a merge refuses another's."""
-    config = model.peft_config["default"]  # type: ignore[attr-defined]
+def save_adapter(folder: Path, model: PeftModel, encoder: Encoder, base_folder: Path) -> None:
+    """A PEFT folder with tokenizer and image processor, and with its base's fingerprint: a merge refuses another's.
+
+    All ranks gather the weights, rank 0 writes them.
+    """
+    weights = trained_weights(model)
+    if rank() > 0:
+        return
+    config: Any = model.peft_config["default"]
     config.base_model_name_or_path = str(base_folder)
-    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    model.save_pretrained(str(folder), state_dict=weights)
     encoder.save_pretrained(folder)
     record_base(folder, fingerprint_base(base_folder))

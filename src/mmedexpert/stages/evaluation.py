@@ -24,6 +24,7 @@ from mmedexpert.evaluate import Prediction, QuestionSet, judge_again, majority_e
 from mmedexpert.merging.adapters import LoraAdapter, check_compatible
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import load_encoder, load_model
+from mmedexpert.ranks import rank
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.stages import benchmark, caci, dsa, gba
@@ -185,7 +186,7 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
 
     inputs = {"questions": asked.identity, "model": subject.identity}
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs)
-    if done.reused and done.summary["judged_by"] != _rules(config, questions):
+    if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, questions):
         rows = judge_again(done.folder / "predictions.jsonl", questions)
         write_json(done.folder / "metrics.json", summarise(done, rows))
     return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
 from mmedexpert.modules.fit import fit
 from mmedexpert.modules.gba import GbaModule, completion_rows, rollout_stream
-from mmedexpert.rollouts import Guidance, Rollout, Sampling, roll_out
+from mmedexpert.ranks import gather, rank, ranks
+from mmedexpert.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.scoring import Protocol
@@ -105,7 +107,9 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             watch = _Watch(curve, image_root, logger, config.logger.log_completions_every)
             stream = rollout_stream(
                 records, sample, prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations,
-                seed=config.seed, watch=watch,
+                seed=config.seed, dynamic_sampling=settings.dynamic_sampling, watch=watch, policy=policy,
+                settle=partial(_scale_by_batch, guidance) if settings.scale_rewards == "batch" else None,
+                rank=rank(), ranks=ranks(), draws=settings.num_generations * config.model.max_new_tokens,
             )  # fmt: skip
             fit(
                 module, stream, folder=run.folder, title=f"gba {name}",
@@ -113,6 +117,8 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         _save(run.folder, policy, encoder, base.folder, adapters, weight)
+        if rank() > 0:
+            return metrics
         for part, title in (("adapter", "reasoner (GBA)"), ("update", "reasoner's RL update alone (GBA)")):
             write_card(
                 run.folder / part, kind="adapter", title=title, base_model=config.model.name_or_path,
@@ -127,7 +133,7 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
             )  # fmt: skip
         return {**metrics, **_gain(curve)}
 
-    return stage_run(config, "gba", name, key, work, inputs)
+    return stage_run(config, "gba", name, key, work, inputs, every_rank=True)
 
 
 class _Watch:
@@ -138,6 +144,8 @@ class _Watch:
         self.started = False
 
     def __call__(self, number: int, records: list[Record], rollout: Rollout) -> None:
+        if rank() > 0:
+            return
         if not self.started:
             kept = self.curve.read_text().splitlines()[:number] if self.curve.exists() else []
             self.curve.write_text("".join(f"{line}\n" for line in kept))
@@ -157,6 +165,16 @@ class _Watch:
             log_table(self.logger, "completions", rows)
 
 
+def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
+    """Advantages by the deviation of the whole batch, of which a rank has a share."""
+    correct = torch.tensor(rollout.parts["accuracy"]).view_as(rollout.outcome) == 1.0
+    shares = gather((rollout.outcome, rollout.adherence, correct))
+    outcome, adherence, right = (torch.cat(column) for column in zip(*shares, strict=True))
+    total, terms = advantages(outcome, adherence, guidance, right)
+    sizes = [len(one) for one, _, _ in shares]
+    rollout.advantages, rollout.terms = total.split(sizes)[rank()], terms.split(sizes)[rank()]
+
+
 def _gain(curve: Path) -> dict[str, float]:
     """Mean reward, accuracy and adherence over the first and the last fifth of the rollouts."""
     rows = [json.loads(line) for line in curve.read_text().splitlines()]
@@ -172,6 +190,8 @@ def _save(
     folder: Path, policy: Any, encoder: Encoder, base_folder: Path, starts: list[LoraAdapter], weight: float
 ) -> None:
     dsa.save_adapter(folder / "update", policy, encoder, base_folder)
+    if rank() > 0:
+        return
     update = LoraAdapter.load(folder / "update")
     concatenate_lora([*starts, update], [weight] * len(starts) + [1.0], folder / "adapter")
     encoder.save_pretrained(folder / "adapter")
