@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners import lora
 
 from mmedexpert import attention
 from mmedexpert.attention import Tree, by_family, by_kernel
-from mmedexpert.modules.backbone import add_lora, core_of
+from mmedexpert.modules.backbone import LeanLora, add_lora, core_of
 from mmedexpert.packing import micro_batches, pack, token_logps
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -89,6 +90,26 @@ def test_packed_equals_whole_sequences(policy, tiny, picture, max_tokens):
     assert (found[kept] - expected).abs().max() <= 1e-5
     gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
     assert wanted.norm() > 0 and (gradients - wanted).norm() / wanted.norm() <= 1e-5
+
+
+def test_lean_lora_is_pefts(policy):
+    lean = core_of(policy).model.language_model.layers[0].mlp.up_proj
+    assert type(lean) is LeanLora
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    found = []
+    for kind in (LeanLora, lora.Linear):
+        lean.__class__ = kind
+        policy.zero_grad()
+        out = lean(x)
+        with policy.disable_adapter():
+            plain = lean(x)
+        (out.square().sum()).backward()
+        grads = [x.grad.clone(), lean.lora_A["default"].weight.grad.clone(), lean.lora_B["default"].weight.grad.clone()]
+        x.grad = None
+        found.append([out, plain, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0][0], found[0][1])
 
 
 def test_every_shared_token_is_read_once(tiny, picture):

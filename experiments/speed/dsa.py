@@ -39,7 +39,7 @@ from tiny_vl import (
 )
 
 from mmedexpert.data.encode import Encoder
-from mmedexpert.modules.backbone import core_of, project_patches
+from mmedexpert.modules.backbone import core_of, streamline
 from mmedexpert.packing import pack, token_logps
 
 try:
@@ -98,9 +98,8 @@ def compare(options: argparse.Namespace, *, shared: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         images = write_images(Path(folder), steps if shared else steps * BATCH, options.image_size)
         samples = samples_of(images, steps, shared=shared)
-        base = build_model(size, tokenizer, dtype=dtype, device=device)
-        project_patches(base)  # as load_model does
-        model = get_peft_model(base, lora_config()).train()
+        model = get_peft_model(build_model(size, tokenizer, dtype=dtype, device=device), lora_config()).train()
+        streamline(model)  # as load_model and add_lora do
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
         batches = iter([samples[start : start + BATCH] for start in range(0, len(samples), BATCH)])
 

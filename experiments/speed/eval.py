@@ -97,9 +97,7 @@ def main() -> None:
         asks = questions(Path(folder), options.questions, options.per_image)
         for turn in range(options.turns + 1):  # the first warms up and does not count
             encoder = Encoder(tokenizer, processor)
-            engine = TransformersEngine(
-                model, encoder, batch_size=options.batch_size, max_new_tokens=options.tokens
-            )
+            engine = TransformersEngine(model, encoder, batch_size=options.batch_size, max_new_tokens=options.tokens)
             start = time.process_time()
             answers = {place: reply.text for place, reply in engine(asks)}
             middle = time.process_time()

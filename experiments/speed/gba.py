@@ -42,7 +42,7 @@ from mmedexpert.advantages import group_relative
 from mmedexpert.data.encode import Encoder
 from mmedexpert.engines.generate import generate
 from mmedexpert.losses import policy_loss
-from mmedexpert.modules.backbone import core_of, project_patches
+from mmedexpert.modules.backbone import core_of, streamline
 from mmedexpert.packing import pack, token_logps
 
 try:
@@ -109,9 +109,8 @@ def compare(
         images = write_images(Path(folder), steps * PROMPTS, options.image_size)
         length = text_length(build_encoder(tokenizer, options.image_size), images[0], prompt_tokens)
         questions = [Question(text(number, length), image) for number, image in enumerate(images)]
-        base = build_model(size, tokenizer, dtype=dtype, device=device)
-        project_patches(base)  # as load_model does
-        policy = get_peft_model(base, lora_config()).train()
+        policy = get_peft_model(build_model(size, tokenizer, dtype=dtype, device=device), lora_config()).train()
+        streamline(policy)  # as load_model and add_lora do
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=LR, fused=True)
         generator = torch.Generator().manual_seed(0)  # generate draws on the CPU
         batches = iter([questions[start : start + PROMPTS] for start in range(0, len(questions), PROMPTS)])

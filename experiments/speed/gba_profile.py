@@ -63,7 +63,7 @@ import mmedexpert.engines.generate as sampler
 from mmedexpert.advantages import group_relative
 from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.losses import policy_loss, selected_logps
-from mmedexpert.modules.backbone import core_of
+from mmedexpert.modules.backbone import core_of, streamline
 from mmedexpert.packing import Pack, pack
 
 WARMUP = 1
@@ -139,9 +139,9 @@ def step(
         with clock.part("packing"):
             packed = pack(model, encoder, [p for p in prompts for _ in range(num_generations)], completions)
         with clock.part("forward"):
-            hidden = core.model(**packed.inputs, use_cache=False).last_hidden_state[0]
+            hidden = core.model(**packed.inputs, scored=packed.at, use_cache=False).last_hidden_state[0]
         with clock.part("head"):
-            scores, _, _ = selected_logps(hidden[packed.at], core.lm_head.weight, packed.targets)
+            scores, _, _ = selected_logps(hidden, core.lm_head.weight, packed.targets)
         logps = packed.matrix(scores, max_new_tokens)
         loss, _ = policy_loss(logps, logps.detach(), advantages, sampled.mask, loss_type="dapo")
         with clock.part("backward"):
@@ -168,6 +168,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
         length = text_length(other, images[0], prompt_tokens)
         questions = [Question(text(number, length), image) for number, image in enumerate(images)]
         model = get_peft_model(build_model(size, tokenizer, dtype=dtype, device=device), lora_config()).train()
+        streamline(model)
         core = core_of(model)
         if options.gradient_checkpointing:
             core.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "prefix_tree"
+PADDING = 1.25  # ours: pairs a padded segment may read for each one of its own
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,20 @@ class Tree:
 
     @cached_property
     def families(self) -> list[Family]:
-        """The segments by parent, in the order of the row."""
-        starts: list[int] = [i for i, parent in enumerate(self.parents) if i == 0 or parent != self.parents[i - 1]]
-        ends = [*starts[1:], len(self.parents)]
-        return [Family(self, range(start, end)) for start, end in zip(starts, ends, strict=True)]
+        """Siblings of like length: padding one of them to the longest reads at most a fourth more pairs."""
+        by_parent: dict[int, list[int]] = {}
+        for segment, parent in enumerate(self.parents):
+            by_parent.setdefault(parent, []).append(segment)
+        families = []
+        for siblings in by_parent.values():
+            before = sum(self.lengths[s] for s in self.ancestors(siblings[0]))
+            left = sorted(siblings, key=lambda s: -self.lengths[s])
+            while left:
+                most = self.lengths[left[0]] * (before + self.lengths[left[0]])
+                alike = [s for s in left if self.lengths[s] * (before + self.lengths[s]) * PADDING >= most]
+                families.append(Family(self, alike))
+                left = left[len(alike) :]
+        return families
 
     @cached_property
     def ragged(self) -> dict[str, Any]:
@@ -72,7 +83,7 @@ class Family:
     """Segments of one parent: their queries are padded to one block, their ancestors' keys stand before their own."""
 
     tree: Tree
-    members: range
+    members: Sequence[int]
 
     @cached_property
     def chain(self) -> list[int]:
@@ -89,12 +100,10 @@ class Family:
         return torch.ones(own, before + own, dtype=torch.bool, device=self.tree.device).tril(before)
 
     @cached_property
-    def kept(self) -> Tensor | None:
-        """The places of the padded block [members * C] that hold a token; None where all do."""
-        lengths = torch.tensor([self.tree.lengths[s] for s in self.members], device=self.tree.device)
-        longest = int(lengths.max())
-        held = torch.arange(longest, device=self.tree.device) < lengths[:, None]
-        return None if bool(held.all()) else held.flatten().nonzero().squeeze(1)
+    def pieces(self) -> list[int]:
+        """The lengths into which the padded block [members * C] falls: of each member, tokens and padding."""
+        longest = max(self.tree.lengths[s] for s in self.members)
+        return [length for s in self.members for length in (self.tree.lengths[s], longest - self.tree.lengths[s])]
 
 
 @dataclass(frozen=True)
@@ -140,17 +149,36 @@ class Prefix:
         return Prefix.of(self.keys, self.values, self.padding, owner)
 
 
-def enable(language_model: Any) -> None:
-    """Let a language model attend by trees and prefixes; without either it goes on as with sdpa.
+def enable(core: Any) -> None:
+    """Let a model attend by trees and prefixes; without either its language model goes on as with sdpa.
+
+    Its last layer learns the keyword `scored`: the places whose hidden states are asked for. Behind the last attention
+    nothing reads the others, so they skip its MLP and the norm, and the output holds the scored ones alone.
 
     Raises:
-        ValueError: the model has layers of sliding-window attention.
+        ValueError: the model has sliding-window attention, or vision features added behind its last layer.
     """
+    language_model = core.model.language_model
+    if language_model.config._attn_implementation == NAME:
+        return
     if "sliding_attention" in (getattr(language_model.config, "layer_types", None) or []):
         raise ValueError("prefix trees are not made for sliding-window attention")
+    last = language_model.layers[-1]
+    if len(language_model.layers) <= len(getattr(core.config.vision_config, "deepstack_visual_indexes", None) or []):
+        raise ValueError("prefix trees need a layer behind those that get vision features")
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     language_model.config._attn_implementation = NAME
+    last.__class__ = type(f"Scored{type(last).__name__}", (type(last),), {"forward": _scored_forward})
+
+
+def _scored_forward(self: Any, hidden_states: Tensor, *, scored: Tensor | None = None, **rest: Any) -> Tensor:
+    """A decoder layer of the Qwen-VL family; with `scored` [S], hidden states [1, L, H] -> [1, S, H]."""
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **rest)
+    hidden_states = hidden_states + attended
+    if scored is not None:
+        hidden_states = hidden_states[:, scored]
+    return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 def _attention(
@@ -176,9 +204,9 @@ def _attention(
 
 
 def by_family(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None) -> Tensor:
-    """Tree attention with one dense sdpa call for each family: [L, H, D] -> [L, H, D]."""
+    """Tree attention with one dense sdpa call for siblings of like length: [L, H, D] -> [L, H, D]."""
     queries, keys, values = (x.split(list(tree.lengths)) for x in (query, key, value))
-    outputs = []
+    outputs: list[Tensor] = [query] * len(queries)
     for family in tree.families:
         q, k, v = (pad_sequence([x[s] for s in family.members], batch_first=True) for x in (queries, keys, values))
         if family.chain:
@@ -190,7 +218,8 @@ def by_family(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: fl
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             attn_mask=family.mask, is_causal=family.mask is None, scale=scaling, enable_gqa=q.shape[2] != k.shape[2],
         ).transpose(1, 2).flatten(0, 1)  # fmt: skip
-        outputs.append(out if family.kept is None else out.index_select(0, family.kept))
+        for segment, piece in zip(family.members, out.split(family.pieces)[::2], strict=True):
+            outputs[segment] = piece
     return torch.cat(outputs)
 
 

@@ -72,7 +72,7 @@ def pack(model: Any, encoder: Encoder, prompts: Sequence[Prompt], completions: S
     The last token of a completion predicts nothing and is not read.
     """
     core = core_of(model)
-    enable(core.model.language_model)
+    enable(core)
     ids = [[*prompt.input_ids, *words[:-1]] for prompt, words in zip(prompts, completions, strict=True)]
     located = {id(prompt): positions(core, encoder, prompt) for prompt in {id(p): p for p in prompts}.values()}
     # no completion shares a token with another: what the policy said is read as often as it was said
@@ -113,9 +113,9 @@ def token_logps(
     `counted` [S] bool keeps some tokens alone. Only hidden states of these go through the vocabulary projection.
     """
     core = core_of(model)
-    hidden = core.model(**packed.inputs, use_cache=False).last_hidden_state[0]
     at, targets = (packed.at, packed.targets) if counted is None else (packed.at[counted], packed.targets[counted])
-    return selected_logps(hidden[at], core.lm_head.weight, targets, temperature)
+    hidden = core.model(**packed.inputs, scored=at, use_cache=False).last_hidden_state[0]
+    return selected_logps(hidden, core.lm_head.weight, targets, temperature)
 
 
 def positions(core: Any, encoder: Encoder, prompt: Prompt) -> tuple[Tensor, int]:

@@ -63,24 +63,24 @@ class Completions:
 
 
 def _warp(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Log-probabilities of the sampling distribution [N, V]."""
-    logps = torch.log_softmax(logits / temperature, dim=-1)
+    """Probabilities of the sampling distribution [N, V]."""
+    chances = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_k:
-        floor = logps.topk(min(top_k, logps.shape[-1])).values[:, -1:]
-        logps = logps.masked_fill(logps < floor, -torch.inf)
+        floor = chances.topk(min(top_k, chances.shape[-1])).values[:, -1:]
+        chances = chances.masked_fill(chances < floor, 0.0)
     if top_p < 1.0:
-        ordered, order = logps.softmax(-1).sort(descending=True)
+        ordered, order = (chances / chances.sum(-1, keepdim=True)).sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p
-        logps = logps.masked_fill(drop.scatter(1, order, drop), -torch.inf)
-    return torch.log_softmax(logps, dim=-1) if top_k or top_p < 1.0 else logps
+        chances = chances.masked_fill(drop.scatter(1, order, drop), 0.0)
+    return chances / chances.sum(-1, keepdim=True) if top_k or top_p < 1.0 else chances
 
 
-def _draw(logps: Tensor, chance: Tensor) -> Tensor:
+def _draw(chances: Tensor, chance: Tensor) -> Tensor:
     """The token [N] at which the cumulative probability passes `chance` [N] in [0, 1), found in two levels.
 
     torch.multinomial draws a number for each entry of the vocabulary, which costs more than a small model's layers.
     """
-    blocks = F.pad(logps.exp(), (0, -logps.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = F.pad(chances, (0, -chances.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     passed = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     wanted = chance * passed[:, -1]
     block = torch.searchsorted(passed, wanted[:, None], right=True).squeeze(1)
@@ -97,19 +97,20 @@ def prefill(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> tuple[Pr
     core = core_of(model)
     packed = pack(model, encoder, prompts, [[]] * len(prompts))
     cache = DynamicCache(config=core.config.get_text_config())
-    hidden = core.model(**packed.inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    ends = torch.stack([places[-1] for places in packed.prompts])
+    last = core.model(**packed.inputs, scored=ends, past_key_values=cache, use_cache=True).last_hidden_state[0]
     longest = max(len(places) for places in packed.prompts)
     # padding on the left; it repeats the first token and is masked
     places = pad_sequence(packed.prompts, batch_first=True, padding_side="left")
-    lengths = torch.tensor([len(places) for places in packed.prompts], device=hidden.device)
-    padding = torch.arange(longest, device=hidden.device) < longest - lengths[:, None]
+    lengths = torch.tensor([len(places) for places in packed.prompts], device=last.device)
+    padding = torch.arange(longest, device=last.device) < longest - lengths[:, None]
     keys, values = (
         [getattr(layer, name)[0].transpose(0, 1)[places].transpose(1, 2).contiguous() for layer in cache.layers]
         for name in ("keys", "values")
     )
-    owner = torch.arange(len(prompts), device=hidden.device)
+    owner = torch.arange(len(prompts), device=last.device)
     prefix = Prefix.of(keys, values, padding if bool(padding.any()) else None, owner)
-    return prefix, hidden[places[:, -1]], packed.following
+    return prefix, last, packed.following
 
 
 @torch.no_grad()
@@ -157,12 +158,12 @@ def generate(
     alive = torch.arange(total, device=device)  # rows in the batch
     over = torch.zeros(total, dtype=torch.bool, device=device)  # of these, finished
     for step in range(max_new_tokens):
-        scores = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
-        allowed = scores.index_fill(1, banned, -torch.inf) if len(banned) else scores
+        probabilities = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
+        allowed = probabilities.index_fill(1, banned, 0.0) if len(banned) else probabilities
         token = _draw(allowed, chances[alive, step]) if temperature else allowed.argmax(-1)
         going = ~over
         ids[alive[going], step] = token[going]
-        logps[alive[going], step] = scores.gather(1, token[:, None]).squeeze(1)[going]
+        logps[alive[going], step] = probabilities.gather(1, token[:, None]).squeeze(1).log()[going]
         ended = torch.isin(token, ends) & going
         lengths[alive[ended]] = step + 1
         finished[alive[ended]] = True

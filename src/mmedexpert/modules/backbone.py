@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
@@ -52,9 +53,31 @@ class PatchProjection(nn.Conv3d):
         return F.linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
 
 
-def project_patches(model: Any) -> None:
-    """Let the vision tower project its patches by a matrix product; weights and their names stay."""
-    model.model.visual.patch_embed.proj.__class__ = PatchProjection
+class LeanLora(lora.Linear):
+    """PEFT's LoRA on a linear layer in three products: no pass over the output only to scale and to add.
+
+    Adapters compute in the input's dtype, as under autocast: PEFT keeps them in fp32 beside a bf16 model.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]: W x + (scaling B) (A x); anything but one plain adapter goes PEFT's way."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
+        plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
+        if args or kwargs or self.disable_adapters or self.merged or not plain:
+            return super().forward(x, *args, **kwargs)
+        down: Any = self.lora_A[name].weight
+        up = self.lora_B[name].weight * self.scaling[name]
+        low = F.linear(self.lora_dropout[name](x), down.to(x.dtype)).flatten(0, -2)
+        out = self.base_layer(x)
+        return torch.addmm(out.flatten(0, -2), low, up.to(low.dtype).t()).view_as(out)
+
+
+def streamline(model: Any) -> None:
+    """Let a model do the same with less: patches by a matrix product, LoRA without extra passes; weights keep names."""
+    core_of(model).model.visual.patch_embed.proj.__class__ = PatchProjection
+    for module in model.modules():
+        if type(module) is lora.Linear:
+            module.__class__ = LeanLora
 
 
 def resolve(name_or_path: str, revision: str | None) -> Path:
@@ -99,7 +122,7 @@ def load_model(folder: Path, loading: Loading) -> PreTrainedModel:
         ) from error
     if model.config.model_type not in KINDS:
         raise UserError(f"{folder} is a {model.config.model_type}; this release handles {', '.join(KINDS)}")
-    project_patches(model)
+    streamline(model)
     return model.to(loading.device).eval()  # type: ignore[arg-type]  # transformers wraps `to`, and mypy loses self
 
 
@@ -145,6 +168,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):  # the same initial A whatever ran before
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
+    streamline(adapted)
     if gradient_checkpointing:
         # only the language model: the frozen vision tower must not build a graph (TRL and HF hook every embedding)
         language: Any = model.model.language_model

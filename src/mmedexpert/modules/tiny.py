@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmedexpert.modules.backbone import project_patches
+from mmedexpert.modules.backbone import streamline
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -122,7 +122,7 @@ def build_model(
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
         _init_weights(model)
-    project_patches(model)
+    streamline(model)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return model

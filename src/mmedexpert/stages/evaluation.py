@@ -23,7 +23,7 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.evaluate import Prediction, QuestionSet, judge_again, majority_engine, predict
 from mmedexpert.merging.adapters import LoraAdapter, check_compatible
 from mmedexpert.merging.checkpoint import fingerprint_base
-from mmedexpert.modules.backbone import load_encoder, load_model
+from mmedexpert.modules.backbone import load_encoder, load_model, streamline
 from mmedexpert.ranks import rank
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config, EndpointConfig
@@ -202,6 +202,7 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
     encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
     encoder.system_prompt = system_prompt
     answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
+    streamline(answering)
     return TransformersEngine(
         answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
         max_new_tokens=config.model.max_new_tokens,
