@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -359,7 +360,10 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_yielded(server):
 
     server.answer = answer
     command = [sys.executable, "-c", INTERRUPTED, server.base_url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are told to ignore it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens
+    ) as process:
         lines = {process.stdout.readline().strip() for _ in range(3)}
         process.send_signal(signal.SIGINT)
         start = time.monotonic()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmedexpert.merging.apply import add_delta
-from mmedexpert.merging.stream import Method, Stream, Threshold, Update
+from mmedexpert.merging.sparsify import Threshold
+from mmedexpert.merging.stream import Method, Stream, Update
 
 Point = dict[str, Any]  # parameter of a rule to its value
 Found = dict[tuple[Any, ...], Threshold]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Threshold = float | tuple[float, float]  # a magnitude, or the lowest and the highest
+
 
 def kept_ranks(n: int, density: float, gamma: float = 0.0, scope: str = "tensor") -> tuple[int, int]:
     """Which of n magnitudes, ranked from the largest (0), are kept: ranks start to stop - 1.
@@ -34,6 +36,18 @@ def kept_ranks(n: int, density: float, gamma: float = 0.0, scope: str = "tensor"
     return 0, max(1, kept) if scope == "tensor" else min(n, kept + 1)
 
 
+def keep(delta: Tensor, threshold: Threshold) -> Tensor:
+    """Zero the entries of a magnitude below a threshold, or outside two bounds [low, high]; same shape."""
+    if isinstance(threshold, tuple):
+        magnitude = delta.abs()
+        return torch.where((magnitude >= threshold[0]) & (magnitude <= threshold[1]), delta, 0)
+    if threshold <= 0:
+        return delta
+    # one pass, where a comparison and a choice are three: hardshrink keeps what is above its bound
+    below = torch.tensor(threshold, dtype=delta.dtype).nextafter(torch.zeros((), dtype=delta.dtype))
+    return F.hardshrink(delta, float(below))
+
+
 def trim(delta: Tensor, density: float, scope: str = "tensor", threshold: float | None = None) -> Tensor:
     """Zero all but the largest `density` share of the entries by magnitude; same shape.
 
@@ -47,19 +61,15 @@ def trim(delta: Tensor, density: float, scope: str = "tensor", threshold: float 
     n = delta.numel()
     _, k = kept_ranks(n, density, scope=scope)
     if threshold is not None:
-        if threshold <= 0:
-            return delta
-        # one pass, where a comparison and a choice are three: hardshrink keeps what is above its bound
-        below = torch.tensor(threshold, dtype=delta.dtype).nextafter(torch.zeros((), dtype=delta.dtype))
-        return F.hardshrink(delta, float(below))
+        return keep(delta, threshold)
     if k >= n:
         return delta
     magnitude = delta.abs().flatten()
     bound = magnitude.kthvalue(n - k + 1).values
-    keep = magnitude >= bound
-    if scope == "tensor" and bound > 0 and keep.sum() > k:
-        keep = torch.zeros_like(keep).index_fill(0, magnitude.argsort(descending=True)[:k], True)
-    return torch.where(keep.view_as(delta), delta, 0)
+    kept = magnitude >= bound
+    if scope == "tensor" and bound > 0 and kept.sum() > k:
+        kept = torch.zeros_like(kept).index_fill(0, magnitude.argsort(descending=True)[:k], True)
+    return torch.where(kept.view_as(delta), delta, 0)
 
 
 def crumbs(delta: Tensor, density: float, gamma: float, bounds: tuple[float, float] | None = None) -> Tensor:
@@ -69,13 +79,11 @@ def crumbs(delta: Tensor, density: float, gamma: float, bounds: tuple[float, flo
     whose magnitude is in [low, high] are kept, so also those equal to a bound which the count would leave out.
     """
     start, stop = kept_ranks(delta.numel(), density, gamma)
-    magnitude = delta.abs().flatten()
     if bounds is not None:
-        keep = (magnitude >= bounds[0]) & (magnitude <= bounds[1])
-    else:
-        keep = torch.zeros_like(magnitude, dtype=torch.bool)
-        keep[magnitude.argsort(descending=True)[start:stop]] = True
-    return torch.where(keep.view_as(delta), delta, 0)
+        return keep(delta, bounds)
+    kept = torch.zeros(delta.numel(), dtype=torch.bool, device=delta.device)
+    kept[delta.abs().flatten().argsort(descending=True)[start:stop]] = True
+    return torch.where(kept.view_as(delta), delta, 0)
 
 
 def uniform(like: Tensor, key: str, first_row: int = 0) -> Tensor:

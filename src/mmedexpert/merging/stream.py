@@ -19,7 +19,7 @@ from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.full_weights import FullWeights
 from mmedexpert.merging.methods import overlap_counts
 from mmedexpert.merging.select import RadixSelect
-from mmedexpert.merging.sparsify import kept_ranks
+from mmedexpert.merging.sparsify import Threshold, keep, kept_ranks
 
 BLOCK = 2**19  # ours: entries of all deltas together in one block of rows, 2 MB in fp32
 
@@ -28,7 +28,6 @@ WORKERS = 8  # ours: blocks in work at the same time at most; each takes some 30
 Method = Callable[..., Any]
 Parts = list[Tensor | None]
 Result = TypeVar("Result")
-Threshold = float | tuple[float, float]
 
 
 class Update(Trained, Protocol):
@@ -136,7 +135,7 @@ class Stream:
                 return deltas, None, b[row : row + len(deltas[0])] @ a
             merged = self._call(name, deltas, first_row=row, **measured)
             bounds = measured.get("thresholds") if conflicts is not None else None
-            trimmed = [_keep(d, t) for d, t in zip(deltas, bounds, strict=True)] if bounds else None
+            trimmed = [keep(d, t) for d, t in zip(deltas, bounds, strict=True)] if bounds else None
             return deltas, trimmed, merged
 
         for row, (deltas, trimmed, merged) in self._in_blocks(name, work):
@@ -199,7 +198,7 @@ class Stream:
             bounds = measured.get("thresholds", [0.0] * len(self.updates))
 
             def squares(_: int, parts: Parts) -> Tensor:
-                kept = [None if part is None else _keep(part, t) for part, t in zip(parts, bounds, strict=True)]
+                kept = [None if part is None else keep(part, t) for part, t in zip(parts, bounds, strict=True)]
                 return torch.tensor(
                     [0.0 if k is None else float(torch.linalg.vector_norm(k)) ** 2 for k in kept]
                 ).double()
@@ -275,14 +274,3 @@ def call_method(method: Method, experts: list[Any], reasoners: list[Any], name: 
         return method(experts, reasoners, **extra)
     except ValueError as error:
         raise UserError(f"the merge method refused {name}: {error}; mend the values under merge.method") from error
-
-
-def _keep(delta: Tensor, threshold: Threshold) -> Tensor:
-    """A delta with the entries outside the threshold or the two bounds zeroed."""
-    if isinstance(threshold, tuple):
-        magnitude = delta.abs()
-        return torch.where((magnitude >= threshold[0]) & (magnitude <= threshold[1]), delta, 0)
-    if threshold <= 0:
-        return delta
-    below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item()
-    return torch.nn.functional.hardshrink(delta, below)  # zeroes |d| <= below: ten times as fast as a comparison
