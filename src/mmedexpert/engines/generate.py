@@ -80,8 +80,9 @@ def _draw(chances: Tensor, chance: Tensor) -> Tensor:
 
     torch.multinomial draws a number for each entry of the vocabulary, which costs more than a small model's layers.
     """
-    blocks = F.pad(chances, (0, -chances.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    passed = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    short = -chances.shape[-1] % BLOCK
+    blocks = (F.pad(chances, (0, short)) if short else chances).unflatten(-1, (-1, BLOCK))
+    passed = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     wanted = chance * passed[:, -1]
     block = torch.searchsorted(passed, wanted[:, None], right=True).squeeze(1)
     rows = torch.arange(len(block), device=block.device)

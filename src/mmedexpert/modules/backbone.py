@@ -60,16 +60,16 @@ class LeanLora(lora.Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in] -> [..., out]: W x + (scaling B) (A x); anything but one plain adapter goes PEFT's way."""
+        """x [..., in] -> [..., out]: W x + scaling B (A x); anything but one plain adapter goes PEFT's way."""
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
         if args or kwargs or self.disable_adapters or self.merged or not plain:
             return super().forward(x, *args, **kwargs)
         down: Any = self.lora_A[name].weight
-        up = self.lora_B[name].weight * self.scaling[name]
+        up: Any = self.lora_B[name].weight
         low = F.linear(self.lora_dropout[name](x), down.to(x.dtype)).flatten(0, -2)
         out = self.base_layer(x)
-        return torch.addmm(out.flatten(0, -2), low, up.to(low.dtype).t()).view_as(out)
+        return torch.addmm(out.flatten(0, -2), low, up.to(low.dtype).t(), alpha=self.scaling[name]).view_as(out)
 
 
 def streamline(model: Any) -> None:
