@@ -208,11 +208,6 @@ class Encoder:
         return self._inputs(ids, mask, prompts), labels
 
 
-def to_device(batch: Batch, device: str | torch.device) -> Batch:
-    """The batch with its tensors on `device` (vision outputs are there already)."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
 def _bytes(image: EncodedImage) -> int:
     kept = [image.patches] if image.patches is not None else []
     if image.seen is not None:

@@ -85,8 +85,8 @@ class Conflicts:
         """Count one block of rows of a tensor.
 
         `deltas` are the N updates to it (fp32, one shape; zeros where an update does not touch it), `trimmed` what the
-        rule's trim left of them (None: it does not trim), `merged` what became of them. Sums of signs in fp32 are three
-        times as fast as int8 masks here: torch vectorises sign and dot, and not the comparisons. ValueError for another
+        rule's trim left of them (None: it does not trim), `merged` what became of them. Sums of signs in fp32 are
+        twice as fast as int8 masks here: torch vectorises sign and dot, and not the comparisons. ValueError for another
         number of updates. Threads may add blocks at the same time.
         """
         if len(deltas) != len(self.names) or (trimmed is not None and len(trimmed) != len(deltas)):

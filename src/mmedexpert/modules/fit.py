@@ -36,6 +36,8 @@ class TrainingModule(L.LightningModule):
 
     automatic_optimization = False
     model: Any
+    lr: float
+    weight_decay: float
 
     def __init__(self, *, seed: int, steps: int, warmup_ratio: float, max_grad_norm: float) -> None:
         super().__init__()
@@ -44,7 +46,9 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps = 0
 
     def optimizer(self) -> torch.optim.Optimizer:
-        raise ValueError("a training module defines its optimizer")
+        """AdamW over the trained parameters."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer()

@@ -144,10 +144,6 @@ class GbaModule(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         self.num_tokens = checkpoint["num_tokens"]
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-
 
 def together(rollout: Rollout) -> Rollout:
     """The shares of all ranks as one rollout in the order of the batch, for what is logged: without prompts and ids."""

@@ -71,10 +71,6 @@ class SftModule(TrainingModule):
         self.log_dict({"loss": loss, "mean_token_accuracy": accuracy}, prog_bar=True)
         self.log("entropy", entropy)
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-
 
 class PretrainModule(SftModule):
     """All weights: Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest."""
