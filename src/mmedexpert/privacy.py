@@ -1,0 +1,35 @@
+"""What must not land in a manifest, a log or W&B: passwords in addresses, secrets on a command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+HIDDEN = "***"
+# the user part of an address: everything between the scheme and the last @ of its authority
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+_SECRET_IN_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:key|token|secret|password|passwd|auth)[\w.-]*=)[^&#\s'\"]+")
+_SECRET_OPTION = re.compile(
+    r"(?i)^([+~-]*[\w.@/-]*(?:api_?key|token|secret|password|passwd)(?!_env)[\w]*=)(?!null$|none$)(.+)$"
+)
+
+
+def without_password(text: str) -> str:
+    """A text in which every address has lost its user, password and secret query values.
+
+    Source: RFC 3986, 3.2.1 (user information) and 3.4 (query).  # ours: which query names are secret
+    """
+    return _SECRET_IN_QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
+
+
+def redacted(words: Sequence[str]) -> list[str]:
+    """A command line without secrets: addresses as `without_password`, values of keys, tokens and passwords hidden.
+
+    A number is no secret (`model.max_new_tokens=56`).  # ours
+    """
+    found = []
+    for word in map(without_password, words):
+        option = _SECRET_OPTION.match(word)
+        number = option and re.fullmatch(r"[\d.,\[\]e+-]+", option[2])
+        found.append(f"{option[1]}{HIDDEN}" if option and not number else word)
+    return found
