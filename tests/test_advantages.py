@@ -94,26 +94,46 @@ def test_zero_weights_are_plain_grpo_bit_for_bit(seed: int, scale: Any, extra: f
     adherence = torch.from_numpy(random_rewards(seed + 1, 18, K, 0.1)).float().reshape(3, 6, K)
     advantages = guideline_based(outcome, adherence, [0.0] * K, scale=extra, reward_scale=scale)
     assert torch.equal(bits(advantages), bits(group_relative(outcome, scale)))
+    without_scale = guideline_based(outcome, adherence, [1.0] * K, scale=0.0, reward_scale=scale)
+    assert torch.equal(bits(without_scale), bits(advantages))
 
 
-@settings(max_examples=50, deadline=None)
+def design_formula(
+    outcome: np.ndarray, adherence: np.ndarray, weights: list[float], scale: float, gate: np.ndarray, reward_scale: str
+) -> np.ndarray:
+    """DESIGN section 7, one completion at a time."""
+    parts = [reference(adherence[:, :, k], reward_scale) for k in range(len(weights))]
+    out = reference(outcome, reward_scale)
+    for b in range(len(outcome)):
+        style = []
+        for i in range(outcome.shape[1]):
+            asked = [k for k in range(len(weights)) if not np.isnan(adherence[b, i, k])]
+            style.append(gate[b, i] * sum(weights[k] * parts[k][b, i] for k in asked) / max(len(asked), 1))
+        out[b] += scale * (np.array(style) - np.mean(style))
+    return out
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     weights=st.lists(st.floats(0, 3), min_size=K, max_size=K),
     scale=st.floats(0, 2),
     gated=st.booleans(),
+    asked=st.sampled_from(["all", "own", "some"]),
     reward_scale=st.sampled_from(["group", "batch", "none"]),
 )
 def test_guideline_based_is_the_design_formula(
-    seed: int, weights: list[float], scale: float, gated: bool, reward_scale: Any
+    seed: int, weights: list[float], scale: float, gated: bool, asked: str, reward_scale: Any
 ) -> None:
     rng = np.random.default_rng(seed)
-    outcome, adherence = rng.random((3, 5)), rng.random((3, 5, K))
-    gate = rng.random((3, 5)) < 0.5
-    expected = reference(outcome, reward_scale)
-    for k, weight in enumerate(weights):
-        share = weight / sum(weights) if sum(weights) > 0 else 0.0
-        expected = expected + scale * share * (gate if gated else 1) * reference(adherence[:, :, k], reward_scale)
+    outcome, adherence = rng.random((3, 8)), rng.random((3, 8, K))
+    if asked == "own":
+        adherence[:, np.arange(8)[:, None] * K // 8 != np.arange(K)] = np.nan
+    elif asked == "some":
+        adherence[rng.random(adherence.shape) < 0.4] = np.nan
+    gate = rng.random((3, 8)) < 0.5 if gated else np.ones((3, 8), dtype=bool)
+    with np.errstate(all="ignore"):
+        expected = design_formula(outcome, adherence, weights, scale, gate, reward_scale)
     actual = guideline_based(
         torch.from_numpy(outcome),
         torch.from_numpy(adherence),
@@ -125,19 +145,47 @@ def test_guideline_based_is_the_design_formula(
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_only_the_ratio_of_weights_matters() -> None:
-    adherence = torch.rand(2, 6, K, dtype=torch.float64)
-    once, thrice = perspective_terms(adherence, [1, 2, 0, 1]), perspective_terms(adherence, torch.tensor([3, 6, 0, 3]))
-    torch.testing.assert_close(once, thrice)
-    assert torch.equal(once[..., 2], torch.zeros(2, 6, dtype=torch.float64))
+def test_guideline_based_by_hand() -> None:
+    """Four completions under two perspectives, one of four answers wrong: every number on paper."""
+    outcome = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    nan = math.nan
+    adherence = torch.tensor([[[1.0, nan], [0.0, nan], [nan, 1.0], [nan, 0.5]]], dtype=torch.float64)
+    actual = guideline_based(outcome, adherence, [1.0, 2.0], scale=0.5, gate=outcome == 1.0)
+    first, second = 0.5 / (math.sqrt(0.5) + 1e-4), 0.25 / (math.sqrt(0.125) + 1e-4)
+    style = np.array([first, 0.0, 2 * second, -2 * second])  # the wrong answer's style is gated away
+    base = np.array([0.25, -0.75, 0.25, 0.25]) / (0.5 + 1e-4)
+    np.testing.assert_allclose(actual[0].numpy(), base + 0.5 * (style - style.mean()), rtol=1e-12)
 
 
-def test_gate_silences_the_perspectives_and_nothing_else() -> None:
-    outcome, adherence = torch.rand(2, 6), torch.rand(2, 6, K)
-    gate = torch.tensor([[True, False] * 3, [False] * 6])
-    gated = guideline_based(outcome, adherence, [1.0] * K, gate=gate)
-    assert torch.equal(gated[~gate], group_relative(outcome)[~gate])
-    assert torch.equal(gated[gate], guideline_based(outcome, adherence, [1.0] * K)[gate])
+def test_weights_are_multipliers_of_their_own_terms_alone() -> None:
+    """An arm of an ablation changes the terms whose weight it changes: nothing is normalised by the others."""
+    adherence = torch.rand(2, 8, K, dtype=torch.float64)
+    every = perspective_terms(adherence, [1.0] * K)
+    for k in range(K):
+        alone = perspective_terms(adherence, [float(i == k) for i in range(K)])
+        assert torch.equal(alone[..., k], every[..., k])
+        assert torch.equal(alone.sum(2), alone[..., k])
+    torch.testing.assert_close(perspective_terms(adherence, [3.0] * K), 3 * every)
+    torch.testing.assert_close(perspective_terms(adherence, [1.0] * K, scale=0.5), 0.5 * every)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), missing=st.sampled_from([0.0, 0.4]))
+def test_style_sums_to_zero_in_every_group_behind_the_gate(seed: int, missing: float) -> None:
+    adherence = torch.from_numpy(random_rewards(seed, 3 * 8, K, missing)).reshape(3, 8, K)
+    gate = torch.from_numpy(np.random.default_rng(seed).random((3, 8)) < 0.5)
+    terms = perspective_terms(adherence, [1.0, 0.5, 2.0, 1.0], gate=gate)
+    torch.testing.assert_close(terms.sum(1), torch.zeros(3, K, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_the_gate_leaves_a_wrong_answer_no_style_of_its_own() -> None:
+    """Behind the gate a wrong answer gets the same centre whatever its style was."""
+    outcome, adherence = torch.rand(1, 6), torch.rand(1, 6, K)
+    gate = torch.tensor([[True, False] * 3])
+    terms = perspective_terms(adherence, [1.0] * K, gate=gate)
+    assert torch.equal(terms[0, 1], terms[0, 3]) and torch.equal(terms[0, 1], terms[0, 5])
+    assert not torch.equal(terms[0, 0], terms[0, 2])
+    assert torch.equal(guideline_based(outcome, adherence, [1.0] * K, gate=torch.zeros(1, 6)), group_relative(outcome))
 
 
 def test_prompted_completions_are_normalised_within_their_own_perspective() -> None:
@@ -145,10 +193,18 @@ def test_prompted_completions_are_normalised_within_their_own_perspective() -> N
     scores = torch.rand(1, 6)
     adherence = torch.full((1, 6, 2), math.nan)
     adherence[0, :3, 0], adherence[0, 3:, 1] = scores[0, :3], scores[0, 3:]
-    terms = perspective_terms(adherence, [1.0, 1.0])
-    torch.testing.assert_close(terms[:, :3, 0], 0.5 * group_relative(scores[:, :3]))
-    torch.testing.assert_close(terms[:, 3:, 1], 0.5 * group_relative(scores[:, 3:]))
-    assert torch.equal(terms[:, 3:, 0], torch.zeros(1, 3)) and torch.equal(terms[:, :3, 1], torch.zeros(1, 3))
+    terms = perspective_terms(adherence, [1.0, 1.0])  # each already centred: nothing is left to centre
+    torch.testing.assert_close(terms[:, :3, 0], group_relative(scores[:, :3]))
+    torch.testing.assert_close(terms[:, 3:, 1], group_relative(scores[:, 3:]))
+    torch.testing.assert_close(terms[:, 3:, 0], torch.zeros(1, 3))
+    torch.testing.assert_close(terms[:, :3, 1], torch.zeros(1, 3))
+
+
+def test_what_a_completion_was_asked_shares_one_weight() -> None:
+    """Free completions are scored on all K perspectives: the mean of the K terms, as strong as one prompted term."""
+    scores = torch.rand(2, 6, 1, dtype=torch.float64)
+    free = guideline_based(torch.zeros(2, 6, dtype=torch.float64), scores.expand(2, 6, K), [1.0] * K)
+    torch.testing.assert_close(free, group_relative(scores[..., 0]))
 
 
 @pytest.mark.parametrize("weights", [[-1.0, 1, 1, 1], [math.nan, 1, 1, 1], [math.inf, 1, 1, 1], [1.0, 1, 1]])

@@ -8,10 +8,11 @@ import itertools
 import pytest
 import torch
 
-from mmedexpert.advantages import group_relative
+from mmedexpert.advantages import group_relative, guideline_based
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.modules.backbone import add_lora
+from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora
+from mmedexpert.modules.backbone import add_lora, start_from_
 from mmedexpert.modules.fit import fit
 from mmedexpert.modules.gba import GbaModule, report, rollout_stream
 from mmedexpert.packing import pack, token_logps
@@ -38,11 +39,21 @@ def parts(tiny, picture, tmp_path):
     return policy, encoder, records, tmp_path
 
 
-def sample(parts, *, weights=(0.0, 0.0, 0.0, 0.0), conditioning="prompted", seed=0, group=4, tokens=6):
+def sample(
+    parts,
+    *,
+    weights=(0.0, 0.0, 0.0, 0.0),
+    conditioning="prompted",
+    seed=0,
+    group=4,
+    tokens=6,
+    scale=1.0,
+    gate="correct",
+):
     policy, encoder, records, root = parts
     return roll_out(
         policy, encoder, records, root, sampling=Sampling(group, tokens, 1.0, 1.0, 0),
-        guidance=Guidance(weights, 1.0, "correct", conditioning, "group"), 
+        guidance=Guidance(weights, scale, gate, conditioning, "group"),
         reward_weights={"accuracy": 1.0, "format": 0.2},
         protocol="robust", generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
@@ -93,16 +104,130 @@ def test_micro_batches_change_no_update(parts, tmp_path, loss_type):
 
 
 def test_without_weights_advantages_are_grpo_bit_for_bit(parts):
-    rollout = sample(parts)
-    assert rollout.perspectives == [None] * 12
+    rollout = sample(parts, group=8)
     assert torch.equal(rollout.advantages, group_relative(rollout.outcome))
 
 
-def test_perspectives_are_spread_over_those_with_weight():
-    assert assign_perspectives([1, 1, 1, 1], 8, "prompted") == [p for p in PERSPECTIVES for _ in range(2)]
-    assert assign_perspectives([1, 0, 0, 1], 4, "prompted") == ["differential"] * 2 + ["bayesian"] * 2
-    assert assign_perspectives([1, 1, 1, 0], 8, "prompted").count(None) == 0
-    assert assign_perspectives([1, 1, 1, 1], 8, "free") == [None] * 8
+def test_every_arm_is_asked_the_same_and_only_its_own_terms_differ(parts):
+    """One factor an arm: prompts, completions and outcome do not depend on the weights, and no term on another's."""
+    arms = {weights: sample(parts, weights=weights, group=8) for weights in itertools.product((0.0, 1.0), repeat=4)}
+    whole = arms[1.0, 1.0, 1.0, 1.0]
+    assert whole.perspectives == [name for name in PERSPECTIVES for _ in range(2)] * 3
+    for weights, rollout in arms.items():
+        assert [p.input_ids for p in rollout.prompts] == [p.input_ids for p in whole.prompts]
+        assert rollout.texts == whole.texts and rollout.perspectives == whole.perspectives
+        assert torch.equal(rollout.outcome, whole.outcome)
+        for k, weight in enumerate(weights):
+            assert torch.equal(rollout.terms[..., k], weight * whole.terms[..., k])
+
+
+@pytest.mark.parametrize("gate", ["correct", "none"])
+def test_training_calls_the_published_function(parts, monkeypatch, gate):
+    """Advantages of a rollout with answers right and wrong are `guideline_based` of its rewards and adherence."""
+    rng = torch.Generator().manual_seed(3)
+    right = (torch.rand(24, generator=rng) < 0.5).float().tolist()
+    style = torch.rand(24, 4, generator=rng)
+
+    def scores(texts, options, perspectives):
+        asked = torch.tensor([[p == name for name in PERSPECTIVES] for p in perspectives])
+        return style.masked_fill(~asked, torch.nan).tolist()
+
+    monkeypatch.setattr("mmedexpert.rewards.outcome", lambda *_, **__: (right, {"accuracy": right, "format": right}))
+    monkeypatch.setattr("mmedexpert.rewards.adherence_matrix", scores)
+    weights = (1.0, 0.5, 0.0, 2.0)
+    rollout = sample(parts, weights=weights, group=8, scale=0.7, gate=gate)
+    outcome = torch.tensor(right).view(3, 8)
+    wanted = guideline_based(
+        outcome, rollout.adherence, weights, scale=0.7, gate=outcome == 1.0 if gate == "correct" else None
+    )
+    assert torch.equal(rollout.advantages, wanted) and not torch.equal(wanted, group_relative(outcome))
+    torch.testing.assert_close(rollout.advantages.sum(1), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+def test_perspectives_are_spread_over_all_in_every_arm():
+    everyone = [p for p in PERSPECTIVES for _ in range(2)]
+    for weights in ([1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]):
+        assert assign_perspectives(weights, 8, "prompted") == everyone
+        assert assign_perspectives(weights, 8, "free") == [None] * 8
+    assert assign_perspectives([1, 0, 0, 1], 4, "prompted_weighted") == ["differential"] * 2 + ["bayesian"] * 2
+    assert assign_perspectives([0, 0, 0, 0], 4, "prompted_weighted") == [None] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rms", [3e-4, 3e-3])
+def test_the_trained_policy_is_the_saved_one_at_any_dtype(tiny, tmp_path, dtype, rms):
+    """Start and update put together as GBA trains them, against the adapter it saves: the same update of every weight.
+
+    Baked into bf16 weights a start with B of rms 3e-4 loses most of itself (relative error 0.9).
+    """
+    rng, starts = torch.Generator().manual_seed(0), []
+    for number in range(2):
+        expert = add_lora(
+            copy.deepcopy(tiny[0]), r=4, alpha=8, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False,
+            seed=number,
+        )  # fmt: skip
+        for name, parameter in expert.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=rms, generator=rng)
+        expert.save_pretrained(tmp_path / f"expert{number}")
+        starts.append(LoraAdapter.load(tmp_path / f"expert{number}"))
+    concatenate_lora(starts, [0.5, 0.5], tmp_path / "start")
+    model = copy.deepcopy(tiny[0]).to(dtype)
+    plain = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    start_from_(model, LoraAdapter.load(tmp_path / "start"))
+    policy = add_lora(
+        model, r=4, alpha=8, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False, seed=5
+    )  # fmt: skip
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=rms, generator=rng)
+    policy.save_pretrained(tmp_path / "update")
+    update = LoraAdapter.load(tmp_path / "update")
+    assert update.shapes == starts[0].shapes  # the start is no part of what was trained
+    concatenate_lora([LoraAdapter.load(tmp_path / "start"), update], [1.0, 1.0], tmp_path / "adapter")
+    saved = LoraAdapter.load(tmp_path / "adapter")
+    for name in saved.modules:
+        layer = policy.get_submodule("base_model.model." + name.removesuffix(".weight"))
+        eye = torch.eye(saved.shapes[name][1], dtype=dtype)
+        # what the layer does beyond the base's own weight, without the rounding of a sum with that weight
+        if dtype == torch.float32:
+            acted = layer(eye).detach().T - plain[name]
+        else:
+            base = layer.base_layer
+            acted = ((eye @ base.start_A.T) @ base.start_B.T).T.float() + update.delta(name)
+            assert torch.equal(base.weight.float(), plain[name])
+        wanted = saved.delta(name)
+        assert (acted - wanted).norm() / wanted.norm() < (1e-4 if dtype == torch.float32 else 1e-2), name
+
+
+def test_the_start_acts_in_bf16(tiny, tmp_path):
+    """In bf16 the start's forward pass is that of the fp32 start, as near as the base's own is; with the trained
+    adapter off it is still there (the reference of the KL term)."""
+    model = copy.deepcopy(tiny[0])
+    expert = add_lora(
+        copy.deepcopy(model), r=4, alpha=8, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False, seed=0
+    )  # fmt: skip
+    for name, parameter in expert.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    expert.save_pretrained(tmp_path / "start")
+    start = LoraAdapter.load(tmp_path / "start")
+    hidden = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    outs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        mine = copy.deepcopy(model).to(dtype)
+        plain = mine.model.language_model.layers[0].self_attn.q_proj(hidden.to(dtype)).float()
+        start_from_(mine, start)
+        policy = add_lora(
+            mine, r=4, alpha=8, dropout=0.0, target_modules=TARGETS, gradient_checkpointing=False, seed=1
+        )  # fmt: skip
+        layer = policy.base_model.model.model.language_model.layers[0].self_attn.q_proj
+        with policy.disable_adapter():
+            off = layer(hidden.to(dtype)).float()
+        outs[dtype] = layer(hidden.to(dtype)).float()
+        assert torch.equal(off, outs[dtype]) and (off - plain).norm() / plain.norm() > 0.3
+        assert {n for n, p in policy.named_parameters() if p.requires_grad and "lora_" not in n} == set()
+    assert (outs[torch.bfloat16] - outs[torch.float32]).norm() / outs[torch.float32].norm() < 0.01
 
 
 def test_report_has_trls_names(parts):

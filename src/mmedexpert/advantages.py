@@ -67,13 +67,16 @@ def perspective_terms(
     gate: Tensor | None = None,
     reward_scale: RewardScale = "group",
 ) -> Tensor:
-    """What each perspective adds to each completion's advantage: scale * w_k / sum(w) * g_i * A(s_k)_i.  # ours
+    """What each perspective adds to each completion's advantage; it sums to zero over every group.  # ours
+
+    t_ik = scale * (v_ik - mean_G v_k) with v_ik = g_i * w_k * A(s_k)_i / n_i, where n_i perspectives were asked of i.
+    Centred again behind the gate: without it the gate's zeros would leave a group a sum above zero (DESIGN section 7).
 
     Args:
-        adherence: `[B, G, K]` scores in [0, 1]; NaN where the completion was prompted under another perspective, so
-            that each perspective is normalised within its own completions and adds 0 to the others.
-        weights: K finite, non-negative numbers; all zero gives zeros.
-        scale: weight of all perspectives together against the outcome.
+        adherence: `[B, G, K]` scores in [0, 1]; NaN where the perspective was not asked of the completion, so that
+            each perspective is normalised within its own completions and adds nothing to the others but the centre.
+        weights: K finite, non-negative multipliers, never normalised: changing one changes that perspective's term.
+        scale: multiplier of all terms, against the outcome's advantage.
         gate: optional `[B, G]` multiplier (bool or float), for example 1 only where the answer is right.
         reward_scale: how each perspective's scores are normalised, see `group_relative`.
 
@@ -95,12 +98,12 @@ def perspective_terms(
     if gate is not None and gate.shape != adherence.shape[:2]:
         raise ValueError(f"gate {tuple(gate.shape)} must match the [B, G] of adherence {tuple(adherence.shape)}")
 
-    total = weights.sum()
-    if not total > 0:
-        return torch.zeros_like(adherence)
     terms = torch.stack([group_relative(scores, reward_scale) for scores in adherence.unbind(2)], dim=2)
-    terms = scale * weights / total * terms
-    return terms if gate is None else terms * gate.to(terms.dtype).unsqueeze(2)
+    asked = (~adherence.isnan()).sum(2, keepdim=True).clamp(min=1)
+    terms = weights * terms / asked
+    if gate is not None:
+        terms = terms * gate.to(terms.dtype).unsqueeze(2)
+    return scale * (terms - terms.mean(1, keepdim=True))
 
 
 def guideline_based(
@@ -112,9 +115,9 @@ def guideline_based(
     gate: Tensor | None = None,
     reward_scale: RewardScale = "group",
 ) -> Tensor:
-    """Guideline-based advantages (GBA): the outcome's advantage plus every perspective's.  # ours
+    """Guideline-based advantages (GBA): the outcome's advantage plus every perspective's term.  # ours
 
-    A_i = A(r)_i + scale * sum_k w_k / sum(w) * g_i * A(s_k)_i; with all weights zero, bit for bit plain GRPO.
+    A_i = A(r)_i + sum_k t_ik (DESIGN section 7); with all weights or the scale zero, bit for bit plain GRPO.
 
     Args:
         outcome: `[B, G]` outcome rewards (accuracy and format).
@@ -131,4 +134,4 @@ def guideline_based(
     terms = perspective_terms(adherence, weights, scale=scale, gate=gate, reward_scale=reward_scale)
     base = group_relative(outcome, reward_scale)
     # Adding a zero would turn -0.0 into 0.0.
-    return base + terms.sum(2) if any(float(weight) > 0 for weight in weights) else base
+    return base + terms.sum(2) if scale and any(float(weight) > 0 for weight in weights) else base

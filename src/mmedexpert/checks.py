@@ -15,7 +15,7 @@ from mmedexpert.schema import Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gba.gate": ("none", "correct"),
-    "gba.conditioning": ("prompted", "free"),
+    "gba.conditioning": ("prompted", "prompted_weighted", "free"),
     "gba.init": ("merged_experts", "base", "sft_all", "each"),
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
@@ -87,11 +87,12 @@ def check(config: Config) -> None:
             raise UserError(f"gba.weights: {name}={weight} must be a finite number, 0 or more")
     if gba.num_generations < 2:
         raise UserError(f"gba.num_generations={gba.num_generations}: a group needs at least 2 completions")
-    active = sum(weight > 0 for weight in gba.weights)
-    if gba.conditioning == "prompted" and active and gba.num_generations < 2 * active:
+    active = sum(weight > 0 for weight in gba.weights) if gba.scale else 0
+    asked = len(PERSPECTIVES) if gba.conditioning == "prompted" else active
+    if active and gba.conditioning != "free" and gba.num_generations < 2 * asked:
         raise UserError(
-            f"gba.num_generations={gba.num_generations} is too small for {active} prompted perspectives: "
-            f"give at least {2 * active}, or gba.conditioning=free"
+            f"gba.num_generations={gba.num_generations} is too small for {asked} prompted perspectives, whose "
+            f"completions are compared with each other: give at least {2 * asked}, or gba.conditioning=free"
         )
     if config.trainer.micro_batch_tokens is not None and config.trainer.micro_batch_tokens < 1:
         raise UserError(f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} must be above 0, or null")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmedexpert import rewards
-from mmedexpert.advantages import RewardScale, group_relative, perspective_terms
+from mmedexpert.advantages import RewardScale, guideline_based, perspective_terms
 from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.record import Record
 from mmedexpert.engines.generate import generate
@@ -35,7 +35,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Guidance:
-    """GBA's own settings: perspective `weights`, their `scale`, `gate` none|correct, `conditioning` prompted|free."""
+    """GBA's own settings: perspective `weights`, their `scale`, `gate` none|correct, and `conditioning` (see
+    `assign_perspectives`)."""
 
     weights: tuple[float, ...]
     scale: float
@@ -97,20 +98,28 @@ class Rollout:
 
 
 def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
-    """The perspective each of the G completions is prompted with: spread evenly over those with weight > 0. # ours"""
-    active = [name for name, weight in zip(PERSPECTIVES, weights, strict=True) if weight > 0]
-    if conditioning == "free" or not active:
+    """The perspective each of the G completions is prompted with (None: the prompt stays as it is). # ours
+
+    `prompted` spreads them evenly over all four whatever the weights, so that every arm of an ablation is asked the
+    same; `prompted_weighted` over those with weight > 0 alone, without any over none; `free` over none.
+    """
+    asked = list(PERSPECTIVES) if conditioning == "prompted" else []
+    if conditioning == "prompted_weighted":
+        asked = [name for name, weight in zip(PERSPECTIVES, weights, strict=True) if weight > 0]
+    if not asked:
         return [None] * num_generations
-    return [active[i * len(active) // num_generations] for i in range(num_generations)]
+    return [asked[i * len(asked) // num_generations] for i in range(num_generations)]
 
 
 def advantages(outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """GBA advantages [B, G] and each perspective's term [B, G, K]; plain GRPO when every weight is 0."""
-    base = group_relative(outcome, guidance.scale_rewards)
-    gate = correct if guidance.gate == "correct" else None
-    weights = torch.tensor(guidance.weights, dtype=outcome.dtype)
-    terms = perspective_terms(adherence, weights, scale=guidance.scale, gate=gate, reward_scale=guidance.scale_rewards)
-    return (base + terms.sum(-1) if any(guidance.weights) else base), terms
+    """GBA advantages [B, G] by `guideline_based`, and each perspective's term [B, G, K] of them."""
+    options: dict[str, Any] = {
+        "scale": guidance.scale,
+        "gate": correct if guidance.gate == "correct" else None,
+        "reward_scale": guidance.scale_rewards,
+    }
+    terms = perspective_terms(adherence, guidance.weights, **options)
+    return guideline_based(outcome, adherence, guidance.weights, **options), terms
 
 
 def roll_out(

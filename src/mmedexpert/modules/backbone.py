@@ -20,6 +20,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mmedexpert.data.encode import Encoder
 from mmedexpert.errors import UserError
+from mmedexpert.merging.adapters import LoraAdapter
+from mmedexpert.merging.apply import apply_deltas_
 
 KINDS = (
     "qwen2_vl",
@@ -70,6 +72,42 @@ class LeanLora(lora.Linear):
         low = F.linear(self.lora_dropout[name](x), down.to(x.dtype)).flatten(0, -2)
         out = self.base_layer(x)
         return torch.addmm(out.flatten(0, -2), low, up.to(low.dtype).t(), alpha=self.scaling[name]).view_as(out)
+
+
+class StartedLinear(nn.Linear):
+    """A frozen linear layer in 16 bits and the LoRA that training starts from, kept as factors beside it.
+
+    Summed into a bf16 weight most of the start would be lost: its entries lie below the weights' rounding step.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]: W x + B (A x)."""
+        out = F.linear(input, self.weight, self.bias)
+        low = F.linear(input, self.start_A).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), low, self.start_B.t()).view_as(out)
+
+
+@torch.no_grad()
+def start_from_(model: nn.Module, start: LoraAdapter) -> None:
+    """Let a model start from an adapter, in place and frozen: what is then trained on it, and saved beside it, is the
+    policy that was sampled, at any dtype.
+
+    fp32 weights take the update in (rounding 2^-24); 16-bit weights keep its factors in their own dtype, as LoRA
+    layers compute. UserError for factors that are not finite.
+    """
+    for name in start.modules:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        weight: Any = module.weight
+        if weight.dtype == torch.float32:
+            apply_deltas_(model, [(name, start.delta(name))])
+            continue
+        assert type(module) is nn.Linear, f"{name} is {type(module)}"
+        module.__class__ = StartedLinear
+        for key, factor in zip(("start_A", "start_B"), start.scaled_factors(name), strict=True):
+            module.register_buffer(key, factor.to(weight.device, weight.dtype), persistent=False)
 
 
 def streamline(model: Any) -> None:

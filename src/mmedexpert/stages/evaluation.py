@@ -36,7 +36,10 @@ from mmedexpert.summary import Summary
 from mmedexpert.tracking import log_metrics
 
 BASELINES = ("majority", "blank_image")
-MULTI_TASK = "sft_all"  # one LoRA on the data of all specialties; asked only by name
+# asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
+# the same prompts without perspectives, what GBA must pass
+MULTI_TASK, CONTROL = "sft_all", "grpo"
+START = "start"  # what the reasoner was trained from
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,24 @@ def subjects_of(config: Config) -> list[Subject]:
         raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
     if wanted is None or any(name not in ("base", *BASELINES) and not Path(name).is_dir() for name in wanted):
-        for name, r in {**dsa.run(config), **gba.run(config)}.items():
+        adapters = dsa.run(config)
+        if start := gba.start(config):
+            adapters[START] = start
+        adapters |= gba.run(config)
+        if MULTI_TASK in (wanted or []):
+            adapters[MULTI_TASK] = dsa.expert(config, "all", config.specialty.names)
+        if CONTROL in (wanted or []):
+            adapters[CONTROL] = gba.control(config)
+        for name, r in adapters.items():
             known[name] = Subject(name, r.run_id, base.folder, r.folder / "adapter")
         known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
-        if MULTI_TASK in (wanted or []):  # what merging must approach; gba.init=sft_all starts from the same
-            r = dsa.expert(config, "all", config.specialty.names)
-            known[MULTI_TASK] = Subject(MULTI_TASK, r.run_id, base.folder, r.folder / "adapter")
     for name in wanted or []:
         if Path(name).is_dir() and name not in known:
             known[name] = _from_folder(Path(name), base.folder)
     chosen = [name for name in wanted or known if name not in BASELINES]
     for name in chosen:
         if name not in known:
-            options = [*known, MULTI_TASK, *BASELINES]
+            options = [*known, MULTI_TASK, CONTROL, *BASELINES]
             raise UserError(
                 f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, options)}"
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,13 +12,12 @@ from typing import Any, cast
 import torch
 
 from mmedexpert.cards import write_card
-from mmedexpert.data.encode import Encoder
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
+from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora, record_base
-from mmedexpert.merging.apply import apply_deltas_
 from mmedexpert.merging.checkpoint import fingerprint_base
-from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
+from mmedexpert.modules.backbone import add_lora, load_encoder, load_model, start_from_
 from mmedexpert.modules.fit import fit
 from mmedexpert.modules.gba import GbaModule, completion_rows, rollout_stream
 from mmedexpert.ranks import gather, rank, ranks
@@ -35,28 +35,55 @@ from mmedexpert.tracking import log_table
 def run(config: Config) -> dict[str, Run]:
     """The reasoner; with `gba.init=each` one per expert, each on its own specialty."""
     names = config.specialty.names
+    records, _ = records_of(dataset(config), "train", names)
+    if without := [record.id for record in records if record.options is None]:  # told before any expert is trained
+        raise UserError(f"data={config.data.name}: gba needs options in every record, {without[0]} has none")
     if config.gba.init == "each":
-        return {
-            f"reasoner-{name}": reasoner(config, name, [name], {name: dsa.expert(config, name, [name])})
-            for name in names
-        }
-    starts: dict[str, Run] = {}
-    if config.gba.init == "merged_experts":
-        starts = dsa.run(config)
-    elif config.gba.init == "sft_all":
-        starts = {"all": dsa.expert(config, "all", names)}
-    return {"reasoner": reasoner(config, config.gba.name, names, starts)}
+        return {f"reasoner-{name}": reasoner(config, name, [name], dsa.expert(config, name, [name])) for name in names}
+    return {"reasoner": reasoner(config, config.gba.name, names, start(config))}
 
 
-def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str, Run]) -> Run:
-    """Train a reasoner from the mean of `starts` (the base when empty).
+def control(config: Config) -> Run:
+    """The control of the perspectives: the reasoner of this config with every weight 0, plain GRPO on the same
+    prompts from the same start. UserError for `gba.init=each`, which has no single one."""
+    if config.gba.init == "each":
+        raise UserError("the control grpo is one reasoner: use gba.init=merged_experts, sft_all or base")
+    plain = replace(config, gba=replace(config.gba, name="grpo", weights=[0.0] * len(PERSPECTIVES)))
+    return run(plain)["reasoner"]
+
+
+def start(config: Config) -> Run | None:
+    """The adapter that one reasoner for all specialties starts from; None where that is the base itself.
+
+    merged_experts: the experts' mean (# ours), as one LoRA; sft_all: one LoRA trained on all data.
+    """
+    names = config.specialty.names
+    if config.gba.init == "sft_all":
+        return dsa.expert(config, "all", names)
+    if config.gba.init != "merged_experts":
+        return None
+    base, experts = base_of(config), dsa.run(config)
+
+    def work(run: Run) -> dict[str, float]:
+        adapters = [LoraAdapter.load(expert.folder / "adapter") for expert in experts.values()]
+        _save_sum(run.folder / "adapter", adapters, [1.0 / len(adapters)] * len(adapters), base.folder, config)
+        return {"experts": float(len(adapters))}
+
+    inputs = {"base": base.identity, **{name: expert.run_id for name, expert in experts.items()}}
+    return stage_run(config, "start", "merged_experts", {"rule": "mean"}, work, inputs)
+
+
+def reasoner(config: Config, name: str, specialties: list[str], start: Run | None) -> Run:
+    """Train a reasoner from the adapter of `start` (the base when None).
 
     `<folder>/update` is the RL update alone, relative to its start; `<folder>/adapter` is start and update as one LoRA
-    on the base. # ours: the mean as start
+    on the base: the policy that was trained.
     """
     base, data = base_of(config), dataset(config)
     settings, lora = config.gba, config.model.lora
     plain = {k: v for k, v in asdict(settings).items() if k not in ("name", "checkpoint_every")}
+    if not settings.scale or not any(settings.weights):  # what then acts on nothing makes no other run
+        plain |= {"weights": [0.0] * len(PERSPECTIVES), "scale": 0.0, "gate": "none"}
     key = {
         "specialties": specialties,
         "gba": plain,
@@ -64,17 +91,14 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
         "reward": {k: v for k, v in asdict(config.reward).items() if k != "name"},
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
     }
-    inputs = {"base": base.identity, "data": data.run_id, **{f"start/{k}": v.run_id for k, v in starts.items()}}
+    inputs = {"base": base.identity, "data": data.run_id} | ({"start": start.run_id} if start else {})
 
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, "train", specialties)
-        if any(record.options is None for record in records):
-            raise UserError(f"data {data.name}: gba needs options in every record, {records[0].id} has none")
         encoder, model = load_encoder(base.folder, loading(config)), load_model(base.folder, loading(config))
-        adapters = [LoraAdapter.load(start.folder / "adapter") for start in starts.values()]
-        weight = 1.0 / max(len(adapters), 1)
-        for adapter in adapters:
-            apply_deltas_(model, ((module, weight * adapter.delta(module)) for module in adapter.modules))
+        starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
+        for adapter in starts:
+            start_from_(model, adapter)
         policy = add_lora(
             model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
             gradient_checkpointing=config.model.gradient_checkpointing,
@@ -116,19 +140,19 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
                 checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
             metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
-        _save(run.folder, policy, encoder, base.folder, adapters, weight)
+        dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
         if rank() > 0:
             return metrics
+        parts = [*starts, LoraAdapter.load(run.folder / "update")]
+        _save_sum(run.folder / "adapter", parts, [1.0] * len(parts), base.folder, config)
         for part, title in (("adapter", "reasoner (GBA)"), ("update", "reasoner's RL update alone (GBA)")):
             write_card(
                 run.folder / part, kind="adapter", title=title, base_model=config.model.name_or_path,
                 base_fingerprint=fingerprint_base(base.folder), specialty=None,
                 method="GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in plain.items())
-                + ("; relative to its start, the mean of the ingredients" if part == "update" else ""),
+                + ("; relative to its start" if part == "update" else ""),
                 data={f"{data.name} ({len(records)} training records)": dsa.licences(records)},
-                ingredients={
-                    name: LoraAdapter.load(start.folder / "adapter").fingerprint for name, start in starts.items()
-                },
+                ingredients={f"start ({settings.init})": adapter.fingerprint for adapter in starts},
                 metrics=None, library_name="peft",
             )  # fmt: skip
         return {**metrics, **_gain(curve)}
@@ -186,13 +210,10 @@ def _gain(curve: Path) -> dict[str, float]:
     return out
 
 
-def _save(
-    folder: Path, policy: Any, encoder: Encoder, base_folder: Path, starts: list[LoraAdapter], weight: float
+def _save_sum(
+    folder: Path, adapters: Sequence[LoraAdapter], weights: Sequence[float], base: Path, config: Config
 ) -> None:
-    dsa.save_adapter(folder / "update", policy, encoder, base_folder)
-    if rank() > 0:
-        return
-    update = LoraAdapter.load(folder / "update")
-    concatenate_lora([*starts, update], [weight] * len(starts) + [1.0], folder / "adapter")
-    encoder.save_pretrained(folder / "adapter")
-    record_base(folder / "adapter", fingerprint_base(base_folder))
+    """A weighted sum of adapters as one adapter, with tokenizer and image processor like any other."""
+    concatenate_lora(adapters, weights, folder)
+    load_encoder(base, loading(config)).save_pretrained(folder)
+    record_base(folder, fingerprint_base(base))
