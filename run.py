@@ -52,7 +52,7 @@ def job(composed: DictConfig) -> None:
             return
         runs = hydra.utils.get_method(config.stage.target)(config)
         if speaks():
-            report.print_result(runs)
+            report.print_explained() if config.runs.explain else report.print_result(runs)
         finished.append((overrides, runs))
     except Exception as error:
         if TRACEBACK:

@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from mmedexpert.checks import typed
-from mmedexpert.comparison import EvalRun, accuracies, aligned, paired, read_runs, seed_rows
+from mmedexpert.comparison import EvalRun, accuracies, aligned, paired, paired_over_seeds, read_runs, seed_rows
 from mmedexpert.errors import UserError
 from mmedexpert.report import csv_text, latex, markdown
 from mmedexpert.stages import report
@@ -44,6 +44,7 @@ def saved(folder: Path, lines, *, done=True, config="eval: {}\n", benchmark=None
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text(config)
     if manifest:
+        manifest.setdefault("recipe", f"{manifest['name']} of {config}")
         (folder / "manifest.json").write_text(json.dumps(manifest))
     if done:
         (folder / "DONE").touch()
@@ -186,6 +187,45 @@ def test_seeds_are_one_model_and_reported_apart(tmp_path):
     told = report.overview(accuracies(runs, num_resamples=20, seed=0) + seed_rows(runs))
     assert [row["model"] for row in told] == [*(run.label for run in runs), "gba (mean \u00b1 std of 3 seeds)"]
     assert told[-1]["robust [95% CI]"] == "50.0 \u00b1 25.0"
+
+
+def arms(tmp_path, verdicts):
+    """Runs of one name: (arm, seed) -> verdicts; each in its own folder with the tree of what it was made from."""
+    paths = []
+    for (weights, seed), right in verdicts.items():
+        folder = tmp_path / "outputs" / "eval" / f"reasoner-{len(paths)}"
+        saved(folder, rows(right), name="reasoner", seed=seed, recipe=f"recipe {weights}")
+        tree = {"stage": "eval", "key": {"gba": {"weights": weights, "steps": 40}}, "seed": seed, "inputs": {}}
+        (folder / "identity.json").write_text(json.dumps(tree))
+        paths.append(str(folder))
+    return paths
+
+
+def test_arms_of_one_name_are_told_apart_and_never_averaged(tmp_path):
+    plain, whole = (0, 0, 0, 0), (1, 1, 1, 1)
+    paths = arms(tmp_path, {
+        (plain, 0): [1, 0, 0, 0], (plain, 1): [1, 1, 0, 0], (whole, 0): [1, 1, 1, 0], (whole, 1): [1, 1, 1, 1],
+    })  # fmt: skip
+    runs = runs_of(*paths)
+    families = ["reasoner (gba.weights=[0,0,0,0])", "reasoner (gba.weights=[1,1,1,1])"]
+    assert [run.label for run in runs] == [f"{family} (seed {s})" for family in families for s in (0, 1)]
+    found = {n["model"]: n for n in seed_rows(runs) if n["protocol"] == "robust"}
+    assert list(found) == families and [n["accuracy"] for n in found.values()] == [0.375, 0.875]
+    # each seed against the control's same seed, and over seeds
+    tests = {n["model"]: n for n in paired(runs, runs[0], seed=0)[0] if n["protocol"] == "robust"}
+    assert {name: (n["against"][-2], n["difference"]) for name, n in tests.items()} == {
+        f"{families[1]} (seed 0)": ("0", 0.5), f"{families[1]} (seed 1)": ("1", 0.5),
+    }  # fmt: skip
+    (over,) = [n for n in paired_over_seeds(runs, runs[0], seed=0) if n["protocol"] == "robust"]
+    assert (over["model"], over["against"], over["seeds"]) == (families[1], families[0], 2)
+    assert over["difference"] == 0.5 and over["std"] == 0.0 and over["ci_low"] <= 0.5 <= over["ci_high"]
+
+
+def test_namesakes_whose_making_is_not_told_keep_their_folders_names(tmp_path):
+    paths = arms(tmp_path, {("[0]", 0): [1, 0], ("[1]", 0): [1, 1]})
+    for path in paths:
+        (Path(path) / "identity.json").unlink()
+    assert [run.label for run in runs_of(*paths)] == ["reasoner-0", "reasoner-1"]
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,9 @@ from transformers import (
 )
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging import checkpoint
-from mmedexpert.merging.adapters import LoraAdapter, check_compatible, concatenate_lora, fingerprint_base, record_base
+from mmedexpert.merging.adapters import LoraAdapter, check_compatible, concatenate_lora, record_base
 from mmedexpert.merging.apply import apply_deltas_, merge_adapters, write_merged
-from mmedexpert.merging.checkpoint import read_checkpoint
+from mmedexpert.merging.checkpoint import fingerprint_base, fingerprint_model, read_checkpoint
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.low_rank import core_space
 from mmedexpert.merging.methods import caci, dare_linear, linear, ties
@@ -330,28 +329,58 @@ def test_adapters_of_another_base_are_refused(base: Path, adapter: Path, tmp_pat
         check_compatible([LoraAdapter.load(adapter)], tmp_path)
 
 
-def test_fingerprint_sees_config_content_and_sampled_content(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fingerprint_sees_config_and_every_byte(base: Path, tmp_path: Path) -> None:
     before = fingerprint_base(base)
-    shutil.copytree(base, tmp_path / "copy")
-    assert fingerprint_base(tmp_path / "copy") == before
-    for low in (checkpoint.HASH_WHOLE_BELOW, 100):
-        monkeypatch.setattr(checkpoint, "HASH_WHOLE_BELOW", low)
-        monkeypatch.setattr(checkpoint, "HASH_BLOCK", 64)
-        same = fingerprint_base(base)
-        text_model(seed=1).save_pretrained(tmp_path / "seed1")
-        assert fingerprint_base(tmp_path / "seed1") != same
-        size = (base / "model.safetensors").stat().st_size
-        with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:  # the last byte is always hashed
-            file.seek(size - 1)
-            last = file.read(1)
-            file.seek(size - 1)
-            file.write(bytes([last[0] ^ 1]))
-        assert fingerprint_base(tmp_path / "copy") != same
-        shutil.copy(base / "model.safetensors", tmp_path / "copy")
-    edit_json(tmp_path / "copy" / "config.json", rms_norm_eps=1.0)
-    assert fingerprint_base(tmp_path / "copy") != same
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    assert fingerprint_base(copy) == before
+    weights = (base / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    for place in (header, header + (len(weights) - header) // 3, len(weights) - 1):
+        (copy / "model.safetensors").write_bytes(weights[:place] + bytes([weights[place] ^ 1]) + weights[place + 1 :])
+        assert fingerprint_base(copy) != before, place
+    (copy / "model.safetensors").write_bytes(weights)
+    assert fingerprint_base(copy) == before
+    edit_json(copy / "config.json", rms_norm_eps=1.0)
+    assert fingerprint_base(copy) != before
+
+
+def test_a_model_answers_by_its_tokenizer_template_and_image_processor_too(base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    seen = [fingerprint_model(copy)]
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        for content in ("{}", "{ }"):
+            (copy / name).write_text(content)
+            seen.append(fingerprint_model(copy))
+    assert len(set(seen)) == len(seen) and fingerprint_base(copy) == fingerprint_base(base)
+    (copy / "README.md").write_text("a card decides nothing")
+    assert fingerprint_model(copy) == seen[-1]
+
+
+def test_an_adapter_of_another_base_is_refused_by_the_name_it_carries(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    named = {"org/other-7B": False, f"/elsewhere/{base.name}": True, str(base): True, "": True}
+    for name, fits in named.items():
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=name)
+        if fits:
+            check_compatible([LoraAdapter.load(adapter)], base)
+        else:
+            with pytest.raises(UserError, match=r"trained on org/other-7B, and this base is "):
+                check_compatible([LoraAdapter.load(adapter)], base)
+    hub = tmp_path / "models--org--other-7B" / "snapshots" / "abc"
+    shutil.copytree(base, hub)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/other-7B")
+    check_compatible([LoraAdapter.load(adapter)], hub)
+
+
+def test_an_adapters_identity_has_its_scaling(adapter: Path) -> None:
+    before = LoraAdapter.load(adapter).fingerprint
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="elsewhere")
+    assert LoraAdapter.load(adapter).fingerprint == before
+    edit_json(adapter / "adapter_config.json", lora_alpha=77)
+    assert LoraAdapter.load(adapter).fingerprint != before
 
 
 # --- applying and writing --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmedexpert.errors import UserError
 from mmedexpert.evaluate import PROTOCOLS, vote
+from mmedexpert.identity import labels_of
 from mmedexpert.stats import across_seeds, cluster_bootstrap_ci, holm, mcnemar_exact, paired_cluster_bootstrap
 
 PAIRED_RESAMPLES = 10_000  # ours: the smallest p is 0.0002, so that Holm over 100 comparisons can still find one
@@ -36,7 +37,8 @@ class Question:
 class EvalRun:
     """One model's predictions on one benchmark (empty: not named by the run). `label` names it in the tables.
 
-    `seed_of` is shared by the runs of one model under several seeds, None for a run that stands alone.
+    `recipe` is all that it was made from but the seed (empty: not told), `family` its name in the tables without the
+    seed; `seed_of` is the family of runs under several seeds, None for a run that stands alone.
     """
 
     path: Path
@@ -44,9 +46,11 @@ class EvalRun:
     benchmark: str
     seed: int | None
     settings: str
+    recipe: str
     questions: dict[str, Question]
     notes: tuple[str, ...] = ()
     label: str = ""
+    family: str = ""
     seed_of: str | None = None
 
     @property
@@ -57,8 +61,8 @@ class EvalRun:
 def read_runs(paths: Sequence[str | Path]) -> list[EvalRun]:
     """The runs in these eval run folders (which must be finished) or predictions.jsonl files, each with its label.
 
-    Runs of equal name and settings whose seeds all differ are one model under several seeds. What its training was
-    given is not compared: the names must tell different models apart.
+    Runs of one recipe whose seeds all differ are one model under several seeds. Namesakes of different recipes (arms of
+    an ablation) are told apart by the settings in which they differ.
 
     Raises:
         UserError: no path, the same one twice, a file missing or unfinished, or a line that is no prediction.
@@ -81,18 +85,30 @@ def read_runs(paths: Sequence[str | Path]) -> list[EvalRun]:
     labelled = []
     for run in runs:
         namesakes = [r for r in runs if (r.benchmark, r.model) == (run.benchmark, run.model)]
-        family = [r for r in namesakes if r.settings == run.settings]
-        seeds = [r.seed for r in family]
-        if len(family) > 1 and None not in seeds and len(set(seeds)) == len(seeds) and len(family) == len(namesakes):
-            labelled.append(replace(run, label=f"{run.model} (seed {run.seed})", seed_of=run.model))
+        same = [r for r in namesakes if r.recipe == run.recipe]
+        family = run.model
+        if len(same) < len(namesakes):
+            first = {r.recipe: r.path.parent for r in reversed(namesakes)}
+            told = labels_of(first)
+            different = len(set(told.values())) == len(told) and all(told.values())
+            family = f"{run.model} ({told[run.recipe]})" if different else _place(run)
+        seeds = [r.seed for r in same]
+        if len(same) > 1 and run.recipe and None not in seeds and len(set(seeds)) == len(seeds):
+            labelled.append(replace(run, label=f"{family} (seed {run.seed})", family=family, seed_of=family))
         else:
-            # without a run folder the file's own place is the only name that differs
-            unique = run.path.parent.name if run.path.name == "predictions.jsonl" else run.path.stem
-            labelled.append(replace(run, label=run.model if len(namesakes) == 1 else unique))
+            label = family if len(same) == 1 else _place(run)
+            labelled.append(replace(run, label=label, family=label))
     names = [(run.benchmark, run.label) for run in labelled]
     return [
-        run if names.count((run.benchmark, run.label)) == 1 else replace(run, label=str(run.path)) for run in labelled
-    ]
+        run if names.count((run.benchmark, run.label)) == 1
+        else replace(run, label=str(run.path), family=str(run.path), seed_of=None)
+        for run in labelled
+    ]  # fmt: skip
+
+
+def _place(run: EvalRun) -> str:
+    """The name of a run's folder, or of its file: all that differs where nothing else is known."""
+    return run.path.parent.name if run.path.name == "predictions.jsonl" else run.path.stem
 
 
 def _read_run(file: Path) -> EvalRun:
@@ -127,6 +143,7 @@ def _read_run(file: Path) -> EvalRun:
     notes += [] if manifest else [f"{model}: no manifest.json beside {file}, so its seed is not known"]
     return EvalRun(
         path=file, model=model, benchmark=benchmark, seed=manifest.get("seed"),
+        recipe=str(manifest.get("recipe") or ""),
         settings=config.read_text(encoding="utf-8") if config.is_file() else "", questions=questions,
         notes=tuple(notes),
     )  # fmt: skip
@@ -250,7 +267,8 @@ def seed_rows(runs: Sequence[EvalRun]) -> list[Number]:
 
 
 def paired(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -> tuple[list[Number], list[str]]:
-    """Every other run minus the reference on the same questions: `against`, and on other benchmarks its namesake.
+    """Every other run minus the reference on the same questions: the run of `against`'s family under the same seed,
+    else `against`; on other benchmarks its namesake.
 
     p by McNemar (exact; takes questions as independent) and by paired bootstrap clustered on images, each also adjusted
     by Holm over all comparisons of the report under one protocol (the two protocols read the same responses).  # ours
@@ -261,13 +279,14 @@ def paired(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -> tuple[lis
     numbers: list[Number] = []
     notes = []
     for benchmark, members in by_benchmark(runs):
-        reference = _reference(members, against)
-        if reference is None:
+        if _reference(members, against, against.seed) is None:
             notes.append(f"{benchmark}: nothing to compare with, {against.label} was not run there")
             continue
-        clusters = [q.image_group for q in reference.questions.values()]
+        clusters = [q.image_group for q in members[0].questions.values()]
         for run in members:
-            for protocol in PROTOCOLS if run is not reference else ():
+            reference = _reference(members, against, run.seed) or _reference(members, against, against.seed)
+            assert reference is not None
+            for protocol in PROTOCOLS if run.family != reference.family else ():
                 a = np.array([q.correct[protocol] for q in run.questions.values()])
                 b = np.array([q.correct[protocol] for q in reference.questions.values()])
                 difference, low, high, p = paired_cluster_bootstrap(
@@ -288,10 +307,41 @@ def paired(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -> tuple[lis
     return numbers, notes
 
 
-def _reference(members: Sequence[EvalRun], against: EvalRun) -> EvalRun | None:
-    """The run of the reference's model among these: itself, else the one of its seed, else the only one."""
-    same = [run for run in members if run.path == against.path] or [r for r in members if r.model == against.model]
-    of_seed = [run for run in same if run.seed == against.seed]
+def _reference(members: Sequence[EvalRun], against: EvalRun, seed: int | None) -> EvalRun | None:
+    """The run of the reference's family under this seed among these; under its own seed, else its only one."""
+    same = [run for run in members if run.family == against.family] or [r for r in members if r.model == against.model]
+    of_seed = [run for run in same if run.seed == seed]
     if len(of_seed) == 1:
         return of_seed[0]
     return same[0] if len(same) == 1 else None
+
+
+def paired_over_seeds(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -> list[Number]:
+    """Each family that ran under two or more of the reference's seeds, minus the reference: of every question the mean
+    over the seeds is compared, and the spread of the difference over seeds stands beside it.  # ours
+
+    The interval (95%, paired bootstrap clustered on images) says how much the questions matter, `std` the training.
+    """
+    numbers: list[Number] = []
+    for benchmark, members in by_benchmark(runs):
+        references = {run.seed: run for run in members if run.family == against.family and run.seed_of}
+        for family in dict.fromkeys(run.seed_of for run in members if run.seed_of not in (None, against.family)):
+            pairs = [(run, references[run.seed]) for run in members if run.seed_of == family and run.seed in references]
+            for protocol in PROTOCOLS if len(pairs) > 1 else ():
+                ours, theirs = (
+                    np.array(
+                        [[q.correct[protocol] for q in pair[side].questions.values()] for pair in pairs], dtype=float
+                    )
+                    for side in (0, 1)
+                )
+                clusters = [q.image_group for q in pairs[0][0].questions.values()]
+                difference, low, high, p = paired_cluster_bootstrap(
+                    ours.mean(0), theirs.mean(0), clusters, num_resamples=PAIRED_RESAMPLES, seed=seed
+                )
+                _, std, count = across_seeds((ours - theirs).mean(1))
+                numbers.append({
+                    "table": "paired_seeds", "benchmark": benchmark, "model": family, "against": against.family,
+                    "protocol": protocol, "n": len(clusters), "seeds": count, "difference": difference,
+                    "ci_low": low, "ci_high": high, "std": std, "p_bootstrap": None if math.isnan(p) else p,
+                })  # fmt: skip
+    return numbers

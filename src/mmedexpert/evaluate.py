@@ -53,6 +53,22 @@ def perspectives_of(identity: str, setting: str) -> tuple[str | None, ...]:
     return (None if setting == "none" else setting,)
 
 
+def asks_of(
+    questions: QuestionSet, *, protocol: str, perspectives: str, blank: Path | None = None
+) -> list[tuple[Record, str | None, Ask]]:
+    """What a model is asked: each record under each of its perspectives, in order (see `predict`)."""
+    asked: list[tuple[Record, str | None, Ask]] = []
+    for record in questions.records:
+        images = tuple(blank or questions.image_root / name for name in record.images)
+        for perspective in (None,) if protocol == "medevalkit" else perspectives_of(record.id, perspectives):
+            if protocol == "medevalkit":
+                text = questions.ask(record)
+            else:
+                text = prompt_text(record, instructions()[perspective] if perspective else "")
+            asked.append((record, perspective, Ask(record.id, text, images)))
+    return asked
+
+
 def predict(
     engine: Engine,
     questions: QuestionSet,
@@ -69,15 +85,7 @@ def predict(
     perspectives, robust in those of training. `blank` is shown in place of every image (a baseline: what the text
     alone gives away).
     """
-    asked: list[tuple[Record, str | None, Ask]] = []
-    for record in questions.records:
-        images = tuple(blank or questions.image_root / name for name in record.images)
-        for perspective in (None,) if protocol == "medevalkit" else perspectives_of(record.id, perspectives):
-            if protocol == "medevalkit":
-                text = questions.ask(record)
-            else:
-                text = prompt_text(record, instructions()[perspective] if perspective else "")
-            asked.append((record, perspective, Ask(record.id, text, images)))
+    asked = asks_of(questions, protocol=protocol, perspectives=perspectives, blank=blank)
     kept = {_key(row): row for row in read_predictions(path)}
     write_atomic(path, _lines(list(kept.values())))  # without a line that a kill cut off
     todo = [item for item in asked if (item[0].id, item[1]) not in kept]

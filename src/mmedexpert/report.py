@@ -14,10 +14,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.runs import Run
+from mmedexpert.runs import Run, explained
 
 Row = dict[str, str]
-LEFT = ("benchmark", "model", "job", "stage", "name", "folder", "protocol", "source", "numbers")  # columns of text
+LEFT = (
+    "benchmark",
+    "model",
+    "job",
+    "stage",
+    "name",
+    "folder",
+    "protocol",
+    "source",
+    "numbers",
+    "run_id",
+    "state",
+    "why",
+)  # columns of text
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -127,6 +140,17 @@ def print_result(runs: Mapping[str, Run]) -> None:
     ]
     if rows:
         print_table(rows, "Runs")
+
+
+def print_explained() -> None:
+    """The table of `runs.explain=true`: each run of this job, once, whether it would be reused, and why."""
+    rows = list({row["run_id"]: row for row in explained}.values())
+    explained.clear()
+    print_table(
+        rows,
+        "Runs",
+        "Nothing was trained or asked. made: no result of this is here; resumed: goes on from its checkpoint.",
+    )
 
 
 def benchmark_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:

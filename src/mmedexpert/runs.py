@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -27,12 +26,16 @@ from rich.console import Console
 
 from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
+from mmedexpert.identity import FILE as IDENTITY
+from mmedexpert.identity import FORMAT, recipe_of, remember, run_id, why_anew
 from mmedexpert.ranks import gather, on_all, on_first, rank
 
-FORMAT = 2  # raise when a change of code makes older results wrong to reuse
+# cheap, and what the others are decided by: made also where a command only asks what would be reused
+PREPARING = ("data", "benchmark", "overlap")
 FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
 console = Console(stderr=True)
 _told: set[Path] = set()  # folders this command has named already
+explained: list[dict[str, str]] = []  # with runs.explain: of each run whether it is reused, and why
 
 
 @dataclass
@@ -71,12 +74,6 @@ class Run:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
-def run_id(stage: str, key: Mapping[str, Any]) -> str:
-    """Ten hex digits over the stage name and its key (config part, seed, run_ids of the inputs, fingerprints)."""
-    text = json.dumps({"stage": stage, "format": FORMAT, **key}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
 def execute(
     stage: str,
     name: str,
@@ -87,30 +84,48 @@ def execute(
     seed: int,
     inputs: Mapping[str, str] | None = None,
     every_rank: bool = False,
+    trains: bool = True,
+    explain: bool = False,
 ) -> Run:
     """Run `work` in the folder of (stage, name, key), or return at once when that folder is DONE.
 
     `work(run)` returns flat metrics. A failure leaves FAILED and traceback.txt; an interruption leaves the folder for
     the next try, whose `work` finds its checkpoints there. Two processes never work in one folder at once.
 
+    A run is found by what it depends on, whatever its name. `trains`: the seed is one of training, over which results
+    are averaged, not a part of what is asked. With `explain` nothing but preparations is worked on: the run comes back
+    as it is, and `explained` says whether and why it would be made.
+
     Of several ranks rank 0 alone writes. `work` runs on it while the others wait, or with `every_rank` on all; where
     one fails, all raise.
     """
-    inputs = dict(inputs or {})
+    inputs, key = dict(inputs or {}), _plain(dict(key))
     identity = run_id(stage, {**key, "seed": seed, "inputs": inputs})
     run = Run(stage, name, identity, Path(outputs) / stage / f"{name}-{identity}")
+    recipe = run_id(
+        stage, {**key, "inputs": {n: recipe_of(i) for n, i in inputs.items()}} | ({} if trains else {"seed": seed})
+    )
+    remember(identity, recipe)
+    tree = {"stage": stage, "format": FORMAT, "key": key, "seed": seed, "inputs": inputs}
 
     def begin() -> None:
-        _make_folder(run.folder)
-        lock.enter_context(FileLock(run.folder.parent / f".{run.folder.name}.lock"))
+        home = run.folder.parent
+        if not explain or stage in PREPARING:
+            _make_folder(home)
+            lock.enter_context(FileLock(home / f".{identity}.lock"))
+        run.folder = next(iter(sorted(home.glob(f"*-{identity}"))), run.folder)  # equal, under another name
+        run.reused = run.done
+        if explain:
+            explained.append(_explained(run, tree))
         if run.done:
-            run.reused = True
             _tell(run.folder, f"[dim]{stage:>8}  {name}  reused {run.folder}[/dim]")
-            return
-        _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
-        for marker in ("FAILED", "traceback.txt"):
-            (run.folder / marker).unlink(missing_ok=True)
-        write_atomic(run.folder / "config.yaml", yaml.safe_dump(_plain(dict(key)), sort_keys=False).encode())
+        elif not explain or stage in PREPARING:
+            run.folder.mkdir(exist_ok=True)
+            _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
+            for marker in ("FAILED", "traceback.txt"):
+                (run.folder / marker).unlink(missing_ok=True)
+            write_atomic(run.folder / "config.yaml", yaml.safe_dump(key, sort_keys=False).encode())
+            write_json(run.folder / IDENTITY, {**tree, "recipe": recipe})
 
     def finish() -> None:
         wall = round(time.perf_counter() - start, 3)
@@ -120,8 +135,8 @@ def execute(
 
     with ExitStack() as lock:
         on_first(begin)
-        run.reused = gather(run.reused)[0]
-        if run.reused:
+        run.folder, run.reused = gather((run.folder, run.reused))[0]
+        if run.reused or (explain and stage not in PREPARING):
             return run
         start = time.perf_counter()
         try:
@@ -137,6 +152,18 @@ def execute(
                 _failed(run.folder, str(error), traceback.format_exc())
             raise
     return run
+
+
+def _explained(run: Run, tree: Mapping[str, Any]) -> dict[str, str]:
+    if run.done:
+        state, why = "reused", "nothing that it depends on has changed"
+    elif run.folder.exists():
+        state, why = "resumed", "an earlier try did not finish"
+        if (run.folder / "FAILED").exists():
+            why += f": {' '.join((run.folder / 'FAILED').read_text(encoding='utf-8').split())[:200]}"
+    else:
+        state, why = "made", why_anew(run.folder.parent, tree)
+    return {"stage": run.stage, "name": run.name, "run_id": run.run_id, "state": state, "why": why}
 
 
 def _failed(folder: Path, error: str, trace: str) -> None:
@@ -202,6 +229,8 @@ def _manifest(run: Run, seed: int, inputs: dict[str, str], wall: float) -> dict[
         "seed": seed,
         "device": device,
         "inputs": inputs,
+        "recipe": recipe_of(run.run_id),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "wall_seconds": wall,
         "phase_seconds": run.seconds,
         "peak_memory_bytes": peak,

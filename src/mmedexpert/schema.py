@@ -139,6 +139,7 @@ class EndpointConfig:
 
     base_url: str | None = None
     model: str | None = None
+    revision: str | None = None
     api_key_env: str | None = None
     concurrency: int = 16
     timeout_s: float = 300.0
@@ -210,6 +211,11 @@ class PathsConfig:
 
 
 @dataclass
+class RunsConfig:
+    explain: bool = False
+
+
+@dataclass
 class DebugConfig:
     name: str = "none"
     traceback: bool = False
@@ -234,6 +240,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    runs: RunsConfig = field(default_factory=RunsConfig)
     protocol: str = "auto"
     seed: int = 0
 

@@ -15,6 +15,7 @@ from typing import Any
 from mmedexpert.data.images import check_image
 from mmedexpert.data.record import KINDS, SPLITS, Record, Trace
 from mmedexpert.errors import UserError
+from mmedexpert.fingerprints import file_digest
 from mmedexpert.progress import track
 
 RECORDS, DATASET = "records.jsonl", "dataset.json"
@@ -28,11 +29,17 @@ Bad = list[tuple[str, str]]  # (record id, reason)
 
 
 def save_records(
-    records: Sequence[Record], folder: Path, image_root: Path, *, skipped: Sequence[tuple[str, str]] = ()
+    records: Sequence[Record],
+    folder: Path,
+    image_root: Path,
+    *,
+    skipped: Sequence[tuple[str, str]] = (),
+    source_root: Path | None = None,
 ) -> None:
     """Write `records.jsonl` (one JSON object per line, the keys of Record) and `dataset.json`, each atomically.
 
-    `image_root` is stored relative when it is `folder` or lies in it (the folder can then be moved), else absolute.
+    `image_root` is stored relative when it is `folder` or lies in it (the folder can then be moved), else absolute;
+    where it lies in `source_root`, what the records were read from, `move_root` can follow that one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     root, home = image_root.resolve(), folder.resolve()
@@ -43,12 +50,28 @@ def save_records(
             row[specialty] = row.get(specialty, 0) + 1
     dataset = {
         "image_root": root.relative_to(home).as_posix() if root.is_relative_to(home) else root.as_posix(),
+        "source_root": source_root and source_root.resolve().as_posix(),
         "counts": counts,
         "skipped": [{"id": record_id, "reason": reason} for record_id, reason in skipped],
     }
     lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
     write_atomic(folder / RECORDS, lines.encode())
     write_atomic(folder / DATASET, (json.dumps(dataset, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def move_root(folder: Path, source_root: Path | None) -> None:
+    """Let records whose images lie in their source find them where it lies now: its place is not its content."""
+    try:
+        dataset = json.loads((folder / DATASET).read_text(encoding="utf-8"))
+        before, images = dataset["source_root"], Path(dataset["image_root"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # `load_records` says what is wrong
+    if source_root is None or before is None or not images.is_absolute() or not images.is_relative_to(before):
+        return
+    now = source_root.resolve()
+    if now != Path(before):
+        moved = {"image_root": (now / images.relative_to(before)).as_posix(), "source_root": now.as_posix()}
+        write_atomic(folder / DATASET, (json.dumps({**dataset, **moved}, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def load_records(folder: Path) -> tuple[list[Record], Path]:
@@ -128,10 +151,10 @@ def fingerprint(records: Sequence[Record], image_root: Path) -> str:
         digest.update(line.encode() + b"\n")
     for name in track(sorted({name for record in records for name in record.images}), "fingerprint of images"):
         try:
-            data = (image_root / name).read_bytes()
+            content = file_digest(image_root / name)
         except OSError as error:
             raise UserError(f"image {image_root / name} cannot be read ({error.strerror}): restore it") from error
-        digest.update(f"{name}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()
 
 

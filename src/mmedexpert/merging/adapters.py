@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmedexpert.errors import UserError
+from mmedexpert.fingerprints import file_digest
 from mmedexpert.merging.checkpoint import (
     StoredTensor,
     fingerprint_base,
@@ -74,9 +75,10 @@ class LoraAdapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the adapter's safetensors file."""
-        with (self.folder / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """sha256 of all that makes the update: the factors' file, and rank, alpha and the like of the config."""
+        about = {key: value for key, value in self.config.items() if key != "base_model_name_or_path"}
+        text = json.dumps(about, sort_keys=True) + file_digest(self.folder / WEIGHTS)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         """A [r, in] and B [out, r] in fp32, and the scaling: alpha / r, or alpha / sqrt(r) for rsLoRA (2312.03732)."""
@@ -134,9 +136,21 @@ class Trained(Protocol):
 
 
 def check_compatible(adapters: Sequence[Trained], base_folder: str | Path) -> None:
-    """UserError unless every adapter was trained on this base (where that was recorded) and fits its shapes."""
+    """UserError unless every adapter was trained on this base and fits its shapes.
+
+    What we trained has its base's fingerprint beside it; of others the base's name, as PEFT recorded it, must be one
+    of this base's names.
+    """
     base = Path(base_folder)
     tensors = read_checkpoint(base)
+    for adapter in adapters:
+        named = adapter.base if isinstance(adapter, LoraAdapter) else ""
+        if not adapter.base_fingerprint and named and not _is_named(base, named):
+            raise UserError(
+                f"adapter {adapter.folder} says it was trained on {named}, and this base is {base}: give its own base "
+                f"as model.name_or_path, in a folder of its name; or, if this is it, write its place as "
+                f"base_model_name_or_path into {adapter.folder / CONFIG}"
+            )
     recorded = [adapter for adapter in adapters if adapter.base_fingerprint]
     actual = fingerprint_base(base) if recorded else None
     for adapter in recorded:
@@ -151,6 +165,16 @@ def check_compatible(adapters: Sequence[Trained], base_folder: str | Path) -> No
                     f"adapter {adapter.folder} does not fit base {base}: {name} is {list(shape)} in the adapter and "
                     f"{list(tensors[name].shape)} in the base; use its own base"
                 )
+
+
+def _is_named(base: Path, named: str) -> bool:
+    """Whether a base's folder, or the hub's name in its path, is what an adapter calls its base."""
+    if Path(named).is_dir():
+        return Path(named).resolve() == base.resolve() or fingerprint_base(named) == fingerprint_base(base)
+    hub = [part.removeprefix("models--").replace("--", "/") for part in base.parts if part.startswith("models--")]
+    names = {hub[-1] if hub else base.resolve().name, str(read_json(base / "config.json").get("_name_or_path") or "")}
+    last = named.rstrip("/").rpartition("/")[2].casefold()  # a place on another machine still tells the name
+    return any(name and last == name.rstrip("/").rpartition("/")[2].casefold() for name in names)
 
 
 def concatenate_lora(adapters: Sequence[LoraAdapter], weights: Sequence[float], out_folder: str | Path) -> None:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmedexpert.errors import UserError
+from mmedexpert.fingerprints import file_digest
 
-HASH_WHOLE_BELOW = 64 * 2**20  # ours: larger files are sampled
-HASH_BLOCK = 2**20  # ours
-HASH_BLOCKS = 32  # ours: sampled blocks per file, 32 MB of each shard of a 7B model
+# what `load_encoder` reads, by how the names start
+READ_BESIDE_WEIGHTS = (
+    "tokenizer", "vocab", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -122,30 +124,23 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 
 def fingerprint_base(folder: str | Path) -> str:
-    """The identity of a saved model: sha256 over its config.json and every safetensors file, name and size.
+    """The identity of a saved model's weights: sha256 over its config.json and every byte of its safetensors files.
 
-    Files under 64 MB are hashed whole; of larger ones the header and 32 evenly spaced blocks of 1 MB (ours): enough to
-    tell bases and fine-tunes apart, not proof against a change of single weights.
+    What an adapter belongs to; tokenizer and image processor are no part of it (`fingerprint_model`).
     """
-    files = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(Path(folder)))
-    return _fingerprint(json.dumps(read_json(Path(folder) / "config.json"), sort_keys=True), files)
-
-
-@cache  # a command asks for the same base many times
-def _fingerprint(config: str, files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.sha256(config.encode())
-    for file, size, _ in files:
+    digest = hashlib.sha256(json.dumps(read_json(Path(folder) / "config.json"), sort_keys=True).encode())
+    for file in weight_files(Path(folder)):
         with open_safetensors(file):  # whole, and with a sound header
-            digest.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as opened:
-            if size < HASH_WHOLE_BELOW:
-                digest.update(opened.read())
-                continue
-            start = _header(file)[1]
-            digest.update(opened.read(start))
-            for i in range(HASH_BLOCKS):
-                opened.seek(start + i * (size - start - HASH_BLOCK) // (HASH_BLOCKS - 1))
-                digest.update(opened.read(HASH_BLOCK))
+            digest.update(f"{file.name}:{file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_model(folder: str | Path) -> str:
+    """The identity of all that a saved model answers by: its weights, tokenizer, chat template and image processor."""
+    digest = hashlib.sha256(fingerprint_base(folder).encode())
+    for file in sorted(Path(folder).iterdir()):
+        if file.name.startswith(READ_BESIDE_WEIGHTS) and file.is_file():
+            digest.update(f"{file.name}:{file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 

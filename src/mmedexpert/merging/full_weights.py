@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmedexpert.errors import UserError
+from mmedexpert.fingerprints import file_digest
 from mmedexpert.merging.adapters import recorded_base
 from mmedexpert.merging.checkpoint import StoredTensor, read_checkpoint
 
@@ -56,8 +57,7 @@ class FullWeights:
         """sha256 of its safetensors files, in the order of their names."""
         digest = hashlib.sha256()
         for path in sorted({tensor.file for tensor in self.own.values()}):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_digest(path).encode())
         return digest.hexdigest()
 
     def touches(self, name: str) -> bool:

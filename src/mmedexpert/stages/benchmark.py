@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from hydra.utils import get_method, instantiate
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import Bad, fingerprint, image_faults, load_records, save_records
+from mmedexpert.data.records_io import Bad, fingerprint, image_faults, load_records, move_root, save_records
 from mmedexpert.errors import UserError
 from mmedexpert.evaluate import QuestionSet
 from mmedexpert.runs import Run
@@ -18,6 +18,7 @@ from mmedexpert.schema import BenchmarkConfig, Config
 from mmedexpert.stages.common import stage_run
 from mmedexpert.stages.contamination import compare, counts
 from mmedexpert.stages.data import root_fingerprint
+from mmedexpert.versions import source_of, version_of, versions
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -31,7 +32,8 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
     Raises UserError where the folder is not this benchmark's, or nothing of it can be asked.
     """
     if benchmark.root is not None:
-        root, key = Path(benchmark.root), {"root": root_fingerprint(Path(benchmark.root))}
+        root = Path(benchmark.root)
+        key = {"root": root_fingerprint(root, Path(config.paths.outputs))}
     else:
         root = download(benchmark)
         key = {"root": f"{benchmark.repo}@{root.name}"}  # the hub's folder is named by the commit
@@ -44,7 +46,7 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
         if not records:
             reasons = "; ".join(reason for _, reason in [*bad, *broken][:1])
             raise UserError(f"benchmark {benchmark.name}: no question in {root} can be asked ({reasons})")
-        save_records(records, run.folder, image_root, skipped=[*bad, *broken])
+        save_records(records, run.folder, image_root, skipped=[*bad, *broken], source_root=root)
         own = _own_training_part(config, benchmark, root, run, records, image_root)
         run.notes |= {
             "own_training_part": own,
@@ -54,9 +56,13 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
         }
         return {"questions": float(len(records)), "left_out": float(len(bad) + len(broken))}
 
-    # the place of the images is part of the folder, not of what is asked: predictions follow `data_fingerprint`
-    where = {"place": str(root.resolve())} if benchmark.root is not None else {}
-    return stage_run(config, "benchmark", benchmark.name, {"load": benchmark.load, **key, **where}, work, seed=0)
+    target = benchmark.load["_target_"]
+    rules = {**versions("images"), target: version_of(target)}
+    rules |= {shared: source_of(f"mmedexpert.benchmarks.{shared}") for shared in ("parquet", "unpack")}
+    parts = {"load": benchmark.load, "train_split": benchmark.train_split, "rules": rules, **key}
+    run = stage_run(config, "benchmark", benchmark.name, parts, work, seed=0)
+    move_root(run.folder, root)
+    return run
 
 
 def _own_training_part(

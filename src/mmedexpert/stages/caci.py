@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from mmedexpert.benchmarks import medevalkit
 from mmedexpert.cards import write_card
-from mmedexpert.data.records_io import write_atomic
+from mmedexpert.data.records_io import fingerprint, write_atomic
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.evaluate import QuestionSet, predict
 from mmedexpert.merging.apply import merge_adapters
@@ -30,6 +30,7 @@ from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.summary import Summary
 from mmedexpert.tracking import log_metrics, log_table
+from mmedexpert.versions import text_of, version_of, versions
 
 SEARCH_SPLIT = "val"  # never test, and never trained on
 
@@ -102,12 +103,13 @@ def merged(config: Config) -> Run:
                 )  # fmt: skip
         return metrics
 
-    key: dict[str, Any] = {"merge": settings.method}
+    target = str((settings.method or {}).get("_target_", ""))
+    key: dict[str, Any] = {"merge": settings.method, "rules": {target: version_of(target)}}
     inputs = {"base": base.identity, **{name: r.run_id for name, r in runs.items()}}
     if settings.lora_rank is not None:
         key["lora_rank"] = settings.lora_rank
     if search is not None:
-        key["search"], inputs["data"] = search.key, search.data.run_id
+        key["search"], inputs["data"] = search.key, search.content
     return stage_run(config, "caci", settings.name, key, work, inputs)
 
 
@@ -118,13 +120,15 @@ class _Search:
         self.config, self.data = config, dataset(config)
         self.points = grid_points(config.merge.search or {})
         records, image_root = records_of(self.data, SEARCH_SPLIT, config.specialty.names)
-        name = f"{self.data.name}-{SEARCH_SPLIT}"
+        name, self.content = f"{self.data.name}-{SEARCH_SPLIT}", fingerprint(records, image_root)
         self.questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
         self.protocol = "robust" if config.eval.protocol == "auto" else config.eval.protocol
         self.key = {
             "grid": config.merge.search, "split": SEARCH_SPLIT, "specialties": config.specialty.names,
             "protocol": self.protocol, "perspectives": config.eval.perspectives,
             "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
+            "rules": versions("prompts", "rotate", "metrics", "stats", self.protocol),
+            "instructions": text_of("perspectives.yaml"),
         }  # fmt: skip
 
     def rows(

@@ -14,9 +14,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import load_records
+from mmedexpert.data.records_io import fingerprint, load_records
 from mmedexpert.errors import UserError, suggestion
-from mmedexpert.modules.backbone import Loading
+from mmedexpert.modules.backbone import Loading, attention
 from mmedexpert.ranks import rank, ranks
 from mmedexpert.runs import Run, execute
 from mmedexpert.schema import Config
@@ -92,9 +92,20 @@ def loading(config: Config) -> Loading:
 
 
 def model_key(config: Config) -> dict[str, Any]:
-    """What of the model's config changes a result: not its name, path or attention kernel."""
+    """What of the model's config changes a result: not its name or path."""
     model = config.model
-    return {key: getattr(model, key) for key in ("dtype", "min_pixels", "max_pixels", "system_prompt")}
+    key = {key: getattr(model, key) for key in ("dtype", "min_pixels", "max_pixels", "system_prompt")}
+    return {**key, "attention": attention(model.attn_implementation, device_of(config))}
+
+
+def training_key(config: Config) -> dict[str, Any]:
+    """What of the trainer's config changes a result: precision; and where dropout draws masks pass by pass, how a step
+    is cut into passes and devices (elsewhere both move nothing but roundings)."""
+    trainer = config.trainer
+    key: dict[str, Any] = {"precision": trainer.precision}
+    if config.model.lora.dropout:
+        key |= {"micro_batch_tokens": trainer.micro_batch_tokens, "devices": ranks()}
+    return key
 
 
 def stage_run(
@@ -108,10 +119,11 @@ def stage_run(
     seed: int | None = None,
     every_rank: bool = False,
 ) -> Run:
-    """`runs.execute` with the config's output folder and, if no other is given, its seed."""
-    seed = config.seed if seed is None else seed
-    outputs = config.paths.outputs
-    return execute(stage, name, key, work, outputs=outputs, seed=seed, inputs=inputs, every_rank=every_rank)
+    """`runs.execute` with the config's output folder and, if no other is given, its seed, that of training."""
+    return execute(
+        stage, name, key, work, outputs=config.paths.outputs, seed=config.seed if seed is None else seed, inputs=inputs,
+        every_rank=every_rank, trains=seed is None, explain=config.runs.explain,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -138,6 +150,11 @@ def records_of(data: Run, split: str, specialties: list[str]) -> tuple[list[Reco
             f"(data set folder {data.folder})"
         )
     return chosen, image_root
+
+
+def content_of(data: Run, split: str, specialties: list[str]) -> str:
+    """The identity of these records and their images as they lie there now: what a stage reads, and no more."""
+    return fingerprint(*records_of(data, split, specialties))
 
 
 def fit_options(config: Config) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from mmedexpert.contamination import Overlap, fingerprints, overlap, report
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import load_records
+from mmedexpert.data.records_io import fingerprint, load_records
 from mmedexpert.evaluate import QuestionSet
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import stage_run
+from mmedexpert.versions import source_of, versions
 
 
 def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str) -> dict[str, Any]:
@@ -21,10 +22,10 @@ def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str)
 
     `identity` follows the content of the questions.
     """
+    records, image_root = load_records(data.folder)
+    train = [record for record in records if record.split == "train"]
 
     def work(run: Run) -> dict[str, float]:
-        records, image_root = load_records(data.folder)
-        train = [record for record in records if record.split == "train"]
         found = compare(config, (train, image_root), (questions.records, questions.image_root))
         rows = report(found)
         write_json(
@@ -34,7 +35,9 @@ def clean_part(config: Config, data: Run, questions: QuestionSet, identity: str)
         return counts(found)
 
     name = f"{questions.name}-in-{data.name}"
-    run = stage_run(config, "overlap", name, {}, work, {"data": data.run_id, "questions": identity}, seed=0)
+    key = {"rules": {"contamination": source_of("mmedexpert.contamination"), **versions("images")}}
+    inputs = {"data": fingerprint(train, image_root), "questions": identity}
+    run = stage_run(config, "overlap", name, key, work, inputs, seed=0)
     return {**json.loads((run.folder / "overlap.json").read_text(encoding="utf-8")), "found": run.metrics}
 
 

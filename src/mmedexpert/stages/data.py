@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 from hydra.utils import instantiate
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import fingerprint, save_records, validate
+from mmedexpert.data.records_io import fingerprint, move_root, save_records, validate
 from mmedexpert.errors import UserError
+from mmedexpert.fingerprints import folder_digest
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import stage_run
-
-TEXT_FILES = (".csv", ".json", ".jsonl", ".yaml")
+from mmedexpert.versions import text_of, version_of, versions
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -35,8 +34,11 @@ def dataset(config: Config) -> Run:
         "source": source,
         "on_bad_record": settings.on_bad_record,
         "limit": settings.limit,
-        "root": root_fingerprint(root),
+        "root": root_fingerprint(root, Path(config.paths.outputs)),
+        "rules": {**versions("splits", "images"), source["_target_"]: version_of(source["_target_"])},
     }
+    if root is None:  # drawn by the guidelines
+        key["guidelines"] = text_of("guidelines.yaml")
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("build"):
@@ -49,7 +51,7 @@ def dataset(config: Config) -> Run:
             records = first_of_each(records, settings.limit)
         if not records:
             raise UserError(f"data={settings.name} has no usable record in {root or run.folder}")
-        save_records(records, run.folder, image_root, skipped=bad)
+        save_records(records, run.folder, image_root, skipped=bad, source_root=root)
         run.notes["data_fingerprint"] = fingerprint(records, image_root)
         run.notes["skipped_records"] = [{"id": identity, "reason": reason} for identity, reason in bad]
         counts: Counter[str] = Counter()
@@ -60,7 +62,9 @@ def dataset(config: Config) -> Run:
         return {**{k: float(v) for k, v in sorted(counts.items())}, "records/skipped": float(len(bad))}
 
     # its own seed: under every seed of training the same questions are asked
-    return stage_run(config, "data", settings.name, key, work, seed=settings.seed)
+    run = stage_run(config, "data", settings.name, key, work, seed=settings.seed)
+    move_root(run.folder, root)
+    return run
 
 
 def first_of_each(records: list[Record], limit: int) -> list[Record]:
@@ -75,13 +79,10 @@ def first_of_each(records: list[Record], limit: int) -> list[Record]:
 
 
 @cache  # a command asks for its data set many times
-def root_fingerprint(root: Path | None) -> str | None:
-    """Names and sizes of all files and the content of the text files: cheap, and blind to where the folder lies."""
+def root_fingerprint(root: Path | None, outputs: Path) -> str | None:
+    """What a source folder holds, without results that lie in it. UserError where they are one folder."""
     if root is None:
         return None
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
-        if path.suffix in TEXT_FILES:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    if root.resolve() == outputs.resolve():
+        raise UserError(f"paths.outputs={outputs} is the folder of the data: choose another, such as {outputs}/results")
+    return folder_digest(root, leave_out=outputs)

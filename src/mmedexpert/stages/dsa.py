@@ -21,9 +21,19 @@ from mmedexpert.modules.sft import SftModule, sft_stream
 from mmedexpert.ranks import rank, ranks
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
-from mmedexpert.stages.common import fit_options, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.common import (
+    content_of,
+    fit_options,
+    loading,
+    model_key,
+    records_of,
+    stage_logger,
+    stage_run,
+    training_key,
+)
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
+from mmedexpert.versions import text_of, versions
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -42,6 +52,9 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         "dsa": {**asdict(settings), "checkpoint_every": None},
         "lora": asdict(lora),
         "model": model_key(config),
+        "trainer": training_key(config),
+        "rules": versions("prompts", "batches", "optimiser", "sft"),
+        "instructions": text_of("perspectives.yaml"),
     }
 
     def work(run: Run) -> dict[str, float]:
@@ -78,7 +91,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         )  # fmt: skip
         return {"train_records": float(len(records)), **metrics}
 
-    inputs = {"base": base.identity, "data": data.run_id}
+    inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
     return stage_run(config, "dsa", name, key, work, inputs, every_rank=True)
 
 

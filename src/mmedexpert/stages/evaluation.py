@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -13,44 +12,27 @@ from typing import Any
 from peft import PeftModel
 from PIL import Image
 
-from mmedexpert import metrics, scoring, stats, summary
-from mmedexpert.benchmarks import medevalkit, robust
+from mmedexpert.benchmarks import medevalkit
 from mmedexpert.benchmarks.llm_judge import LLMJudge
+from mmedexpert.data.records_io import fingerprint
 from mmedexpert.engines.asking import Engine
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.engines.transformers import TransformersEngine
-from mmedexpert.errors import UserError, suggestion
-from mmedexpert.evaluate import Prediction, QuestionSet, judge_again, majority_engine, predict
-from mmedexpert.merging.adapters import LoraAdapter, check_compatible
-from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.errors import UserError
+from mmedexpert.evaluate import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
 from mmedexpert.modules.backbone import load_encoder, load_model, streamline
+from mmedexpert.privacy import without_password
 from mmedexpert.ranks import rank
-from mmedexpert.runs import Run, write_json
+from mmedexpert.runs import Run, console, write_json
 from mmedexpert.schema import Config, EndpointConfig
-from mmedexpert.stages import benchmark, caci, dsa, gba
-from mmedexpert.stages.common import loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages import benchmark
+from mmedexpert.stages.common import content_of, loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.contamination import clean_part
 from mmedexpert.stages.data import dataset
-from mmedexpert.stages.pretrain import base_of
+from mmedexpert.stages.subjects import Subject, subjects_of
 from mmedexpert.summary import Summary
 from mmedexpert.tracking import log_metrics
-
-BASELINES = ("majority", "blank_image")
-# asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
-# the same prompts without perspectives, what GBA must pass
-MULTI_TASK, CONTROL = "sft_all", "grpo"
-START = "start"  # what the reasoner was trained from
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is asked: a model folder with or without an adapter, a served model, or a baseline."""
-
-    name: str
-    identity: str
-    folder: Path | None = None
-    adapter: Path | None = None
-    blank: bool = False
+from mmedexpert.versions import source_of, text_of, version_of, versions
 
 
 @dataclass(frozen=True)
@@ -74,9 +56,9 @@ def run(config: Config) -> dict[str, Run]:
     sets = []
     for one in config.benchmark.values():  # every benchmark is read before the first question is asked
         source = benchmark.prepared(config, one)
-        notes = source.manifest
-        questions, left_out = benchmark.question_set(one, source), len(notes["left_out"])
-        sets.append(Asked(questions, source, notes["data_fingerprint"], left_out, ["all"], public=True))
+        questions, left_out = benchmark.question_set(one, source), len(source.manifest["left_out"])
+        identity = fingerprint(questions.records, questions.image_root)
+        sets.append(Asked(questions, source, identity, left_out, ["all"], public=True))
     return {f"{asked.questions.name}/{s.name}": _evaluate(config, s, asked) for asked in sets for s in subjects}
 
 
@@ -85,75 +67,32 @@ def _own(config: Config) -> Asked:
     records, image_root = records_of(data, config.eval.split, names)
     name = f"{data.name}-{config.eval.split}"
     questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
-    return Asked(questions, data, data.run_id, 0, names, public=False)
-
-
-def subjects_of(config: Config) -> list[Subject]:
-    """The models to ask, by name or folder; those of the pipeline are trained first where they are not there yet."""
-    if config.engine.name == "openai":
-        model = config.engine.endpoint.model
-        assert model is not None  # checks.check
-        return [Subject(Path(model).name, f"served:{model}")]
-    wanted = config.eval.models
-    if wanted is None and config.benchmark:
-        wanted = ["base"]
-    base = base_of(config)
-    if config.benchmark and "majority" in (wanted or []):
-        raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
-    known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
-    if wanted is None or any(name not in ("base", *BASELINES) and not Path(name).is_dir() for name in wanted):
-        adapters = dsa.run(config)
-        if start := gba.start(config):
-            adapters[START] = start
-        adapters |= gba.run(config)
-        if MULTI_TASK in (wanted or []):
-            adapters[MULTI_TASK] = dsa.expert(config, "all", config.specialty.names)
-        if CONTROL in (wanted or []):
-            adapters[CONTROL] = gba.control(config)
-        for name, r in adapters.items():
-            known[name] = Subject(name, r.run_id, base.folder, r.folder / "adapter")
-        known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
-    for name in wanted or []:
-        if Path(name).is_dir() and name not in known:
-            known[name] = _from_folder(Path(name), base.folder)
-    chosen = [name for name in wanted or known if name not in BASELINES]
-    for name in chosen:
-        if name not in known:
-            options = [*known, MULTI_TASK, CONTROL, *BASELINES]
-            raise UserError(
-                f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, options)}"
-            )
-    subjects = [known[name] for name in chosen]
-    last = (subjects or [known["base"]])[-1]
-    if wanted is None or "majority" in wanted:
-        subjects.append(Subject("majority", "majority"))
-    if wanted is None or "blank_image" in wanted:
-        subjects.append(Subject("blank_image", f"blank:{last.identity}", last.folder, last.adapter, blank=True))
-    return subjects
-
-
-def _from_folder(folder: Path, base: Path) -> Subject:
-    """A merged or adapter run, a PEFT folder or a model folder."""
-    inner = next((folder / part for part in ("model", "adapter") if (folder / part).is_dir()), folder)
-    name = folder.name if inner == folder else folder.name.rpartition("-")[0]
-    if not (inner / "adapter_config.json").is_file():
-        return Subject(name, fingerprint_base(inner), inner)
-    adapter = LoraAdapter.load(inner)
-    check_compatible([adapter], base)
-    return Subject(name, adapter.fingerprint, base, inner)
+    return Asked(questions, data, fingerprint(records, image_root), 0, names, public=False)
 
 
 def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
     """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
     settings, questions = config.eval, asked.questions
     protocol = settings.protocol if settings.protocol != "auto" else ("medevalkit" if asked.public else "robust")
+    perspectives = "none" if subject.name == "majority" else settings.perspectives
+    asks = asks_of(questions, protocol=protocol, perspectives=perspectives)
+    words = json.dumps([(record.id, perspective, ask.text) for record, perspective, ask in asks])
     key: dict[str, Any] = {
-        "ask": questions.ask.__module__ if protocol == "medevalkit" else settings.perspectives,
-        "split": settings.split if not asked.public else "",
+        "asked": hashlib.sha256(words.encode()).hexdigest()[:16],
         "specialties": asked.specialties,
-        "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "engine": config.engine.name,
+        "blank": subject.blank,
     }
+    inputs = {"questions": asked.identity, "model": subject.identity}
+    if subject.name == "majority":
+        key["rules"] = versions("majority")
+        inputs["train"] = content_of(dataset(config), "train", config.specialty.names)
+    else:
+        system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
+        key["model"] = {"system_prompt": system_prompt, "max_new_tokens": config.model.max_new_tokens}
+        if subject.folder is not None:  # not served elsewhere
+            key["model"] = {**model_key(config), **key["model"]}
+            key["rules"] = versions("prompts", "sampling", "images")
     data = dataset(config) if settings.contamination or subject.name == "majority" else None
 
     def summarise(run: Run, rows: list[Prediction]) -> dict[str, float]:
@@ -183,7 +122,7 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
             rows = predict(
                 _engine(config, subject, questions, protocol), questions, run.folder / "predictions.jsonl",
                 protocol=protocol, title=f"{subject.name} {questions.name}",
-                perspectives="none" if subject.name == "majority" else settings.perspectives, blank=blank,
+                perspectives=perspectives, blank=blank,
             )  # fmt: skip
         with run.phase("summarise"):
             flat = summarise(run, rows)
@@ -192,8 +131,13 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
                 log_metrics(logger, {f"eval/{name}": value for name, value in flat.items()})
         return flat
 
-    inputs = {"questions": asked.identity, "model": subject.identity}
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs)
+    if done.reused and subject.folder is None and subject.name != "majority":
+        console.print(
+            f"[yellow]{subject.name}: the server was not asked, its answers are kept from {done.manifest['finished']}; "
+            "if it has another model by now, engine.endpoint.revision=<any new name> asks again[/yellow]",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, questions):
         rows = judge_again(done.folder / "predictions.jsonl", questions)
         write_json(done.folder / "metrics.json", summarise(done, rows))
@@ -244,12 +188,22 @@ def _second_opinion(
 
 
 def _rules(config: Config, questions: QuestionSet) -> str:
-    """What verdicts and numbers depend on beside the replies: the code of the rules and the settings."""
-    modules = [scoring, robust, medevalkit, metrics, stats, summary, inspect.getmodule(questions.judge)]
-    code = "".join(inspect.getsource(module) for module in modules if module is not None)
-    settings = asdict(config.eval)
-    text = code + json.dumps({k: settings[k] for k in ("num_resamples", "contamination", "llm_judge")})
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """What verdicts and numbers depend on beside the replies: rules, guidelines and the settings of the summary."""
+    judge = f"{questions.judge.__module__}.{questions.judge.__name__}"
+    settings = {**asdict(config.eval), "llm_judge": _without_secrets(config.eval.llm_judge)}
+    told = {
+        "rules": {**versions("robust", "medevalkit", "metrics", "stats", "rubrics"), judge: version_of(judge)},
+        "guidelines": text_of("guidelines.yaml"),
+        "summary": source_of("mmedexpert.summary"),
+        "settings": {k: settings[k] for k in ("num_resamples", "contamination", "llm_judge", "protocol")},
+        "seed": config.seed,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_secrets(endpoint: EndpointConfig) -> list[str | None]:
+    """What of a judge's server decides its verdicts: not its speed, nor how it is logged in to."""
+    return [endpoint.base_url and without_password(endpoint.base_url), endpoint.model, endpoint.revision]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -26,10 +26,22 @@ from mmedexpert.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
-from mmedexpert.stages.common import fit_options, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.common import (
+    content_of,
+    fit_options,
+    loading,
+    model_key,
+    records_of,
+    stage_logger,
+    stage_run,
+    training_key,
+)
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.tracking import log_table
+from mmedexpert.versions import text_of, versions
+
+RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "rubrics", "advantages", "losses", "gba")
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -70,7 +82,7 @@ def start(config: Config) -> Run | None:
         return {"experts": float(len(adapters))}
 
     inputs = {"base": base.identity, **{name: expert.run_id for name, expert in experts.items()}}
-    return stage_run(config, "start", "merged_experts", {"rule": "mean"}, work, inputs)
+    return stage_run(config, "start", "merged_experts", {"rules": versions("start")}, work, inputs)
 
 
 def reasoner(config: Config, name: str, specialties: list[str], start: Run | None) -> Run:
@@ -90,8 +102,14 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         "lora": asdict(lora),
         "reward": {k: v for k, v in asdict(config.reward).items() if k != "name"},
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
+        "trainer": training_key(config),
+        "rules": versions(*RULES, config.reward.protocol),
+        "instructions": text_of("perspectives.yaml"),
+        "guidelines": text_of("guidelines.yaml"),
     }
-    inputs = {"base": base.identity, "data": data.run_id} | ({"start": start.run_id} if start else {})
+    inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
+    if start:
+        inputs["start"] = start.run_id
 
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, "train", specialties)

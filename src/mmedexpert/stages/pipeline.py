@@ -12,7 +12,8 @@ from mmedexpert.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
 from mmedexpert.stages.common import records_of, stage_logger, stage_run
-from mmedexpert.stages.evaluation import BASELINES, MULTI_TASK, flatten
+from mmedexpert.stages.evaluation import flatten
+from mmedexpert.stages.subjects import BASELINES, CONTROL, MULTI_TASK, START
 from mmedexpert.tracking import log_metrics, log_table
 
 
@@ -45,7 +46,8 @@ def run(config: Config) -> dict[str, Run]:
     overall = stage_run(
         config, "pipeline", f"{config.model.name}-{config.data.name}", {}, work, {k: r.run_id for k, r in flat.items()}
     )
-    link(overall.folder.parent.parent / "latest", overall.folder)
+    if overall.done:  # or it was only asked what would be made
+        link(overall.folder.parent.parent / "latest", overall.folder)
     return {"pipeline": overall, **flat}
 
 
@@ -59,7 +61,8 @@ def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
         "base": evaluated["base"],
         "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated},
     }
-    models |= {n: evaluated[n] for n in [*done["gba"], *done["caci"], MULTI_TASK, *BASELINES] if n in evaluated}
+    named = [START, *done["gba"], *done["caci"], MULTI_TASK, CONTROL, *BASELINES]
+    models |= {name: evaluated[name] for name in named if name in evaluated}
     if len(done["gba"]) == 1:  # whatever gba.name and merge.name say, readers find these two keys
         models["reasoner"] = evaluated[next(iter(done["gba"]))]
     seconds = {stage: sum(r.manifest["wall_seconds"] for r in runs.values()) for stage, runs in done.items()}

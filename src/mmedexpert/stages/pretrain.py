@@ -13,7 +13,7 @@ import torch
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.phantom import lessons
-from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.merging.checkpoint import fingerprint_model
 from mmedexpert.modules import tiny
 from mmedexpert.modules.backbone import resolve, save_backbone
 from mmedexpert.modules.fit import Stream, batch_indices, fit
@@ -22,13 +22,14 @@ from mmedexpert.progress import track
 from mmedexpert.runs import Run
 from mmedexpert.schema import ArchitectureConfig, Config, PretrainConfig
 from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
+from mmedexpert.versions import versions
 
 
 def base_of(config: Config) -> Base:
     """The base of the pipeline, pretrained here first when the model is built in code."""
     if config.model.name_or_path is not None:
         folder = resolve(config.model.name_or_path, config.model.revision)
-        return Base(folder, fingerprint_base(folder))
+        return Base(folder, fingerprint_model(folder))
     run_ = _pretrain(config)
     return Base(run_.folder / "model", run_.run_id)
 
@@ -44,7 +45,12 @@ def run(config: Config) -> dict[str, Run]:
 def _pretrain(config: Config) -> Run:
     architecture, settings = config.model.architecture, config.pretrain
     assert architecture is not None  # checks.check
-    key = {"architecture": asdict(architecture), "pretrain": {**asdict(settings), "checkpoint_every": None}}
+    key = {
+        "architecture": asdict(architecture),
+        "pretrain": {**asdict(settings), "checkpoint_every": None},
+        "trainer": {"precision": config.trainer.precision},
+        "rules": versions("lessons", "prompts", "batches", "optimiser", "sft"),
+    }
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("prepare"):

@@ -10,13 +10,28 @@ from typing import Any
 
 import yaml
 
-from mmedexpert.comparison import PROTOCOLS, EvalRun, Number, accuracies, aligned, paired, read_runs, seed_rows
+from mmedexpert.comparison import (
+    PROTOCOLS,
+    EvalRun,
+    Number,
+    accuracies,
+    aligned,
+    paired,
+    paired_over_seeds,
+    read_runs,
+    seed_rows,
+)
 from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
 from mmedexpert.report import Row, csv_text, latex, markdown, print_table
 from mmedexpert.runs import Run, run_id, write_json
 from mmedexpert.schema import Config
 
+TABLES = ("accuracy", "seeds", "paired", "paired_seeds", "breakdown")
+OVER_SEEDS = (
+    "In percentage points; of each question the mean over seeds, against the reference under the same seeds. The "
+    "interval says how much the questions matter, the spread over seeds how much the training does."
+)
 PUBLISHED_UNDER = "medevalkit"  # ours: which of our two numbers stands beside those of others
 METHODS = (
     "Accuracy in percent over questions; intervals: 95% bootstrap, clustered on image. Paired: the same questions; "
@@ -51,11 +66,13 @@ def run(config: Config) -> dict[str, Run]:
     numbers = accuracies(runs, num_resamples=config.eval.num_resamples, seed=config.seed) + seed_rows(runs)
     if against is not None:
         tests, missing = paired(runs, against, seed=config.seed)
-        numbers, notes = numbers + tests, notes + missing
+        numbers, notes = numbers + tests + paired_over_seeds(runs, against, seed=config.seed), notes + missing
 
     identity = run_id("report", {"runs": [str(r.path.resolve()) for r in runs], "against": settings.against})
     folder = Path(settings.out) if settings.out else Path(config.paths.outputs) / "report" / f"comparison-{identity}"
     write(folder, runs, numbers, notes, sources)
+    if over_seeds := [_over_seeds(n) for n in numbers if n["table"] == "paired_seeds" and n["protocol"] == "robust"]:
+        print_table(over_seeds, "Paired differences over seeds", OVER_SEEDS)
     print_table(
         overview(numbers), "Comparison", "\n".join([METHODS, *notes, f"{folder}/comparison.md .tex .csv .json"])
     )
@@ -115,10 +132,11 @@ def write(
 
 def sections(numbers: Sequence[Number], sources: Sequence[Source]) -> list[tuple[str, str, list[Row]]]:
     """The tables of the report as (title, note, rows); those without rows are left out."""
-    of = {name: [n for n in numbers if n["table"] == name] for name in ("accuracy", "seeds", "paired", "breakdown")}
+    of = {name: [n for n in numbers if n["table"] == name] for name in TABLES}
     seeds_note = "Mean and standard deviation over training seeds; which questions were asked does not vary here."
     found = [("Accuracy", "", _models(of["accuracy"])), ("Seeds", seeds_note, _seeds(of["seeds"]))]
     found += [("Paired differences", "In percentage points.", [_test(number) for number in of["paired"]])]
+    found += [("Paired differences over seeds", OVER_SEEDS, [_over_seeds(number) for number in of["paired_seeds"]])]
     for benchmark, group in dict.fromkeys((n["benchmark"], n["group"]) for n in of["breakdown"]):
         part = [n for n in of["breakdown"] if (n["benchmark"], n["group"]) == (benchmark, group)]
         for protocol in PROTOCOLS:
@@ -189,6 +207,17 @@ def _test(number: Number) -> Row:
         "McNemar, Holm": _p(number["holm_mcnemar"]),
         "bootstrap p": _p(number["p_bootstrap"]),
         "bootstrap, Holm": _p(number["holm_bootstrap"]),
+    }
+
+
+def _over_seeds(number: Number) -> Row:
+    return _named(number) | {
+        "protocol": number["protocol"],
+        "against": number["against"],
+        "seeds": str(number["seeds"]),
+        "difference [95% CI]": _interval(number, "difference", lambda share: f"{100 * share:+.1f}"),
+        "std over seeds": _percent(number["std"]),
+        "bootstrap p": _p(number["p_bootstrap"]),
     }
 
 

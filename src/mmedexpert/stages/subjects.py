@@ -1,0 +1,121 @@
+"""Who is asked in `stage=eval`: models of the pipeline, references by name, folders, a served model, baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmedexpert.errors import UserError, suggestion
+from mmedexpert.merging.adapters import LoraAdapter, check_compatible
+from mmedexpert.merging.checkpoint import fingerprint_model
+from mmedexpert.privacy import without_password
+from mmedexpert.runs import Run
+from mmedexpert.schema import Config
+from mmedexpert.stages import caci, dsa, gba
+from mmedexpert.stages.common import Base
+from mmedexpert.stages.pretrain import base_of
+
+BASELINES = ("majority", "blank_image")
+START = "start"  # what the reasoner was trained from
+# asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
+# the same prompts without perspectives, what GBA must pass
+MULTI_TASK, CONTROL = "sft_all", "grpo"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked: a model folder with or without an adapter, a served model, or a baseline."""
+
+    name: str
+    identity: str
+    folder: Path | None = None
+    adapter: Path | None = None
+    blank: bool = False
+
+
+def subjects_of(config: Config) -> list[Subject]:
+    """The models to ask, by name or folder; those of the pipeline are trained first where they are not there yet.
+
+    UserError, before anything is trained, for a name that is neither.
+    """
+    if config.engine.name == "openai":
+        return [_served(config)]
+    wanted = config.eval.models
+    if wanted is None and config.benchmark:
+        wanted = ["base"]
+    if config.benchmark and "majority" in (wanted or []):
+        raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
+    names = _names(config)
+    for name in wanted or []:
+        if name not in names and not Path(name).is_dir():
+            raise UserError(
+                f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, names)}"
+            )
+    base = base_of(config)
+    known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
+    for name in wanted or []:
+        if name not in names:
+            known[name] = _from_folder(Path(name), base)
+    adapters: list[Callable[[], dict[str, Run]]] = [
+        lambda: dsa.run(config), lambda: _start(config), lambda: gba.run(config),
+    ]  # fmt: skip
+    for make in adapters:
+        if _missing(wanted, known):
+            known |= {name: _adapted(name, r, base) for name, r in make().items()}
+    if _missing(wanted, known):
+        known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
+    if MULTI_TASK in (wanted or []):
+        known[MULTI_TASK] = _adapted(MULTI_TASK, dsa.expert(config, "all", config.specialty.names), base)
+    if CONTROL in (wanted or []):
+        known[CONTROL] = _adapted(CONTROL, gba.control(config), base)
+    subjects = [known[name] for name in wanted or known if name not in BASELINES]
+    last = (subjects or [known["base"]])[-1]
+    if wanted is None or "majority" in wanted:
+        subjects.append(Subject("majority", "majority"))
+    if wanted is None or "blank_image" in wanted:
+        subjects.append(Subject("blank_image", last.identity, last.folder, last.adapter, blank=True))
+    return subjects
+
+
+def _names(config: Config) -> list[str]:
+    """Every name that `eval.models` knows."""
+    names, init = config.specialty.names, config.gba.init
+    reasoners = [f"reasoner-{name}" for name in names] if init == "each" else ["reasoner"]
+    starts = [START] if init in ("merged_experts", "sft_all") else []
+    merged = [config.merge.name] if config.merge.method is not None else []
+    controls = [CONTROL] if init != "each" else []
+    return ["base", *names, *starts, *reasoners, *merged, MULTI_TASK, *controls, *BASELINES]
+
+
+def _missing(wanted: Sequence[str] | None, known: dict[str, Subject]) -> bool:
+    """Whether some of the wanted models are not there yet; without any wanted, all are."""
+    return wanted is None or any(name not in (*known, MULTI_TASK, CONTROL, *BASELINES) for name in wanted)
+
+
+def _start(config: Config) -> dict[str, Run]:
+    start = gba.start(config)
+    return {START: start} if start else {}
+
+
+def _adapted(name: str, run: Run, base: Base) -> Subject:
+    return Subject(name, run.run_id, base.folder, run.folder / "adapter")
+
+
+def _served(config: Config) -> Subject:
+    """A model at an address: another server under the same served name is another model."""
+    endpoint = config.engine.endpoint
+    assert endpoint.model is not None and endpoint.base_url is not None  # checks.check
+    address = without_password(endpoint.base_url).rstrip("/")
+    return Subject(Path(endpoint.model).name, f"served:{endpoint.model}@{address}#{endpoint.revision or ''}")
+
+
+def _from_folder(folder: Path, base: Base) -> Subject:
+    """A merged or adapter run, a PEFT folder or a model folder."""
+    inner = next((folder / part for part in ("model", "adapter") if (folder / part).is_dir()), folder)
+    name = folder.name if inner == folder else folder.name.rpartition("-")[0]
+    if not (inner / "adapter_config.json").is_file():
+        return Subject(name, fingerprint_model(inner), inner)
+    adapter = LoraAdapter.load(inner)
+    check_compatible([adapter], base.folder)
+    return Subject(name, f"{adapter.fingerprint}@{base.identity}", base.folder, inner)
