@@ -88,7 +88,9 @@ def labels_of(folders: Mapping[Any, Path], *, limit: int = 2) -> dict[Any, str]:
     differing = [key for key in every if len({json.dumps(one.get(key, MISSING)) for one in leaves.values()}) > 1]
     short: dict[str, list[str]] = {}  # setting -> where it differs, the experts' twins of one setting once
     for key in differing:
-        short.setdefault(".".join(key.split(".")[-2:]), []).append(key)
+        word = ".".join([part for part in key.split(".") if not part.endswith("/")][-2:])
+        if word:  # an input that is no run (weights, data) has no settings to tell
+            short.setdefault(word, []).append(key)
     told = {}
     for name, one in leaves.items():
         parts = {f"{word}={one[keys[0]]}".replace(" ", "") for word, keys in short.items() if keys[0] in one}
