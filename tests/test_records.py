@@ -396,6 +396,10 @@ def test_good_records_pass_and_each_image_is_decoded_once(folder: Path, monkeypa
         ({"answer": "C"}, "'C' is none of the options A, B"),
         ({"answer": " "}, "answer is empty"),
         ({"options": {"A": "Mass", "B": "Mass"}}, "under another letter"),
+        ({"options": {"A": "no  FINDING", "B": "No finding"}}, "stands under another letter"),
+        ({"question": "half a pair \ud800"}, "no Unicode"),
+        ({"options": {"A": "Mass</answer>", "B": "No finding"}}, "holds the tag </answer>"),
+        ({"trace": Trace("bayesian", ("so <Answer>A",))}, "holds the tag <Answer>"),
         ({"question": " \n"}, "question is empty"),
         ({"specialties": ()}, "no specialty"),
         ({"split": "dev"}, "split 'dev'"),
@@ -423,6 +427,20 @@ def test_each_problem_is_refused_by_name(folder: Path, changes: dict, told: str)
     assert len(good) == 2
     assert len(bad) == 1
     assert told in bad[0][1]
+
+
+@pytest.mark.parametrize(("one", "other"), [("Aa", "AA"), ("rS", "RS"), ("T1", "t1"), ("Mass", "Masses")])
+def test_options_whose_case_is_their_meaning_are_two(folder: Path, one: str, other: str) -> None:
+    records = [record(0, options={"A": one, "B": other})]
+    assert validate(records, folder) == (records, [])
+
+
+def test_what_images_are_changed_is_counted_once_for_each(folder: Path) -> None:
+    Image.fromarray(np.arange(400).reshape(20, 20).astype(np.uint16) * 9).save(folder / "images/0.png")
+    Image.new("RGB", (20, 20), "black").save(folder / "images/1.png")
+    records = [record(0), record(1), record(2, images=("images/0.png",)), record(3)]
+    _, left = validate(records, folder)
+    assert left.changed == {"images: deep grey, scaled by its bit depth": 1, "images: one colour all over": 1}
 
 
 def test_a_group_in_two_splits_keeps_its_test_records(folder: Path) -> None:

@@ -56,10 +56,9 @@ def read_labels(cells: Sequence[tuple[str, str]], declared: Mapping[str, str], m
             named = [find(part) for part in parts if find(part) is not None or not is_unknown(part)]
             classes[cell] = tuple(dict.fromkeys(name for name in named if name)) if None not in named else ()
     shown = {label: text.replace("_", " ") for label, text in texts.items() if class_of[label] == label}
-    pieces = {label: {fold(piece) for piece in PERHAPS.split(label)} for label in shown}
+    pieces = {label: {fold(piece) for piece in PERHAPS.split(label)} - {fold(label)} for label in shown}
     implied = {
-        one: {other for other in shown if other != one and (fold(other) in pieces[one] or fold(one) in pieces[other])}
-        for one in shown
+        one: {other for other in shown if fold(other) in pieces[one] or fold(one) in pieces[other]} for one in shown
     }
     return Labels(shown, classes, implied)
 

@@ -86,7 +86,7 @@ def patients(rows: Sequence[dict[str, str]], found: Sequence[str], changed: Coun
     """Keys of each row that a patient's (or lesion's) other rows share; none for a cell that names nobody.
 
     `found` [rows] are patients known otherwise ("" where not), which go before the columns. `changed` counts the cells
-    that name nobody, and the rows of an id that has more than half of them.
+    that name nobody, and the rows of an id that has more than half of them; it never holds an id.
     """
     plain = {column: re.sub(r"[\W_]", "", column) for column in (rows[0] if rows else {})}
     columns = {
@@ -104,10 +104,10 @@ def patients(rows: Sequence[dict[str, str]], found: Sequence[str], changed: Coun
         spelling: dict[str, str] = {}
         for key, cell in zip(keys, cells, strict=True):
             if cell.casefold() in nobody:
-                changed[f"{column or 'patient'} that names nobody"] += 1
+                changed["rows whose patient or lesion is unknown: grouped by image alone"] += 1
             elif cell:
                 key.add(prefix + spelling.setdefault(cell.casefold(), cell))
         for name, count in counts.items():
             if name not in nobody and count > MOST * len(rows) and len(rows) > 1:
-                changed[f"rows of {column or 'patient'} {spelling[name]!r}, more than half of all"] += count
+                changed["rows of one patient or lesion, more than half of a set: all in one split"] += count
     return keys
