@@ -128,6 +128,26 @@ def test_broken_zips_are_named(tmp_path):
     assert not list(tmp_path.glob("out/**/*.png"))
 
 
+def test_of_several_images_of_one_name_none_is_taken(tmp_path):
+    """Folders of one archive that share a file name: nothing tells which picture a question is about."""
+    entries = {"train/1.png": b"one", "test/1.png": b"two", "train/2.png": b"same", "test/2.png": b"same"}
+    archives = [zipped(tmp_path / "a.zip", entries), zipped(tmp_path / "b.zip", {"1.png": b"three", "3.png": b"4"})]
+    unclear = unpack_images(archives, tmp_path / "out", lambda entry: f"images/{Path(entry).name}")
+    assert unclear == {"images/1.png"}
+    assert sorted(path.name for path in (tmp_path / "out/images").iterdir()) == ["2.png", "3.png"]
+    drafts = [record_of(name) for name in ("1.png", "2.png", "3.png")]
+    records, _, bad = unpack.place_images(drafts, tmp_path, tmp_path / "out", folders=["."], archives=archives)
+    assert [record.id for record in records] == ["2.png", "3.png"]
+    assert [(name, "has several files of that name" in reason) for name, reason in bad] == [("1.png", True)]
+
+
+def record_of(name: str) -> Record:
+    return Record(
+        id=name, images=(name,), question="What?", options={"A": "a", "B": "b"}, answer="A", specialties=("all",),
+        source="s", license="l", split="test", image_group=name,
+    )  # fmt: skip
+
+
 def test_too_little_disk_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(unpack.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(UserError, match="make room"):

@@ -73,7 +73,7 @@ def test_update_sees_the_log_probabilities_of_the_sampler(parts, weights):
     policy, encoder = parts[:2]
     rollout = sample(parts, weights=weights, group=8)
     packed = pack(policy, encoder, rollout.prompts, rollout.completions)
-    logps = packed.matrix(token_logps(policy, packed)[0], rollout.mask.shape[1])
+    logps = packed.matrix(token_logps(policy, packed, banned_ids=encoder.banned_ids)[0], rollout.mask.shape[1])
     assert torch.allclose(logps, rollout.sampling_logps, atol=1e-5)
     assert rollout.advantages.shape == (3, 8)
 
@@ -303,3 +303,20 @@ def test_groups_without_signal_are_replaced_by_other_records(parts):
     assert [int(n) for n in rollout.mask.sum(1)] == [len(words) for words in rollout.completions]
     assert seen[0] == [drawn[0][1], drawn[1][0], drawn[2][0]]
     assert [parts[1].decode(words) for words in rollout.completions] == rollout.texts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_modules_update_is_of_the_distribution_that_was_sampled(parts, tmp_path, temperature):
+    """The random policy gives image tokens a percent or more; the sampler bans them, and so must the update."""
+    policy, encoder, records, root = parts
+    rollout = roll_out(
+        policy, encoder, records, root, sampling=Sampling(8, 6, temperature, 1.0, 0),
+        guidance=Guidance((1.0,) * 4, 1.0, "correct", "prompted", "group"), reward_weights={"accuracy": 1.0},
+        protocol="robust", generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    packed = pack(policy, encoder, rollout.prompts, rollout.completions)
+    plain = packed.matrix(token_logps(policy, packed, temperature)[0], rollout.mask.shape[1])
+    assert (plain - rollout.sampling_logps).abs().max() > 1e-3
+    learner = module(parts, steps=1, temperature=temperature)
+    fit(learner, lambda step: itertools.repeat(rollout), folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+    assert float(learner.trainer.callback_metrics["sampling/sampling_logp_difference/max"]) < 1e-5

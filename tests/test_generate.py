@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
 from mmedexpert.data.encode import Encoder
-from mmedexpert.engines.generate import generate
+from mmedexpert.engines.generate import generate, prefill
 from mmedexpert.packing import positions
 
 
@@ -158,6 +159,41 @@ def test_banned_tokens_are_never_chosen(tiny, picture):
     assert not said & {token for row in again.rows() for token in row}
     sampled = generate(model, encoder, chosen, temperature=1.0, num_generations=4, **banned)
     assert not said & {token for row in sampled.rows() for token in row}
+
+
+@pytest.mark.parametrize("warp", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_p": 0.5, "top_k": 5}])
+def test_banned_tokens_are_banned_before_top_p(tiny, picture, warp):
+    """A token of 95 % that is banned: what is drawn, and how likely it is told to be, is as if it did not exist."""
+    model, encoder = copy.deepcopy(tiny[0]), tiny[1]
+    chosen = prompts(encoder, picture)[:1]
+    banned = encoder.banned_ids
+    with torch.no_grad():
+        _, last, _ = prefill(model, encoder, chosen)
+        others = model.lm_head(last)[0].index_fill(0, torch.tensor(banned), -torch.inf).double().logsumexp(0)
+        model.lm_head.weight[banned[2]] = last[0] / last[0].norm() ** 2 * float(others + math.log(19))
+        logits = model.lm_head(last)[0].double()
+        chances = logits.softmax(-1)
+    assert chances[banned[2]] > 0.9
+    allowed = logits.index_fill(0, torch.tensor(banned), -torch.inf).softmax(-1)
+    ordered, order = allowed.sort(descending=True)
+    count = warp.get("top_k", len(order))
+    ordered = ordered[:count] / ordered[:count].sum()
+    count = int((ordered.cumsum(0) - ordered < warp.get("top_p", 1.1)).sum())
+    expected = dict(zip(order[:count].tolist(), (ordered[:count] / ordered[:count].sum()).tolist(), strict=True))
+
+    out = generate(
+        model, encoder, chosen, max_new_tokens=1, banned_ids=banned, temperature=1.0, num_generations=2000,
+        generator=torch.Generator().manual_seed(0), **warp,
+    )  # fmt: skip
+    drawn = out.ids[:, 0].tolist()
+    assert set(drawn) <= {*expected} - {*banned}
+    for token, logp in zip(drawn, out.logps[:, 0].tolist(), strict=True):
+        assert logp == pytest.approx(math.log(expected[token]), abs=1e-4)
+    likeliest = max(expected, key=lambda token: expected[token])
+    assert drawn.count(likeliest) / 2000 == pytest.approx(expected[likeliest], abs=0.04)
+    greedy = generate(model, encoder, chosen, max_new_tokens=1, banned_ids=banned)
+    assert greedy.ids[0].tolist() == [likeliest]
+    assert float(greedy.logps[0, 0]) == pytest.approx(math.log(float(allowed[likeliest])), abs=1e-4)
 
 
 def test_patches_by_matrix_product_are_those_of_the_convolution(tiny, picture):

@@ -241,6 +241,27 @@ def test_logps_in_blocks_are_the_full_ones(rows: int, temperature: float, traine
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("rows", [5, 1024])
+def test_banned_ids_have_no_chance(rows: int, trained_head: bool) -> None:
+    """Values and gradients are those of a head without their rows; the entropy stays a number."""
+    hidden, weight, ids = head()
+    weight.requires_grad_(trained_head)
+    banned = [0, 7, V - 1]
+    kept = torch.tensor([i for i in range(V) if i not in banned])
+    ids = kept[ids % len(kept)]
+    logps, entropy, likeliest = selected_logps(hidden, weight, ids, 0.7, rows, banned_ids=banned)
+    columns = torch.searchsorted(kept, ids)
+    expected, spread, best = selected_logps(hidden, weight[kept], columns, 0.7, rows)
+    assert not torch.allclose(logps, selected_logps(hidden, weight, ids, 0.7, rows)[0])
+    torch.testing.assert_close((logps, entropy), (expected, spread))
+    assert torch.equal(likeliest, best)
+    upstream = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    leaves = (hidden, weight) if trained_head else (hidden,)
+    found = torch.autograd.grad((logps * upstream).sum(), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad((expected * upstream).sum(), leaves))
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the largest floating tensor that any operation returns."""
 

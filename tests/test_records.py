@@ -92,9 +92,6 @@ def test_missing_folder_text_and_empty_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 0, 0, 0, 0))
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
@@ -107,17 +104,127 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     check_image(tmp_path / "small.png", max_pixels=192)
 
 
-def test_16_bit_is_scaled_by_its_own_range(tmp_path: Path) -> None:
-    values = np.array([[1000, 2000], [3000, 1000]], dtype=np.uint16)
+def grey(path: Path) -> list[list[int]]:
+    return np.asarray(open_image(path))[..., 0].tolist()
+
+
+def test_deep_grey_is_scaled_by_the_bit_depth_it_uses(tmp_path: Path) -> None:
+    twelve, eight = np.array([[0, 2000], [1000, 3000]] * 2), np.array([[0, 255], [100, 30]] * 2)
     for name in ("deep.png", "deep.tif"):
-        Image.fromarray(values).save(tmp_path / name)
-        picture = open_image(tmp_path / name)
-        assert picture.mode == "RGB"
-        assert np.asarray(picture)[..., 0].tolist() == [[0, 128], [255, 0]]
+        Image.fromarray(twelve.astype(np.uint16)).save(tmp_path / name)
+        assert open_image(tmp_path / name).mode == "RGB" and grey(tmp_path / name) == [[0, 125], [62, 187]] * 2
+        assert check_image(tmp_path / name) == ("deep grey, scaled by its bit depth",)
+        Image.fromarray((twelve * 2 // 3).astype(np.uint16)).save(tmp_path / name)  # darker, of the same series
+        assert grey(tmp_path / name) == [[0, 83], [41, 125]] * 2
+        Image.fromarray(eight.astype(np.uint16)).save(tmp_path / name)  # an 8-bit picture in a deep file
+        assert grey(tmp_path / name) == eight.tolist()
     Image.fromarray(np.full((2, 2), 7, dtype=np.uint16)).save(tmp_path / "flat.png")
-    assert np.asarray(open_image(tmp_path / "flat.png")).max() == 0
+    assert grey(tmp_path / "flat.png") == [[7, 7], [7, 7]]
+    assert "one colour all over" in check_image(tmp_path / "flat.png")
     Image.fromarray(np.array([[np.nan, 0.0], [1.0, np.inf]], dtype=np.float32)).save(tmp_path / "float.tif")
-    assert np.asarray(open_image(tmp_path / "float.tif"))[..., 0].tolist() == [[0, 0], [255, 0]]
+    assert grey(tmp_path / "float.tif") == [[0, 0], [255, 255]]
+
+
+def test_a_hot_pixel_turns_nothing_black_and_an_offset_keeps_its_contrast(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 4000, 400).reshape(20, 20).astype(np.uint16)
+    hot = ramp.copy()
+    hot[3, 4] = 65535
+    for name, values in (("plain.png", ramp), ("hot.png", hot)):
+        Image.fromarray(values).save(tmp_path / name)
+    difference = np.asarray(open_image(tmp_path / "plain.png")) != np.asarray(open_image(tmp_path / "hot.png"))
+    assert difference.any(-1).sum() == 1 and grey(tmp_path / "hot.png")[3][4] == 255
+
+    # CT numbers with an offset of 32768 (as in DeepLesion), and with a sign: hardly any of the depth is used
+    Image.fromarray((ramp // 4 + 32000).astype(np.uint16)).save(tmp_path / "ct.png")
+    Image.fromarray(ramp.astype(np.int32) - 1024).save(tmp_path / "signed.tif")
+    for name in ("ct.png", "signed.tif"):
+        row = grey(tmp_path / name)
+        assert row[0][0] == 0 and row[-1][-1] == 255 and row[10][0] in range(125, 131)
+        assert check_image(tmp_path / name) == ("deep grey, scaled by its own range",)
+
+
+def tiff(values: np.ndarray, photometric: int) -> bytes:
+    """An uncompressed grey TIFF of 8 or 16 bits, written by hand: Pillow inverts in writing, too."""
+    height, width = values.shape
+    bits, data = values.dtype.itemsize * 8, values.tobytes()
+    tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    tags += [(277, 3, 1), (278, 3, height), (279, 4, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_is_zero_is_inverted_at_any_depth(tmp_path: Path, dtype: type) -> None:
+    values = np.linspace(0, np.iinfo(dtype).max, 48).reshape(6, 8).astype(dtype)
+    (tmp_path / "black.tif").write_bytes(tiff(values, 1))
+    (tmp_path / "white.tif").write_bytes(tiff(np.iinfo(dtype).max - values, 0))
+    black, white = np.array(grey(tmp_path / "black.tif")), np.array(grey(tmp_path / "white.tif"))
+    assert black[0, 0] == 0 and black[-1, -1] == 255
+    assert np.abs(black - white).max() <= 1
+    assert ("deep grey, inverted: white is zero" in check_image(tmp_path / "white.tif")) == (dtype == np.uint16)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_16_bit_colour_is_read_where_its_upper_bits_are_used(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 2**16, (6, 8, 3)).astype(np.uint16)
+    for name, deep in (("full.png", values), ("low.png", values >> 4)):
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+        header = struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0)
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "full.png")), values >> 8)
+    with pytest.raises(UserError, match=r"low\.png is 16-bit colour that uses its low bits alone"):
+        open_image(tmp_path / "low.png")
+
+
+def test_of_several_frames_the_first_is_shown_and_told(tmp_path: Path) -> None:
+    frames = [Image.fromarray(NOISE[:16, :16] // n) for n in (1, 2, 3)]
+    for name in ("stack.tif", "film.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert np.array_equal(np.asarray(open_image(tmp_path / name)), NOISE[:16, :16])
+        assert check_image(tmp_path / name) == ("several frames, the first is shown",)
+    frames[0].save(tmp_path / "one.tif")
+    assert check_image(tmp_path / "one.tif") == ()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_large_icc_profile_is_no_damage(tmp_path: Path, suffix: str) -> None:
+    profile = np.random.default_rng(1).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
+    Image.fromarray(NOISE).save(tmp_path / f"printed.{suffix}", icc_profile=profile)
+    assert open_image(tmp_path / f"printed.{suffix}").size == (64, 48)
+
+
+def test_a_text_chunk_that_is_a_bomb_is_still_refused(tmp_path: Path) -> None:
+    Image.fromarray(NOISE).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 * 2**20)))
+    (tmp_path / "bomb.png").write_bytes(data[:33] + bomb + data[33:])
+    with pytest.raises(UserError, match=r"bomb\.png is truncated or damaged \(Decompressed data too large"):
+        check_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(("size", "fits"), [((900, 3), False), ((3, 900), False), ((600, 3), True), ((200, 1), True)])
+def test_a_shape_that_cannot_be_patched_is_found_by_the_check(tmp_path: Path, size: tuple, fits: bool) -> None:
+    """By the rule of the image processor that will patch it: what the check passes, the encoder takes."""
+    from mmedexpert.modules.tiny import build_image_processor
+
+    noise(tmp_path / "strip.png", size=size)
+    if fits:
+        check_image(tmp_path / "strip.png")
+        picture = open_image(tmp_path / "strip.png")
+    else:
+        with pytest.raises(UserError, match=rf"strip\.png has {size[0]} x {size[1]} pixels, which Qwen-VL cannot"):
+            check_image(tmp_path / "strip.png")
+        picture = Image.open(tmp_path / "strip.png")
+    try:
+        found = build_image_processor(56)(images=[picture], return_tensors="np")["pixel_values"]
+    except ValueError:
+        assert not fits
+    else:
+        assert fits and np.ptp(found) > 1
 
 
 def test_palette_alpha_grey_and_cmyk_become_rgb(tmp_path: Path) -> None:
@@ -136,11 +243,51 @@ def test_palette_alpha_grey_and_cmyk_become_rgb(tmp_path: Path) -> None:
         assert min(picture.getpixel((1, 1))) > 250
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what an orientation asks for, by hand
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x, -1), 7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: np.rot90(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(tmp_path: Path, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    Image.fromarray(NOISE).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (48, 64)
+    exif[0x0112] = orientation
+    Image.fromarray(NOISE).save(tmp_path / f"turned.{suffix}", exif=exif, **FORMATS[suffix])
+    assert np.array_equal(np.asarray(open_image(tmp_path / f"turned.{suffix}")), UPRIGHT[orientation](NOISE))
+
+
+def exif_jpeg(path: Path, entries: list[tuple[int, int, int, bytes]], head: bytes = b"II*\0") -> Path:
+    """A JPEG of 64 x 48 pixels whose EXIF block holds (tag, type, count, four bytes)."""
+    Image.fromarray(NOISE).save(path)
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    block = b"Exif\0\0" + head + struct.pack("<I", 8) + ifd
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:])
+    return path
+
+
+TURN = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize(
+    "odd", [(296, 2, 4, b"cm \0"), (259, 2, 4, b"JPG\0"), (256, 9, 1, struct.pack("<i", -1)),
+            (296, 4, 1, struct.pack("<I", 70000)), (0x8769, 2, 4, b"abc\0"), (305, 7, 4, b"\xff\xfe\0a")],
+)  # fmt: skip
+def test_an_odd_exif_tag_does_not_lose_a_picture(tmp_path: Path, odd: tuple) -> None:
+    path = exif_jpeg(tmp_path / "odd.jpg", sorted([TURN, odd]))
+    plain = exif_jpeg(tmp_path / "plain.jpg", [TURN])
+    assert check_image(path) == ()
+    assert open_image(path).size == (48, 64)
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(open_image(plain)))
+
+
+def test_an_unreadable_exif_block_is_told(tmp_path: Path) -> None:
+    path = exif_jpeg(tmp_path / "torn.jpg", [TURN], head=b"XX*\0")
+    assert open_image(path).size == (64, 48)
+    assert check_image(path) == ("unreadable EXIF, shown as stored",)
 
 
 # record folders
@@ -249,6 +396,10 @@ def test_good_records_pass_and_each_image_is_decoded_once(folder: Path, monkeypa
         ({"answer": "C"}, "'C' is none of the options A, B"),
         ({"answer": " "}, "answer is empty"),
         ({"options": {"A": "Mass", "B": "Mass"}}, "under another letter"),
+        ({"options": {"A": "no  FINDING", "B": "No finding"}}, "stands under another letter"),
+        ({"question": "half a pair \ud800"}, "no Unicode"),
+        ({"options": {"A": "Mass</answer>", "B": "No finding"}}, "holds the tag </answer>"),
+        ({"trace": Trace("bayesian", ("so <Answer>A",))}, "holds the tag <Answer>"),
         ({"question": " \n"}, "question is empty"),
         ({"specialties": ()}, "no specialty"),
         ({"split": "dev"}, "split 'dev'"),
@@ -276,6 +427,20 @@ def test_each_problem_is_refused_by_name(folder: Path, changes: dict, told: str)
     assert len(good) == 2
     assert len(bad) == 1
     assert told in bad[0][1]
+
+
+@pytest.mark.parametrize(("one", "other"), [("Aa", "AA"), ("rS", "RS"), ("T1", "t1"), ("Mass", "Masses")])
+def test_options_whose_case_is_their_meaning_are_two(folder: Path, one: str, other: str) -> None:
+    records = [record(0, options={"A": one, "B": other})]
+    assert validate(records, folder) == (records, [])
+
+
+def test_what_images_are_changed_is_counted_once_for_each(folder: Path) -> None:
+    Image.fromarray(np.arange(400).reshape(20, 20).astype(np.uint16) * 9).save(folder / "images/0.png")
+    Image.new("RGB", (20, 20), "black").save(folder / "images/1.png")
+    records = [record(0), record(1), record(2, images=("images/0.png",)), record(3)]
+    _, left = validate(records, folder)
+    assert left.changed == {"images: deep grey, scaled by its bit depth": 1, "images: one colour all over": 1}
 
 
 def test_a_group_in_two_splits_keeps_its_test_records(folder: Path) -> None:

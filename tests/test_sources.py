@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmedexpert.data.images import open_image
-from mmedexpert.data.labelled import labelled_images
-from mmedexpert.data.medr1 import medr1, parse_problem, parse_solution
+from mmedexpert.data.labelled import _who, labelled_images
+from mmedexpert.data.medr1 import gold_letter, medr1, parse_problem, parse_solution
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import validate
 from mmedexpert.errors import UserError
@@ -145,6 +145,202 @@ def test_bad_rows_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
     assert "'other'" in reasons["mine/x/odd.png"]
 
 
+def truth(record: Record) -> str:
+    return (record.options or {})[record.answer]
+
+
+def wrong(record: Record) -> set[str]:
+    return {text for letter, text in (record.options or {}).items() if letter != record.answer}
+
+
+def test_a_label_in_several_spellings_is_one_class(tmp_path: Path) -> None:
+    names = [
+        "Pneumonia",
+        "pneumonia",
+        "PNEUMONIA ",
+        "Pneumonia",
+        "no_finding",
+        "No Finding",
+        "No-Finding",
+        "No Finding",
+    ]
+    names += ["effusion", "lung mass", "Lung_mass"]
+    rows = [{"file": f"{n}.png", "label": names[n % 11]} for n in range(44)]
+    root = image_set(tmp_path / "chest", rows, {"specialties": ["x"]})
+    records, image_root, bad = labelled_images(root, tmp_path / "out", seed=0)
+    records, left = validate(records, image_root, bad=bad)
+    shown = {"Pneumonia", "No Finding", "effusion", "lung mass"}  # the commonest, the first of two as common
+    assert len(records) == 44 and not left
+    assert all({*(record.options or {}).values()} == shown for record in records)
+    assert Counter(map(truth, records)) == {"Pneumonia": 16, "No Finding": 16, "effusion": 4, "lung mass": 8}
+    assert left.changed == {"labels: another spelling, folded": 4 * 5}
+
+
+def test_declared_labels_are_found_in_any_spelling_and_codes_stay_apart(tmp_path: Path) -> None:
+    codes = ["MEL", "mel ", "n", "N", "other_1", "Other-1"]
+    rows = [{"file": f"{n}.png", "label": codes[n % 6]} for n in range(12)]
+    labels = {"mel": "Melanoma", "n": "Naevus", "N": "Normal skin", "other_1": "Other"}
+    root = image_set(tmp_path / "skin", rows, {"specialties": ["x"], "labels": labels})
+    records, _, bad = labelled_images(root, tmp_path / "out", seed=0)
+    assert not bad and Counter(map(truth, records)) == {"Melanoma": 4, "Naevus": 2, "Normal skin": 2, "Other": 4}
+
+
+def test_of_several_findings_in_a_cell_one_is_asked_and_no_other_offered(tmp_path: Path) -> None:
+    names = [
+        "Effusion|Mass",
+        "Effusion",
+        "mass",
+        "No Finding",
+        "Nodule; effusion",
+        "Nodule",
+        "Mass, Nodule",
+        "Fibrosis",
+    ]
+    names += ["Hernia", "Pneumonia, bacterial", "Pneumonia"]
+    true = [{part.casefold() for part in re.split(r"[|;]\s*", name)} for name in names]
+    true[6] = {"mass", "nodule"}
+    rows = [{"file": f"{n}.png", "label": names[n % 11]} for n in range(33)]
+    root = image_set(tmp_path / "nih", rows, {"specialties": ["x"]})
+    of = {np.asarray(open_image(root / row["file"])).tobytes(): n % 11 for n, row in enumerate(rows)}
+    records, out, bad = labelled_images(root, tmp_path / "out", seed=0, questions_per_image=2)
+    assert len(records) == 66 and bad == []
+    asked: dict[int, set[str]] = {}
+    for record in records:
+        number = of[np.asarray(open_image(out / record.images[0])).tobytes()]
+        asked.setdefault(number, set()).add(truth(record).casefold())
+        assert truth(record).casefold() in true[number]
+        assert not {text.casefold() for text in wrong(record)} & true[number]
+        # nor what is a part of the label, or of what it is a part
+        assert number not in (9, 10) or not wrong(record) & {"Pneumonia", "Pneumonia, bacterial"}
+    assert asked == dict(enumerate(true))  # both questions on an image together ask for both findings
+    assert bad.changed["labels: several findings, one of them asked"] == 9
+
+
+def test_too_few_options_are_left_where_most_is_true(tmp_path: Path) -> None:
+    names = ["a lesion|b lesion", "a lesion", "b lesion", "c lesion", "d lesion"]
+    rows = [{"file": f"{n}.png", "label": names[n]} for n in range(5)]
+    records, _, bad = labelled_images(
+        image_set(tmp_path / "few", rows, {"specialties": ["x"]}), tmp_path / "out", seed=0
+    )
+    assert len(records) == 4 and [reason for _, reason in bad] == ["fewer than 4 options are left for few/0.png"]
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "N/A", "Unknown", "?", "-"])
+def test_a_cell_that_names_no_label_is_left_out(tmp_path: Path, cell: str) -> None:
+    rows = [*rows_of(4), {"file": "x/9.png", "label": cell}]
+    records, _, bad = labelled_images(image_set(tmp_path / "mine", rows, OWN), tmp_path / "out", seed=0)
+    assert len(records) == 4 and [name for name, _ in bad] == ["mine/x/9.png"]
+    assert not any(cell in (record.options or {}).values() for record in records)
+
+
+def test_a_distractor_is_never_a_label_of_the_set(tmp_path: Path) -> None:
+    about = {**OWN, "distractors": ["Gone", "HERE", "Cyst", "cyst", "Mass"], "also_column": "note"}
+    rows = rows_of(8, note="also here, surely")
+    root = image_set(tmp_path / "mine", rows, {**about, "distractors": [*about["distractors"], "Fracture"]})
+    records, _, _ = labelled_images(root, tmp_path / "out", seed=0)
+    for record in records:
+        folded = [text.casefold() for text in (record.options or {}).values()]
+        assert len({*folded}) == 4 and "Gone" not in wrong(record) and "HERE" not in wrong(record)
+    with pytest.raises(UserError, match="also_patterns has ghost, which is no label"):
+        labelled_images(
+            image_set(tmp_path / "odd", rows_of(2), {**OWN, "also_patterns": {"ghost": "x"}}), tmp_path / "o", seed=0
+        )
+
+
+@pytest.mark.parametrize(
+    "nobody", ["unknown", "Unknown", "NaN", "n/a", "none", "-", "0", "?", "Anonymous", "-1", "999"]
+)
+def test_a_patient_that_is_nobody_joins_nothing(tmp_path: Path, nobody: str) -> None:
+    rows = [{**row, "Patient ID": nobody if n % 3 else f"p{n // 6}"} for n, row in enumerate(rows_of(30))]
+    records, _, bad = labelled_images(image_set(tmp_path / "mine", rows, OWN), tmp_path / "out", seed=0)
+    groups = Counter(record.image_group for record in records)
+    assert len(records) == 30 and sorted(groups.values()) == [1] * 20 + [2] * 5
+    assert bad.changed == {"rows whose patient or lesion is unknown: grouped by image alone": 20}
+    assert_no_leak(records)
+
+
+def test_patient_zero_is_a_patient_and_one_on_most_rows_is_told(tmp_path: Path) -> None:
+    rows = [{**row, "patient_id": str(n // 5), "seed": str(n)} for n, row in enumerate(rows_of(30))]
+    records, _, bad = labelled_images(image_set(tmp_path / "mine", rows, OWN), tmp_path / "out", seed=0)
+    assert {*Counter(record.image_group for record in records).values()} == {5} and not bad.changed
+    rows = [{**row, "patient": "P7" if n < 20 else f"{n}"} for n, row in enumerate(rows_of(30))]
+    rows[3]["patient"] = "p7"  # the same person
+    records, _, bad = labelled_images(image_set(tmp_path / "most", rows, OWN), tmp_path / "out", seed=0)
+    assert max(Counter(record.image_group for record in records).values()) == 20
+    assert bad.changed == {"rows of one patient or lesion, more than half of a set: all in one split": 20}
+
+
+def test_patient_and_lesion_both_keep_rows_together(tmp_path: Path) -> None:
+    people = [("1", "9"), ("unknown", "9"), ("9", "8"), ("1", "7"), ("unknown", ""), ("", "")]
+    rows = [{**row, "patient": p, "lesion_id": q} for row, (p, q) in zip(rows_of(6), people, strict=True)]
+    records, _, _ = labelled_images(image_set(tmp_path / "mine", rows, OWN), tmp_path / "out", seed=0)
+    assert sorted(Counter(record.image_group for record in records).values()) == [1, 1, 1, 3]
+
+
+def test_a_pattern_without_a_patient_joins_nothing(tmp_path: Path) -> None:
+    rows = [{"file": f"{'p' * (n % 2)}{n // 4}_{n}.png", "label": ("gone", "here")[n % 2]} for n in range(12)]
+    root = image_set(tmp_path / "mine", rows, {**OWN, "patient_pattern": r"^(p\d+)?"})
+    records, _, _ = labelled_images(root, tmp_path / "out", seed=0)
+    assert sorted(Counter(record.image_group for record in records).values()) == [1] * 6 + [2] * 3
+    root = image_set(tmp_path / "odd", rows_of(2), {**OWN, "patient_pattern": r"^p\d+"})
+    with pytest.raises(UserError, match="needs a group"):
+        labelled_images(root, tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [({"age": "60", "sex": "F"}, "a female patient aged 60"), ({"age": "1.9", "sex": "M"}, "a male patient aged 1"),
+     ({"age": "060Y", "sex": "unknown"}, "a patient aged 60"), ({"age": "18 months"}, "a patient aged 18 months"),
+     ({"age": "018M"}, "a patient aged 18 months"), ({"age": "0"}, "a patient"), ({"age": "nan"}, "a patient"),
+     ({"age": "003W"}, "a patient"), ({"age": "999"}, "a patient"), ({}, "a patient")],
+)  # fmt: skip
+def test_sex_and_age_are_told_where_they_can_be_read(cells: dict[str, str], told: str) -> None:
+    assert _who(cells, "patient") == told
+
+
+def table(folder: Path, text: str, encoding: str = "utf-8") -> tuple[list[Record], Any]:
+    image_set(folder, rows_of(4), OWN)
+    (folder / "labels.csv").write_bytes(text.encode(encoding))
+    records, _, bad = labelled_images(folder, folder.parent / "out", seed=0)
+    return records, bad
+
+
+def test_tables_as_people_write_them(tmp_path: Path) -> None:
+    plain, bad = table(tmp_path / "a", "file,label\nyes/0.png,gone\nno/1.png,here\n")
+    assert len(plain) == 2 and not bad
+    for number, (text, encoding) in enumerate(
+        [("File;Label\r\nyes/0.png;gone \r\n\r\nno/1.png; here\r\n", "utf-8-sig"),
+         ("label\tfile\t\ngone\tyes/0.png\t\nhere\tno/1.png\t\n", "utf-8")]
+    ):  # fmt: skip
+        found, bad = table(tmp_path / f"b{number}", text, encoding)
+        assert [truth(one) for one in found] == [truth(one) for one in plain] and not bad
+
+    # an unquoted comma moves the rest of its row, and a name that stands twice hides a column: neither is guessed
+    found, bad = table(tmp_path / "c", "file,label,sex\nyes/0.png,gone, mild,male\nno/1.png,here,male\n")
+    assert len(found) == 1 and bad[0][0] == "c/labels.csv line 2" and "4 cells and the header 3" in bad[0][1]
+    with pytest.raises(UserError, match="names the column label twice"):
+        table(tmp_path / "d", "file,label,label\nyes/0.png,gone,here\n")
+    with pytest.raises(UserError, match="cannot be read as CSV in UTF-8"):
+        table(tmp_path / "e", "file,label\nyes/0.png,gone\n", "utf-16")
+
+
+def test_pictures_of_a_set_are_checked_as_they_will_be_seen(tmp_path: Path) -> None:
+    """Also after crop and size limit; and what reading them changed is counted once an image."""
+    rows = rows_of(6)
+    root = image_set(tmp_path / "mine", rows, {**OWN, "crop": [0.0, 0.0, 1.0, 0.25]})
+    noise(root / "yes/0.png", 0, (800, 10))  # after the crop 800 x 2
+    noise(root / "no/1.png", 1, (30, 1))  # after the crop empty
+    deep = np.random.default_rng(2).integers(0, 4096, (40, 40)).astype(np.uint16)
+    Image.fromarray(deep).save(root / "yes/2.png")
+    records, image_root, bad = labelled_images(root, tmp_path / "out", seed=0)
+    assert [name for name, _ in bad] == ["mine/yes/0.png", "mine/no/1.png"]
+    assert "cropped, has 448 x 1 pixels" in bad[0][1] or "cropped, has 800 x 2 pixels" in bad[0][1]
+    records, left = validate(records, image_root, bad=bad, on_bad_record="skip")
+    assert len(records) == 4 and left.changed == {"images: deep grey, scaled by its bit depth": 1}
+    again, _, bad = labelled_images(root, tmp_path / "out", seed=0)  # after a kill: the copies are there
+    assert again == records and bad.changed == left.changed
+
+
 def test_what_is_also_true_is_no_wrong_option(tmp_path: Path) -> None:
     seen = "suspected glaucoma, cataract"
     rows = [{"file": f"{n}_left.png", "label": "NDGCAHMO"[n % 8], "keywords": seen} for n in range(24)]
@@ -229,6 +425,24 @@ def test_solutions_are_read_or_refused() -> None:
         parse_problem("What is this?")
     with pytest.raises(ValueError, match="empty option"):
         parse_problem("What is this? A), B)Mass")
+
+
+OPTIONS = {"A": "Lung mass", "B": "Cyst.", "C": "No lung mass", "D": "T1 N0"}
+
+
+@pytest.mark.parametrize(
+    ("solution", "letter"),
+    [("<answer> B </answer>", "B"), ("<answer>b) cyst</answer>", "B"), ("<answer>A: Lung Mass.</answer>", "A"),
+     ("<answer>D) T1 N0, stage I</answer>", "D"), ("<answer>A</answer> so <answer>A</answer>", "A"),
+     ("<answer>B) Lung mass</answer>", None), ("<answer>C) Lung mass</answer>", None), ("<answer>E</answer>", None),
+     ("<answer>A</answer> or <answer>B</answer>", None), ("<answer>A) a stone</answer>", None)],
+)  # fmt: skip
+def test_a_solution_goes_with_its_option(solution: str, letter: str | None) -> None:
+    if letter:
+        assert gold_letter(solution, OPTIONS) == letter
+    else:
+        with pytest.raises(ValueError, match=r"says|letters|none of the options"):
+            gold_letter(solution, OPTIONS)
 
 
 def medr1_rows(root: Path, count: int) -> list[dict[str, str]]:

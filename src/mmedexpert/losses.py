@@ -3,6 +3,7 @@
 Shapes: S tokens, N completions, T completion tokens, H hidden size, V vocabulary size.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ LossType = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 _MAX_LOG_RATIO = 20.0  # peers: verl, EasyR1 (exp(89) overflows fp32)
 _MAX_KL = 10.0  # peers: verl, EasyR1
 _LOGITS, _ROWS = 2**22, 256  # ours: logits at a time (16 MB in fp32 stay near a CPU), and positions at least
+_NEVER = -1e30  # a logit without a chance that stays finite: its share of the entropy is 0 and not NaN
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -139,7 +141,13 @@ def policy_loss(
 
 
 def selected_logps(
-    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, temperature: float = 1.0, rows: int | None = None
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    temperature: float = 1.0,
+    rows: int | None = None,
+    *,
+    banned_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each chosen token, the entropy of its distribution, and whether the token is the likeliest.
 
@@ -152,6 +160,7 @@ def selected_logps(
         lm_head_weight: `[V, H]`.
         token_ids: `[...]`, in [0, V).
         temperature: logits are divided by it, as they were when sampling.
+        banned_ids: ids that have no chance, as when sampling; none of `token_ids` is one.
 
     Returns:
         Three `[...]`: log-probabilities and detached entropies (nats; fp32, or fp64 for fp64 inputs), and bool.
@@ -172,18 +181,23 @@ def selected_logps(
     states = hidden.reshape(-1, hidden.shape[-1])
     for part, ids in zip(states.split(rows), token_ids.flatten().split(rows), strict=True):
         if not trained:
-            parts.append(_FrozenHead.apply(part, lm_head_weight, ids, temperature))
+            parts.append(_FrozenHead.apply(part, lm_head_weight, ids, temperature, banned_ids))
         elif whole:
-            parts.append(_block(part, lm_head_weight, ids, temperature))
+            parts.append(_block(part, lm_head_weight, ids, temperature, banned_ids))
         else:
-            parts.append(checkpoint(_block, part, lm_head_weight, ids, temperature, use_reentrant=False))
+            parts.append(checkpoint(_block, part, lm_head_weight, ids, temperature, banned_ids, use_reentrant=False))
     logps, entropy, likeliest = (torch.cat(column).view(token_ids.shape) for column in zip(*parts, strict=True))
     return logps, entropy, likeliest
 
 
-def _block(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _block(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, banned_ids: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = hidden @ weight.t()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if banned_ids:
+        logits[..., list(banned_ids)] = _NEVER
+    logits = logits / temperature
     logps = logits.log_softmax(-1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(-1)
@@ -196,10 +210,12 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, banned_ids: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden @ weight.t()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if banned_ids:
+            logits[..., list(banned_ids)] = _NEVER
         all_logps = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(-1)
         logps = all_logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         likeliest = logps >= all_logps.amax(-1)
@@ -211,6 +227,6 @@ class _FrozenHead(torch.autograd.Function):
         return logps, entropy, likeliest
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (direction,) = ctx.saved_tensors
-        return direction * gradients[0].unsqueeze(-1).to(direction.dtype), None, None, None
+        return direction * gradients[0].unsqueeze(-1).to(direction.dtype), None, None, None, None

@@ -106,16 +106,21 @@ def pack(model: Any, encoder: Encoder, prompts: Sequence[Prompt], completions: S
 
 
 def token_logps(
-    model: Any, packed: Pack, temperature: float = 1.0, counted: Tensor | None = None
+    model: Any,
+    packed: Pack,
+    temperature: float = 1.0,
+    counted: Tensor | None = None,
+    banned_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, entropy and whether it is the likeliest, of each completion token of a pack: three [S].
 
     `counted` [S] bool keeps some tokens alone. Only hidden states of these go through the vocabulary projection.
+    `banned_ids` have no chance: those of the sampler, so that the update's distribution is the one sampled from.
     """
     core = core_of(model)
     at, targets = (packed.at, packed.targets) if counted is None else (packed.at[counted], packed.targets[counted])
     hidden = core.model(**packed.inputs, scored=at, use_cache=False).last_hidden_state[0]
-    return selected_logps(hidden, core.lm_head.weight, targets, temperature)
+    return selected_logps(hidden, core.lm_head.weight, targets, temperature, banned_ids=banned_ids)
 
 
 def positions(core: Any, encoder: Encoder, prompt: Prompt) -> tuple[Tensor, int]:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmedexpert.benchmarks.unpack import lettered, place_images, read_objects, unpack_images
-from mmedexpert.data.medr1 import KERMANY_PATIENT, LICENSES, parse_problem, parse_solution
+from mmedexpert.data.medr1 import KERMANY_PATIENT, LICENSES, gold_letter, parse_problem
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import RECORDS, Bad
 from mmedexpert.errors import UserError
@@ -37,7 +37,8 @@ def load(root: Path, out_dir: Path, split: str = "test") -> tuple[list[Record], 
     home = next((folder for folder in (root, *_subfolders(root)) if (folder / QUESTIONS).is_dir()), None)
     archives = sorted(root.glob("*.zip"))
     if home is None and archives:
-        unpack_images(archives, out_dir, _question_file)
+        if unclear := unpack_images(archives, out_dir, _question_file):
+            raise UserError(f"OmniMedVQA root {root}: several files are {min(unclear)}; get one sound archive")
         home = out_dir if (out_dir / QUESTIONS).is_dir() else None
     if home is None:
         return _load_medr1(root, out_dir, split, archives)
@@ -173,9 +174,7 @@ def _parse_medr1(data: Any) -> Record:
     question, options = parse_problem(data["problem"])
     if not question:
         raise ValueError("the question is empty")
-    answer = parse_solution(data["solution"])
-    if answer not in options:
-        raise ValueError(f"answer {answer} is none of the options {', '.join(options)}")
+    answer = gold_letter(data["solution"], options)
     image = _posix(data["image"])
     groups = {"question_type": data.get("question_type"), "modality_type": data.get("modality")}
     return Record(

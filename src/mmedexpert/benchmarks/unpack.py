@@ -27,15 +27,17 @@ RATIO_FROM = 2**20  # bytes  # ours: no small entry can fill a disk, whatever it
 MAX_CELL = MAX_ENTRY * 4 // 3 + 4  # characters: such an image in base64
 
 
-def unpack_images(archives: Sequence[Path], out: Path, wanted: Callable[[str], str | None]) -> None:
+def unpack_images(archives: Sequence[Path], out: Path, wanted: Callable[[str], str | None]) -> set[str]:
     """Extract from zips to `out`, entry by entry; entries whose target exists with the right size are passed over.
 
     `wanted` maps an entry's name (POSIX) to its target relative to `out`, or to None to leave it out; where several
-    entries have one target, the first counts. The archives are untrusted.
+    archives have one target, the first counts. Returns the targets that entries of one archive with different content
+    share: none of these is extracted, for nothing tells which is meant. The archives are untrusted.
     Raises UserError, before anything is written, for a broken zip, too little disk, and an entry that leaves `out`, is
     a link, encrypted, larger than MAX_ENTRY or compressed more than MAX_RATIO; later for an entry that is damaged.
     """
-    targets: set[str] = set()
+    targets: dict[str, tuple[Path, int, int]] = {}
+    unclear: set[str] = set()
     jobs: list[tuple[Path, zipfile.ZipInfo, Path]] = []
     for archive in archives:
         try:
@@ -49,13 +51,19 @@ def unpack_images(archives: Sequence[Path], out: Path, wanted: Callable[[str], s
             if entry.is_dir() or name.startswith("__MACOSX/") or PurePosixPath(name).name.startswith("._"):
                 continue
             target = wanted(name)
-            if target is None or target in targets:
+            if target is None:
+                continue
+            content = (archive, entry.CRC, entry.file_size)
+            if target in targets:
+                if targets[target][0] == archive and targets[target] != content:
+                    unclear.add(target)
                 continue
             if fault := _fault(entry, name, target):
                 raise UserError(f"{archive}: entry {name[:200]!r} {fault}; nothing was extracted, get a sound archive")
-            targets.add(target)
+            targets[target] = content
             if not _is_there(out / target, entry.file_size):
                 jobs.append((archive, entry, out / target))
+    jobs = [job for job in jobs if job[2].relative_to(out).as_posix() not in unclear]
     _check_disk(out, sum(entry.file_size for _, entry, _ in jobs))
 
     opened: zipfile.ZipFile | None = None
@@ -74,6 +82,7 @@ def unpack_images(archives: Sequence[Path], out: Path, wanted: Callable[[str], s
     finally:
         if opened is not None:
             opened.close()
+    return unclear
 
 
 def write_image(path: Path, data: bytes) -> None:
@@ -106,6 +115,7 @@ def place_images(
         found = next((place for place in places if (root / place).is_file()), None)
         if found is not None:
             path_of[name] = found
+    unclear: set[str] = set()
     image_root, looked_in = root, ", ".join(str(root / folder) for folder in folders)
     if archives and len(path_of) < len(names):
         image_root, looked_in = out_dir, ", ".join(map(str, archives))
@@ -116,15 +126,17 @@ def place_images(
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
             return next((f"images/{end}" for end in ends if end in wanted), None)
 
-        unpack_images(archives, out_dir, target)
-        path_of = {name: f"images/{name}" for name in names if (out_dir / "images" / name).is_file()}
+        unclear = unpack_images(archives, out_dir, target)
+        there = [name for name in names if f"images/{name}" not in unclear]
+        path_of = {name: f"images/{name}" for name in there if (out_dir / "images" / name).is_file()}
 
     placed: dict[str, Record] = {}
     bad: Bad = []
     for record in records:
         missing = next((name for name in record.images if name not in path_of), None)
         if missing is not None:
-            bad.append((record.id, f"image {missing[:200]} is missing (looked in {looked_in})"))
+            what = "has several files of that name" if f"images/{missing}" in unclear else "is missing"
+            bad.append((record.id, f"image {missing[:200]} {what} (looked in {looked_in})"))
         elif record.id in placed:
             bad.append((record.id, f"the id occurs twice (here with image {', '.join(record.images)})"))
         else:

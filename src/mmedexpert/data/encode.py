@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask
 
 IMAGE_TOKEN = "<|image_pad|>"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of the trained format: tokens of the tiny tokenizer
+MARKS = range(0xE000, 0x110000)  # characters of private use and beyond
 IGNORE = -100
 CACHE_BYTES = 2 * 2**30  # ours: images an encoder keeps, as patches or, once seen, as features
 Batch = dict[str, Any]  # a model's keyword arguments
@@ -66,6 +69,8 @@ class Encoder:
         vision = ("<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN, "<|video_pad|>")
         self.banned_ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in vision]
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()} - {*TAGS}
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
         self._images: OrderedDict[str, EncodedImage] = OrderedDict()
         self._free = cache_bytes
 
@@ -126,20 +131,31 @@ class Encoder:
         """One user turn (images first) and the start of the assistant's, through the model's chat template.
 
         Several images are announced by their number, one is not. # peers: MedEvalKit
+        A special token that the text or the system prompt quotes is read as text; a tag of the answer format is a tag.
         """
+        mark = _absent(text + (self.system_prompt or ""))
         content: list[dict[str, str]] = []
         for number, _ in enumerate(images, 1):
             content += [{"type": "text", "text": f"<image_{number}>: "}] if len(images) > 1 else []
             content.append({"type": "image"})
-        content.append({"type": "text", "text": text})
+        content.append({"type": "text", "text": self._parted(text, mark)})
         messages = [{"role": "user", "content": content}]
         if self.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+            messages.insert(0, {"role": "system", "content": self._parted(self.system_prompt, mark)})
         string = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = string.split(IMAGE_TOKEN)
         for image, index in zip(images, range(1, len(pieces)), strict=True):
             pieces[index] = IMAGE_TOKEN * self.image_tokens(image) + pieces[index]
-        return Prompt(self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"], list(images))
+        return Prompt(self._ids("".join(pieces), mark), list(images))
+
+    def _parted(self, text: str, mark: str) -> str:
+        """The text with a mark inside each special token that it quotes."""
+        return self._special.sub(lambda quoted: f"{quoted[0][0]}{mark}{quoted[0][1:]}", text)
+
+    def _ids(self, text: str, mark: str) -> list[int]:
+        """Token ids of what stands between the marks: what they part is no special token any more."""
+        parts = text.split(mark)
+        return [token for part in parts for token in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def ask(self, ask: Ask) -> Prompt:
         """The encoded prompt of a question; UserError for an image that cannot be opened."""
@@ -155,8 +171,9 @@ class Encoder:
         self.image_processor.save_pretrained(folder)
 
     def completion(self, text: str) -> list[int]:
-        """Token ids of a completion and its end-of-turn token."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + self.end_ids[:1]
+        """Token ids of a completion and its end-of-turn token; a special token that it quotes is text."""
+        mark = _absent(text)
+        return self._ids(self._parted(text, mark), mark) + self.end_ids[:1]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a completion; the answer tags stay, end-of-turn and padding go."""
@@ -206,6 +223,11 @@ class Encoder:
             mask[row, :end] = 1
             labels[row, start:end] = torch.tensor(completion)
         return self._inputs(ids, mask, prompts), labels
+
+
+def _absent(text: str) -> str:
+    """A character that the text does not hold."""
+    return next(mark for mark in map(chr, MARKS) if mark not in text)
 
 
 def _bytes(image: EncodedImage) -> int:

@@ -1,47 +1,110 @@
-"""Opening untrusted image files: decode fully or say exactly what is wrong with the file."""
+"""Opening untrusted image files: decoded whole and upright, ready for a Qwen-VL, or what is wrong with the file."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from mmedexpert.errors import UserError
 
 MAX_PIXELS = 64_000_000  # ours: a whole-slide thumbnail passes, a decompression bomb does not
+MAX_TEXT = 64 * 2**20  # ours: bytes of one compressed chunk of a PNG; Pillow's 1 MiB refuses printers' ICC profiles
 # ours: raster formats only; Pillow would otherwise hand an EPS file to Ghostscript
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
+DEPTHS = (8, 10, 12, 14, 16, 32)  # ours: bits a deep grey picture may use of those its file has
+TAILS = (0.1, 99.9)  # ours: percentiles; what lies beyond (hot pixels, burnt-in marks) tells no depth or range
+FAINT = 1 / 8  # ours: a deep picture on less of its depth (CT numbers with an offset) is scaled by its own range
+LOST = 64  # ours: of 256 levels; a 16-bit colour picture darker than that has its content in the bits Pillow drops
+
+# what `changes` tells of a picture
+SCALED, OWN_RANGE = "deep grey, scaled by its bit depth", "deep grey, scaled by its own range"
+INVERTED, FIRST = "deep grey, inverted: white is zero", "several frames, the first is shown"
+NO_EXIF, ONE_COLOUR = "unreadable EXIF, shown as stored", "one colour all over"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `path`, fully decoded, upright (EXIF orientation applied), 8-bit RGB [W, H].
+    """The image at `path`, fully decoded, upright (EXIF orientation applied), 8-bit RGB [W, H]; see `changes`, too.
 
-    16-bit, 32-bit and float grayscale is scaled to 0..255 by its own range; transparency is laid over white.
-    Raises UserError for a file that is missing, unreadable, truncated, over `max_pixels`, or not an image.
+    Grey of more than 8 bits is scaled by the bit depth it uses (`_to_8_bit`) and, in a TIFF whose white is zero,
+    inverted; transparency is laid over white; of several frames the first is shown.
+    Raises UserError for a file that is missing, unreadable, truncated, over `max_pixels`, not an image, or of a shape
+    that Qwen-VL's image processor refuses.
     """
-    image = _decode(Path(path), max_pixels)
+    path = Path(path)
+    image, found = _decode(path, max_pixels)
     try:
-        return _rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # a hostile EXIF block or palette can raise almost anything
-        raise UserError(f"image {path} has broken metadata or palette ({_short(error)}): save it anew") from error
+        picture = _rgb(_upright(image, found), found)
+    except UserError:
+        raise
+    except Exception as error:  # a hostile palette or colour space can raise almost anything
+        raise UserError(f"image {path} has a broken palette or colours ({_short(error)}): save it anew") from error
+    check_shape(picture, str(path))
+    if all(low == high for low, high in _extrema(picture)):
+        found.append(ONE_COLOUR)
+    picture.info = {"changes": tuple(found)}
+    return picture
 
 
-def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> None:
-    """Decode the image at `path` once and throw it away; raises UserError as `open_image` does."""
-    _decode(Path(path), max_pixels)
+def changes(picture: Image.Image) -> tuple[str, ...]:
+    """What `open_image` did to a picture beyond decoding it, or noticed: to be counted where a data set is made."""
+    return picture.info["changes"]
 
 
-def _decode(path: Path, max_pixels: int) -> Image.Image:
+def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, ...]:
+    """Open the image at `path` and throw it away; its `changes`. Raises UserError as `open_image` does."""
+    return changes(open_image(path, max_pixels=max_pixels))
+
+
+def check_shape(picture: Image.Image, name: str) -> None:
+    """UserError for a picture that Qwen-VL cannot patch: its own rule is asked (one side over 200 times the other)."""
+    # here, because it takes seconds and the modules that write files do not need it
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    width, height = picture.size
+    try:
+        smart_resize(height, width)
+    except (ValueError, ZeroDivisionError) as error:
+        fix = "crop or pad it"
+        raise UserError(f"image {name} has {width} x {height} pixels, which Qwen-VL cannot patch: {fix}") from error
+
+
+def _decode(path: Path, max_pixels: int) -> tuple[Image.Image, list[str]]:
+    """The decoded first frame, and what `changes` tells of the file so far."""
     # Some libraries switch this on for the whole process, and truncated files then come back with a grey lower part.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, MAX_TEXT)
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:  # the header alone has been read so far
                 raise UserError(_bomb(path, f"{width} x {height} pixels", max_pixels))
+            # the second picture of an MPO (a photograph of a phone) is a preview or a depth map
+            several = getattr(image, "is_animated", False) and image.format != "MPO"
+            layout = str(image.tile)
             image.load()
-            return image
+            # Pillow keeps the upper byte of each colour
+            if (
+                re.search(r";16[BLN]\b", layout)
+                and not _deep(image)
+                and max(high for _, high in _extrema(image)) < LOST
+            ):
+                fix = "save it with 8 bits a colour"
+                raise UserError(
+                    f"image {path} is 16-bit colour that uses its low bits alone, and would be black: {fix}"
+                )
+            return image, [FIRST] if several else []
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -57,9 +120,28 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
         raise UserError(f"image {path} is truncated or damaged ({_short(error)}): copy or download it again") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float64))).convert("RGB")
+def _upright(image: Image.Image, found: list[str]) -> Image.Image:
+    """Turned as its EXIF says. Pillow's own function writes EXIF anew, which one odd tag beside is enough to break."""
+    try:
+        exif = image.getexif()
+        turn = TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+        torn = "exif" in image.info and not len(exif)  # the JPEG reader has met the error before, and is silent now
+    except Exception:  # a hostile EXIF block can raise almost anything
+        turn, torn = None, True
+    if torn:
+        found.append(NO_EXIF)
+    return image.transpose(turn) if turn is not None else image
+
+
+def _rgb(image: Image.Image, found: list[str]) -> Image.Image:
+    if _deep(image):
+        values, own = _to_8_bit(np.asarray(image))
+        found.append(OWN_RANGE if own else SCALED)
+        # Pillow inverts what has up to 8 bits; it takes a missing tag for zero, so the tag itself is asked
+        if getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+            values = 255 - values
+            found.append(INVERTED)
+        return Image.fromarray(values).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")  # peers: qwen-vl-utils lays transparency over white
@@ -67,13 +149,37 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Scale [H, W] to 0..255 by its own finite range; a constant image becomes black."""
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = values.min(), values.max()
-    if high == low:
-        return np.zeros(values.shape, dtype=np.uint8)
-    return np.round((values - low) / (high - low) * 255).astype(np.uint8)
+def _deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _to_8_bit(values: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Grey values [H, W] as 0..255, and whether by their own range. # ours
+
+    From 0 to the top of the smallest usual bit depth that holds them, so that pictures of one series are scaled alike;
+    where that leaves hardly any contrast, or values are negative, from their lowest to their highest. Both are taken
+    without the tails, so that a hot pixel does not turn the rest black.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return np.zeros(values.shape, dtype=np.uint8), True
+    low, high = (
+        float(np.percentile(finite, TAILS[0], method="higher")),
+        float(np.percentile(finite, TAILS[1], method="lower")),
+    )
+    if low >= high:  # little but background: the rest is the picture
+        low, high = float(finite.min()), float(finite.max())
+    tops = [1.0] * (values.dtype.kind == "f") + [2.0**bits - 1 for bits in DEPTHS]
+    top = next((top for top in tops if high <= top), None)
+    own = low < 0 or top is None or (low < high < low + FAINT * top)
+    bottom, span = (low, high - low) if own or top is None else (0.0, top)
+    scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - bottom) / (span or 1.0)
+    return np.round(scaled.clip(0.0, 1.0) * 255).astype(np.uint8), own
+
+
+def _extrema(image: Image.Image) -> list[tuple[float, float]]:
+    found: list = [image.getextrema()] if len(image.getbands()) == 1 else list(image.getextrema())
+    return found[:-1] if image.mode in ("LA", "RGBA") else found  # without what is only transparent
 
 
 def _bomb(path: Path, found: str, max_pixels: int) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import RECORDS, Bad
 from mmedexpert.data.splits import FRACTIONS, assign_splits, join_groups
+from mmedexpert.data.table import fold
 from mmedexpert.errors import UserError
 from mmedexpert.progress import track
 
 LETTERS = "ABCDEFGH"
 # What separates options and how a letter is marked: ", B)" as published, then the forms copies are found in.
 FORMS = [(apart, mark) for mark in (r"{}\)", r"\({}\)", r"{}\.", "{}:") for apart in (r"(?:[,;]\s*|\n\s*)", r"\s+")]
-TAGGED = re.compile(r"<answer>\s*\(?([A-Z])\s*(?:[).:][^<]*)?</answer>", re.IGNORECASE)
+TAGGED = re.compile(r"<answer>\s*\(?([A-Z])\s*(?:[).:]([^<]*))?</answer>", re.IGNORECASE)
 BARE = re.compile(r"\s*\(?([A-Z])[).:]?\s*", re.IGNORECASE)
 # ours: three OmniMedVQA sets hold Kermany's films of the same children; named as `labelled_images` names them
 KERMANY_PATIENT = re.compile(r"^(person\d+(?=_(?:bacteria|virus))|(?:NORMAL2-)?IM-\d+)")
@@ -93,11 +94,29 @@ def parse_problem(problem: str) -> tuple[str, dict[str, str]]:
 
 
 def parse_solution(solution: str) -> str:
-    """The letter of "<answer> D </answer>" (or of a bare "D"); ValueError where there is none."""
-    match = TAGGED.search(solution) or BARE.fullmatch(solution)
-    if not match:
-        raise ValueError(f"no <answer> letter </answer> in the solution {solution[:80]!r}")
-    return match[1].upper()
+    """The letter of "<answer> D </answer>" (or of a bare "D"); ValueError where there is none, or several."""
+    found = {match[1].upper() for match in TAGGED.finditer(solution)}
+    bare = BARE.fullmatch(solution)
+    if not found and bare:
+        found = {bare[1].upper()}
+    if len(found) != 1:
+        what = f"the letters {' and '.join(sorted(found))}" if found else "no <answer> letter </answer>"
+        raise ValueError(f"{what} in the solution {solution[:80]!r}")
+    return found.pop()
+
+
+def gold_letter(solution: str, options: dict[str, str]) -> str:
+    """The solution's letter, which must be one of the options and, where its text is told, too, go with that text."""
+    letter = parse_solution(solution)
+    if letter not in options:
+        raise ValueError(f"answer {letter} is none of the options {', '.join(options)}")
+    plain = {key: fold(text).strip(" .,;") for key, text in options.items()}
+    for match in TAGGED.finditer(solution):
+        told = fold(match[2] or "").strip(" .,;")
+        others = [text for key, text in plain.items() if key != letter]
+        if told and told != plain[letter] and (told in others or not (told in plain[letter] or plain[letter] in told)):
+            raise ValueError(f"the solution says {letter}, which is {options[letter][:80]!r}, but {match[2].strip()!r}")
+    return letter
 
 
 def _marks(text: str, apart: str, mark: str) -> list[tuple[int, int]]:
@@ -153,9 +172,7 @@ def _parse(data: Any, root: Path, hash_of: dict[str, str]) -> Record:
     if image.is_absolute() or ".." in image.parts:
         raise ValueError(f"image path {data['image']!r} is absolute or leaves the root")
     question, options = parse_problem(data["problem"])
-    answer = parse_solution(data["solution"])
-    if answer not in options:
-        raise ValueError(f"answer {answer} is none of the options {', '.join(options)}")
+    answer = gold_letter(data["solution"], options)
     name = image.as_posix()
     if name not in hash_of:
         try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 from mmedexpert.data.images import check_image
 from mmedexpert.data.record import KINDS, SPLITS, Record, Trace
+from mmedexpert.data.table import alike
 from mmedexpert.errors import UserError
 from mmedexpert.fingerprints import file_digest
 from mmedexpert.progress import track
@@ -23,9 +25,19 @@ GROUP_KEEPS = ("test", "val", "train")  # ours: a group found in several splits 
 REQUIRED = frozenset(f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING)
 KNOWN = frozenset(f.name for f in fields(Record))
 LISTS = ("images", "specialties")
+TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
 TEXTS = tuple(f.name for f in fields(Record) if f.type == "str")
 
 Bad = list[tuple[str, str]]  # (record id, reason)
+
+
+class LeftOut(list[tuple[str, str]]):
+    """(record id, reason) of what is left out; `changed` counts by kind what is used, but not as it stands there: a
+    picture scaled, a label folded."""
+
+    def __init__(self, found: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(found)
+        self.changed: Counter[str] = Counter()
 
 
 def save_records(
@@ -107,15 +119,17 @@ def validate(
     bad: Iterable[tuple[str, str]] = (),
     on_bad_record: str = "error",
     check_images: bool = True,
-) -> tuple[list[Record], Bad]:
+) -> tuple[list[Record], LeftOut]:
     """The records that can be used, and (record id, reason) for the others; `bad` are those a source already found.
 
-    Each distinct image is decoded once. With "error" the first problem raises UserError. A group that occurs in
-    several splits keeps its test records, else its val records: evaluation never meets an image seen in training.
+    Each distinct image is opened once, as it will be for the model; what that changes is counted (`LeftOut`). With
+    "error" the first problem raises UserError. A group that occurs in several splits keeps its test records, else its
+    val records: evaluation never meets an image seen in training.
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record is 'error' or 'skip', not {on_bad_record!r}")
-    found: Bad = []
+    found = LeftOut()
+    found.changed.update(getattr(bad, "changed", {}))
 
     def refuse(record_id: str, reason: str) -> None:
         if on_bad_record == "error":
@@ -128,7 +142,7 @@ def validate(
     good = list(records)
     checks: list[Callable[[list[Record]], Iterator[str | None]]] = [_field_faults]  # cheap ones before decoding images
     if check_images:
-        checks.append(partial(image_faults, image_root=image_root))
+        checks.append(partial(image_faults, image_root=image_root, changed=found.changed))
     for faults in (*checks, _group_faults):
         kept: list[Record] = []
         for record, fault in zip(good, faults(good), strict=True):
@@ -178,15 +192,21 @@ def _field_faults(records: list[Record]) -> Iterator[str | None]:
         seen.add(record.id)
 
 
-def image_faults(records: list[Record], *, image_root: Path) -> Iterator[str | None]:
-    """For each record what is wrong with one of its images, or None; each distinct image is decoded once."""
+def image_faults(
+    records: list[Record], *, image_root: Path, changed: Counter[str] | None = None
+) -> Iterator[str | None]:
+    """For each record what is wrong with one of its images, or None; each distinct image is opened once.
+
+    `changed` counts the images of which `images.changes` has something to tell.
+    """
+    counts = Counter[str]() if changed is None else changed
     fault_of: dict[str, str | None] = {}
     distinct = len({name for record in records for name in record.images})
     for record in track(records, "checking images", size=distinct):
         for name in record.images:
             if name not in fault_of:
                 try:
-                    check_image(image_root / name)
+                    counts.update(f"images: {one}" for one in check_image(image_root / name) or ())
                     fault_of[name] = None
                 except UserError as error:
                     fault_of[name] = str(error)
@@ -207,6 +227,8 @@ def _group_faults(records: list[Record]) -> Iterator[str | None]:
 
 def _wrong(record: Record) -> str | None:
     """What is wrong with the record's own fields, or None."""
+    if fault := not_text(record):
+        return fault
     if not record.images:
         return "it names no image"
     if escaping := [name for name in record.images if _escapes(name)]:
@@ -222,6 +244,9 @@ def _wrong(record: Record) -> str | None:
         return f"image_group is empty {where}"
     if not record.answer.strip():
         return f"the answer is empty {where}"
+    steps = record.trace.steps if record.trace else ()
+    if tag := TAG.search("\n".join([*steps, *(record.options or {}).values(), record.answer])):
+        return f"trace, option or answer holds the tag {tag[0]}, by which answers are read: take it out {where}"
     if record.asked_as not in KINDS or (record.asked_as == "choice") != (record.options is not None):
         return f"kind {record.kind!r} does not fit (choice has options; yes_no, closed and open have none) {where}"
     if record.options is None:
@@ -232,8 +257,18 @@ def _wrong(record: Record) -> str | None:
         return f"it has {len(record.options)} option(s), a choice needs two or more {where}"
     if record.answer not in record.options:
         return f"answer {record.answer!r} is none of the options {', '.join(record.options)} {where}"
-    if list(record.options.values()).count(record.options[record.answer]) > 1:
-        return f"the text of answer {record.answer} stands under another letter, too {where}"
+    gold = record.options[record.answer]
+    if twins := [letter for letter, text in record.options.items() if letter != record.answer and alike(text, gold)]:
+        return f"the text of answer {record.answer} stands under another letter, too ({', '.join(twins)}) {where}"
+    return None
+
+
+def not_text(record: Record) -> str | None:
+    """What keeps a record's texts from being written and tokenised (half of a surrogate pair out of JSON), or None."""
+    try:
+        json.dumps(asdict(record), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"a text of it is no Unicode ({error.reason}): mend or remove it"
     return None
 
 

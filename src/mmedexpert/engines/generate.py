@@ -131,10 +131,11 @@ def generate(
 ) -> Completions:
     """Sample `num_generations` completions per prompt; temperature 0 is greedy.
 
-    The model runs in eval mode (no dropout while sampling). `logps` are those of the distribution sampled from (of the
-    plain softmax when greedy). A row ends with a token of `end_ids` (None: the encoder's); finished rows leave the
-    batch, some at a time. `banned_ids` are never chosen: an image placeholder in a completion would ask the next
-    forward pass for an image that is not there.
+    The model runs in eval mode (no dropout while sampling). `logps` are those of the distribution sampled from (when
+    greedy of the softmax). A row ends with a token of `end_ids` (None: the encoder's); finished rows leave the batch,
+    some at a time. `banned_ids` have no chance from the start, before top-k and top-p: an image placeholder in a
+    completion would ask the next forward pass for an image that is not there. The distribution is that of the allowed
+    tokens, here and in the update (`packing.token_logps`).
     """
     core = core_of(model)
     was_training = model.training
@@ -159,9 +160,9 @@ def generate(
     alive = torch.arange(total, device=device)  # rows in the batch
     over = torch.zeros(total, dtype=torch.bool, device=device)  # of these, finished
     for step in range(max_new_tokens):
+        logits = logits.index_fill_(1, banned, -torch.inf)
         probabilities = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
-        allowed = probabilities.index_fill(1, banned, 0.0) if len(banned) else probabilities
-        token = _draw(allowed, chances[alive, step]) if temperature else allowed.argmax(-1)
+        token = _draw(probabilities, chances[alive, step]) if temperature else probabilities.argmax(-1)
         going = ~over
         ids[alive[going], step] = token[going]
         logps[alive[going], step] = probabilities.gather(1, token[:, None]).squeeze(1).log()[going]

@@ -84,7 +84,7 @@ class GbaModule(TrainingModule):
             )
 
         def losses() -> Iterator[Tensor]:
-            width = mask.shape[1]
+            width, banned = mask.shape[1], self.encoder.banned_ids
             for rows, weight in parts:
                 packed = pack(
                     self.model, self.encoder, [rollout.prompts[row] for row in rows],
@@ -92,9 +92,9 @@ class GbaModule(TrainingModule):
                 )  # fmt: skip
                 if reference is not None:
                     with torch.no_grad(), self.model.disable_adapter():
-                        frozen, _, _ = token_logps(self.model, packed, self.temperature)
+                        frozen, _, _ = token_logps(self.model, packed, self.temperature, banned_ids=banned)
                     reference[rows] = packed.matrix(frozen, width)
-                values, spread, _ = token_logps(self.model, packed, self.temperature)
+                values, spread, _ = token_logps(self.model, packed, self.temperature, banned_ids=banned)
                 now = packed.matrix(values, width)
                 if weight:
                     logps[rows], entropy[rows] = now.detach(), packed.matrix(spread, width)

@@ -10,7 +10,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from hydra.utils import get_method, instantiate
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import Bad, fingerprint, image_faults, load_records, move_root, save_records
+from mmedexpert.data.records_io import (
+    LeftOut,
+    fingerprint,
+    image_faults,
+    load_records,
+    move_root,
+    not_text,
+    save_records,
+)
 from mmedexpert.errors import UserError
 from mmedexpert.evaluate import QuestionSet
 from mmedexpert.runs import Run
@@ -50,6 +58,7 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
         own = _own_training_part(config, benchmark, root, run, records, image_root)
         run.notes |= {
             "own_training_part": own,
+            "changed": dict(sorted(broken.changed.items())),
             "source": sorted({record.source for record in records}),
             "data_fingerprint": fingerprint(records, image_root),
             "left_out": [{"id": identity, "reason": reason} for identity, reason in [*bad, *broken]],
@@ -107,13 +116,13 @@ def download(benchmark: BenchmarkConfig) -> Path:
     return Path(folder)
 
 
-def askable(records: list[Record], image_root: Path) -> tuple[list[Record], Bad]:
+def askable(records: list[Record], image_root: Path) -> tuple[list[Record], LeftOut]:
     """The records whose images can all be opened and whose ids are their own, and (id, reason) of the others."""
     good: list[Record] = []
-    bad: Bad = []
+    bad = LeftOut()
     ids: set[str] = set()
-    for record, fault in zip(records, image_faults(records, image_root=image_root), strict=True):
-        fault = "the id occurs twice" if record.id in ids else fault
+    for record, fault in zip(records, image_faults(records, image_root=image_root, changed=bad.changed), strict=True):
+        fault = "the id occurs twice" if record.id in ids else fault or not_text(record)
         ids.add(record.id)
         if fault is None:
             good.append(record)

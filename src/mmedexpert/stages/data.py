@@ -12,7 +12,7 @@ from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import fingerprint, move_root, save_records, validate
 from mmedexpert.errors import UserError
 from mmedexpert.fingerprints import folder_digest
-from mmedexpert.runs import Run
+from mmedexpert.runs import Run, console
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import stage_run
 from mmedexpert.versions import text_of, version_of, versions
@@ -47,18 +47,22 @@ def dataset(config: Config) -> Run:
             )
         with run.phase("validate"):
             records, bad = validate(records, image_root, bad=bad, on_bad_record=settings.on_bad_record)
+        for what, count in sorted(bad.changed.items()):
+            console.print(f"{settings.name}: {count} {what}", highlight=False)
         if settings.limit is not None:
             records = first_of_each(records, settings.limit)
         if not records:
             raise UserError(f"data={settings.name} has no usable record in {root or run.folder}")
         save_records(records, run.folder, image_root, skipped=bad, source_root=root)
         run.notes["data_fingerprint"] = fingerprint(records, image_root)
+        run.notes["changed"] = dict(sorted(bad.changed.items()))
         run.notes["skipped_records"] = [{"id": identity, "reason": reason} for identity, reason in bad]
         counts: Counter[str] = Counter()
         for record in records:
             counts[f"records/{record.split}"] += 1
             for name in record.specialties:
                 counts[f"records/{record.split}/{name}"] += 1
+        counts.update({f"changed/{what}": count for what, count in bad.changed.items()})
         return {**{k: float(v) for k, v in sorted(counts.items())}, "records/skipped": float(len(bad))}
 
     # its own seed: under every seed of training the same questions are asked
