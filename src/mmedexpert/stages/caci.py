@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from mmedexpert.benchmarks import medevalkit
+from mmedexpert.build import build
 from mmedexpert.cards import write_card
 from mmedexpert.data.records_io import write_atomic
 from mmedexpert.engines.transformers import TransformersEngine
@@ -49,6 +48,7 @@ def merged(config: Config) -> Run:
     `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
     """
     base, settings = base_of(config), config.merge
+    build(settings.method or {}, "merge.method")  # a value that the method does not take: told before training
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
     runs = {**experts, **reasoners}
@@ -76,7 +76,7 @@ def merged(config: Config) -> Run:
                 metrics["search/points"] = float(len(rows))
                 log_table(logger, "search", rows)
             conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
-            rule = instantiate(method, _convert_="all")
+            rule = build(method, "merge.method")
             with run.phase("merge"):
                 merge_adapters(base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts)
                 if settings.lora_rank is not None:
@@ -144,7 +144,7 @@ class _Search:
         )  # fmt: skip
         updates = [load_update(path, base) for path in [*experts.values(), *reasoners.values()]]
         sees = any("visual" in name for update in updates for name in update.shapes)
-        rule = instantiate(config.merge.method, _convert_="all")
+        rule = build(config.merge.method or {}, "merge.method")
         numbers = Summary(num_resamples=config.eval.num_resamples, seed=config.seed)
         for place, point in enumerate(merged_in_place(model, updates, len(experts), rule, self.points)):
             if sees:  # what the encoder keeps of an image is another vision tower's
