@@ -121,7 +121,7 @@ def test_one_refused_judgement_is_left_out_named_and_asked_again(tmp_path):
 
 
 def test_a_judge_that_refuses_everything_is_a_setting(tmp_path):
-    with pytest.raises(UserError, match="refused all 6 answers.*400 too long.*eval.llm_judge"):
+    with pytest.raises(UserError, match=r"refused all 6 answers.*400 too long.*eval.llm_judge"):
         LLMJudge(Grader(refuses="lesion"), tmp_path / "cache.jsonl").judge(QUESTIONS)
 
 

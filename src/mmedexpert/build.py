@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 
 from mmedexpert.errors import UserError, suggestion
 
@@ -16,8 +17,8 @@ def build(config: Mapping[str, Any], where: str, **more: Any) -> Any:
     """Call the `_target_` of `config` (a partial with `_partial_`) with its values and with `more`, or build it.
 
     `where` is the config key, such as `data.source`. Raises UserError naming it for a target that is not there, a value
-    that the target does not take or lacks, and a ValueError of the target; all its other errors (UserError, a full
-    disk's OSError) as they are, not as Hydra's InstantiationException.
+    that the target does not take, that has another type or is lacking, and a ValueError of the target; all its other
+    errors (UserError, a full disk's OSError) as they are, not as Hydra's InstantiationException.
     """
     target = method(config.get("_target_"), f"{where}._target_")
     _check(target, config, where, more)
@@ -35,7 +36,10 @@ def build(config: Mapping[str, Any], where: str, **more: Any) -> Any:
 def method(path: Any, where: str) -> Callable[..., Any]:
     """The function or class at a dotted path; UserError naming the config key `where` for one that is not there."""
     try:
-        return get_method(path)
+        found = pkgutil.resolve_name(path)
+        if not callable(found):
+            raise TypeError("it is no function")
+        return found
     except Exception as error:  # a module that is imported may raise anything
         told = " ".join(str(error).split())[:200]
         raise UserError(f"{where}={path!r} is not found: give the dotted path of a function ({told})") from error
@@ -49,6 +53,12 @@ def _check(target: Callable[..., Any], config: Mapping[str, Any], where: str, mo
         if unknown := [key for key in given if key not in known]:  # also what is given from elsewhere
             fix = suggestion(unknown[0], known) if known else ": leave it out"
             raise UserError(f"{where}.{unknown[0]}: {config['_target_']} takes no such value{fix}")
+    hints = get_type_hints(target)
+    for key in given:  # a dictionary of the config has no schema: what the function says is checked here
+        kind, value = hints.get(key), config[key]
+        numbers = kind in (int, float) and not isinstance(value, bool) and isinstance(value, kind | int)
+        if kind in (int, float, str, bool) and not (numbers or (kind in (str, bool) and isinstance(value, kind))):
+            raise UserError(f"{where}.{key}={value!r} must be of type {kind.__name__} ({config['_target_']})")
     needed = [n for n, one in parameters.items() if one.default is one.empty and one.kind.name == "KEYWORD_ONLY"]
     lacking = [name for name in needed if name not in given and name not in more]
     if lacking and not config.get("_partial_"):

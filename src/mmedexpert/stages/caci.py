@@ -47,8 +47,9 @@ def merged(config: Config) -> Run:
     conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), and with
     `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
     """
-    base, settings = base_of(config), config.merge
+    settings = config.merge
     build(settings.method or {}, "merge.method")  # a value that the method does not take: told before training
+    base = base_of(config)
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
     runs = {**experts, **reasoners}
