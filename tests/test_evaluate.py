@@ -25,6 +25,7 @@ from mmedexpert.evaluate import (
     vote,
 )
 from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.report import unanswered
 from mmedexpert.summary import Summary, majority_accuracy, random_accuracy
 
 OPTIONS = {"A": "pneumonia", "B": "normal", "C": "fracture", "D": "effusion"}
@@ -103,7 +104,20 @@ def test_a_whole_line_without_its_line_end_is_kept(tmp_path):
     assert ask(never, asked, path) == rows and never.asked == []
 
 
-@pytest.mark.parametrize("bad", [b"{}", b"[1]", b"7", b"null", b"", b'{"id": "q1", "resp', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"{}",
+        b"[1]",
+        b"7",
+        b"null",
+        b"",
+        b'{"id": "q1", "resp',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"id": "\xff", "perspective": 1, "response": 2}',
+    ],
+)
 def test_damage_in_the_middle_is_told_and_nothing_is_overwritten(tmp_path, bad):
     asked = questions(tmp_path, [record(i) for i in range(3)])
     path = tmp_path / "predictions.jsonl"
@@ -145,6 +159,9 @@ def test_a_refused_question_is_wrong_unparsed_and_named(tmp_path, protocol):
     assert found["refused"][0]["refused"] == "400 too long" and found["n"] == 5
     assert {found["protocols"][name]["accuracy"] for name in ("robust", "medevalkit")} == {0.6}
     assert found["parse_failure_rate"] == 0.4
+    assert unanswered({"base": found, "clean": found | {"unanswered": 0, "refused": []}}) == [
+        "base: 2 unanswered, counted as wrong: q1 and 1 more (400 too long); all in summary.json"
+    ]
 
 
 def test_refused_questions_are_asked_again_while_a_run_is_unfinished(tmp_path):

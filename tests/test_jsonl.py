@@ -29,7 +29,18 @@ def test_a_file_that_is_not_there_has_no_lines(tmp_path):
     assert read_lines(tmp_path / "none.jsonl", ("id",)) == []
 
 
-@pytest.mark.parametrize("bad", [b"", b"[]", b'{"no": 1}', b'{"id": 1', b"\xe5\xb7", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        b"[]",
+        b'{"no": 1}',
+        b'{"id": 1',
+        b"\xe5\xb7",
+        b"[" * 100_000,
+        b'{"id": "\xff", "perspective": 1, "response": 2}',
+    ],
+)
 def test_damage_that_no_kill_leaves_is_told(tmp_path, bad):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 1}\n' + bad + b'\n{"id": 2}\n')
