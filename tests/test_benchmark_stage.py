@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +13,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import ROOT, SMOKE, run
+from hydra import compose, initialize_config_dir
 from PIL import Image
+
+from mmedexpert.checks import typed
+from mmedexpert.errors import UserError
+from mmedexpert.stages.benchmark import prepared
 
 PMC = ["index", "Figure_path", "Caption", "Question", "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "split"]
 SERVED = ["engine=openai", "engine.endpoint.model=m"]
@@ -57,6 +66,79 @@ def vqa_rad(folder: Path) -> Path:
     for i in range(4):
         noise(folder / "images" / f"syn{i}.png", 50 + i)
     return folder
+
+
+def png(seed: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+def parquet(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"image": [{"bytes": png(seed), "path": None}], "question": ["Is it benign?"], "answer": ["yes"]}
+    pq.write_table(pa.table(row), path)
+
+
+def slake_split(folder: Path, name: str, seed: int) -> None:
+    row = {"img_name": f"x{seed}/source.jpg", "question": "Which organ is shown?", "answer": "Liver", "q_lang": "en"}
+    noise(folder / "imgs" / f"x{seed}" / "source.jpg", seed)
+    (folder / f"{name}.json").write_text(json.dumps([{**row, "answer_type": "OPEN", "qid": seed}]))
+
+
+def layout(name: str, folder: Path, train: str) -> Path:
+    """A benchmark folder with one test question; `train`: absent, damaged, other (no question of it can be asked)."""
+    folder.mkdir()
+    damaged = '[{"qid": 1, "img_name": "a.j'
+    if name == "slake":
+        slake_split(folder, "test", 0)
+        if train != "absent":
+            slake_split(folder, "train", 1)
+            shutil.rmtree(folder / "imgs" / "x1")
+        if train == "damaged":
+            (folder / "train.json").write_text(damaged)
+    elif name in ("path_vqa", "vqa_rad"):
+        parquet(folder / "data" / "test-00000-of-00001.parquet", 1)
+        if train != "absent":
+            part = folder / "data" / "train-00000-of-00001.parquet"
+            parquet(part, 2)
+            if train == "damaged":
+                part.write_bytes(part.read_bytes()[:-50])
+            else:
+                row = {"image": [{"bytes": b"no image", "path": None}], "question": ["Is it?"], "answer": ["yes"]}
+                pq.write_table(pa.table(row), part)
+    else:
+        noise(folder / "Images" / "S" / "a.png", 2)
+        row = {"image": "Images/S/a.png", "problem": "What is seen? A)cyst, B)mass", "solution": "<answer> A </answer>"}
+        (folder / "test.json").write_text(json.dumps([row]))
+        if train != "absent":
+            other = json.dumps([{**row, "image": "Images/S/gone.png"}])
+            (folder / "train.json").write_text(damaged if train == "damaged" else other)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["slake", "path_vqa", "vqa_rad", "omnimedvqa_medr1"])
+@pytest.mark.parametrize("train", ["absent", "damaged", "other"])
+def test_the_test_part_alone_is_asked_whatever_became_of_the_training_part(tmp_path, name, train):
+    root = layout(name, tmp_path / name, train)
+    overrides = [f"benchmark={name}", f"benchmark.{name}.root={root}", f"paths.outputs={tmp_path / 'out'}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = typed(compose("config", [*overrides, "logger=none"]))
+    done = prepared(config, config.benchmark[name])
+    assert done.metrics == {"questions": 1.0, "left_out": 0.0}
+    assert done.manifest["own_training_part"] is None
+    reason = done.manifest["own_training_part_left_out"]
+    assert {"absent": "train", "damaged": "train", "other": "can be used"}[train] in reason, reason
+
+
+def test_what_is_broken_in_the_test_part_still_stops(tmp_path):
+    root = layout("slake", tmp_path / "slake", "absent")
+    (root / "test.json").write_text('[{"qid": 1, "img_name": "a.j')
+    overrides = ["benchmark=slake", f"benchmark.slake.root={root}", f"paths.outputs={tmp_path / 'out'}", "logger=none"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = typed(compose("config", overrides))
+    with pytest.raises(UserError, match=r"test\.json is not JSON"):
+        prepared(config, config.benchmark["slake"])
 
 
 def eval_folder(outputs: Path, name: str) -> Path:

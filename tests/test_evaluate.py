@@ -12,10 +12,20 @@ from PIL import Image
 from mmedexpert.benchmarks import medevalkit
 from mmedexpert.data.encode import prompt_text
 from mmedexpert.data.record import Record
-from mmedexpert.engines.asking import Reply
+from mmedexpert.engines.asking import Reply, refusal
 from mmedexpert.engines.transformers import TransformersEngine
-from mmedexpert.evaluate import QuestionSet, judge_again, majority_engine, predict, read_predictions, vote
+from mmedexpert.errors import UserError
+from mmedexpert.evaluate import (
+    REFUSED_FIRST,
+    QuestionSet,
+    judge_again,
+    majority_engine,
+    predict,
+    read_predictions,
+    vote,
+)
 from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.report import unanswered
 from mmedexpert.summary import Summary, majority_accuracy, random_accuracy
 
 OPTIONS = {"A": "pneumonia", "B": "normal", "C": "fracture", "D": "effusion"}
@@ -73,6 +83,128 @@ def test_a_killed_run_goes_on_with_no_question_lost_or_asked_twice(tmp_path):
     assert ask(third, asked, path) == rows and third.asked == []
 
 
+@pytest.mark.parametrize("keep", range(1, 13))
+def test_a_line_cut_inside_a_character_is_dropped_and_asked_again(tmp_path, keep):
+    asked = questions(tmp_path, [record(i) for i in range(3)])
+    path = tmp_path / "predictions.jsonl"
+    rows = ask(Scripted(lambda ask: "\u5de6\u80ba\u6709\u7ed3\u8282"), asked, path)  # 3 bytes each
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rfind("\u5de6".encode()) + keep])
+    assert read_predictions(path) == [rows[2], rows[1]]
+    again = Scripted(lambda ask: "\u5de6\u80ba\u6709\u7ed3\u8282")
+    assert ask(again, asked, path) == rows and [one.id for one in again.asked] == ["q0"]
+
+
+def test_a_whole_line_without_its_line_end_is_kept(tmp_path):
+    asked = questions(tmp_path, [record(i) for i in range(2)])
+    path = tmp_path / "predictions.jsonl"
+    rows = ask(Scripted(lambda ask: "B"), asked, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    never = Scripted(lambda ask: "never")
+    assert ask(never, asked, path) == rows and never.asked == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"{}",
+        b"[1]",
+        b"7",
+        b"null",
+        b"",
+        b'{"id": "q1", "resp',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"id": "\xff", "perspective": 1, "response": 2}',
+    ],
+)
+def test_damage_in_the_middle_is_told_and_nothing_is_overwritten(tmp_path, bad):
+    asked = questions(tmp_path, [record(i) for i in range(3)])
+    path = tmp_path / "predictions.jsonl"
+    ask(Scripted(lambda ask: "B"), asked, path)
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], bad, *lines[2:]]))
+    before = path.read_bytes()
+    for again in (lambda: ask(Scripted(lambda ask: "B"), asked, path), lambda: judge_again(path, asked)):
+        with pytest.raises(UserError, match=r"predictions\.jsonl line 2 is damaged.*delete this line"):
+            again()
+    assert path.read_bytes() == before
+
+
+class Refusing(Scripted):
+    """Refuses the questions whose id is in `never`."""
+
+    def __init__(self, never, **more) -> None:
+        super().__init__(lambda ask: "<answer>A</answer>", **more)
+        self.never = set(never)
+
+    def __call__(self, asks):
+        for place, reply in super().__call__(asks):
+            yield place, refusal("400 too long") if asks[place].id in self.never else reply
+
+
+@pytest.mark.parametrize("protocol", ["robust", "medevalkit"])
+def test_a_refused_question_is_wrong_unparsed_and_named(tmp_path, protocol):
+    asked = questions(tmp_path, [record(i, "A") for i in range(5)])  # MedEvalKit reads A out of an empty response
+    rows = ask(Refusing({"q1", "q3"}), asked, tmp_path / "p.jsonl", protocol=protocol)
+    assert read_predictions(tmp_path / "p.jsonl")[1] == rows[3]
+    for row in (rows[1], rows[3]):
+        assert (row["finish_reason"], row["refused"], row["response"]) == ("refused", "400 too long", "")
+        assert row["robust"] == row["medevalkit"] == {"correct": False, "picked": None, "parsed": False}
+        assert row["adherence"] == {} and row["gold"] == "A"
+    assert "refused" not in rows[0] and rows[0][protocol]["correct"]
+    assert judge_again(tmp_path / "p.jsonl", asked)[1] == rows[3]  # and stays so
+    found = Summary(num_resamples=50, seed=0).of(rows, asked.records, protocol=protocol, specialties=["all"])
+    assert found["unanswered"] == 2 and [row["id"] for row in found["refused"]] == ["q1", "q3"]
+    assert found["refused"][0]["refused"] == "400 too long" and found["n"] == 5
+    assert {found["protocols"][name]["accuracy"] for name in ("robust", "medevalkit")} == {0.6}
+    assert found["parse_failure_rate"] == 0.4
+    assert unanswered({"base": found, "clean": found | {"unanswered": 0, "refused": []}}) == [
+        "base: 2 unanswered, counted as wrong: q1 and 1 more (400 too long); all in summary.json"
+    ]
+
+
+def test_refused_questions_are_asked_again_while_a_run_is_unfinished(tmp_path):
+    asked = questions(tmp_path, [record(i) for i in range(6)])
+    with pytest.raises(KeyboardInterrupt):
+        ask(Refusing({"q5"}, die_after=3), asked, tmp_path / "p.jsonl")
+    later = Refusing(())
+    rows = ask(later, asked, tmp_path / "p.jsonl")
+    assert sorted(one.id for one in later.asked) == ["q0", "q1", "q2", "q5"]
+    assert [row["id"] for row in rows] == [f"q{i}" for i in range(6)] and not any("refused" in row for row in rows)
+
+
+def test_most_questions_refused_is_a_setting_told_with_its_reason(tmp_path):
+    asked = questions(tmp_path, [record(i) for i in range(6)])
+    with pytest.raises(UserError, match=r"4 of 6 questions were refused \(first: q5: 400 too long\).*settings"):
+        ask(Refusing({"q2", "q3", "q4", "q5"}), asked, tmp_path / "p.jsonl")
+    later = Refusing({"q3", "q4", "q5"})  # half: named, and a result
+    rows = ask(later, asked, tmp_path / "p.jsonl")
+    assert sorted(one.id for one in later.asked) == ["q2", "q3", "q4", "q5"] and len(rows) == 6
+
+
+def test_a_server_that_refuses_everything_is_not_asked_for_each_of_many_questions(tmp_path):
+    asked = questions(tmp_path, [record(i) for i in range(3 * REFUSED_FIRST)])
+    engine = Refusing({one.id for one in asked.records})
+    with pytest.raises(UserError, match=f"{REFUSED_FIRST} of {REFUSED_FIRST} questions were refused"):
+        ask(engine, asked, tmp_path / "p.jsonl")
+    assert len(engine.asked) == REFUSED_FIRST
+
+
+def test_the_local_engine_refuses_what_it_cannot_open_and_answers_the_rest(tiny, picture, tmp_path):
+    model, encoder = tiny
+    records = [record(i, image=f"{i}.png") for i in range(6)]
+    asked = questions(tmp_path, records)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    picture(1, 4000, 2).save(tmp_path / "2.png")  # the image processor refuses this aspect
+    (tmp_path / "4.png").unlink()
+    rows = ask(TransformersEngine(model, encoder, batch_size=4, max_new_tokens=3), asked, tmp_path / "p.jsonl")
+    named = {row["id"]: row["refused"] for row in rows if row["finish_reason"] == "refused"}
+    assert {"q1", "q4"} <= set(named) <= {"q1", "q2", "q4"} and "1.png" in named["q1"] and "missing" in named["q4"]
+    assert rows[4]["image_sha256"] == [None] and len(rows[1]["image_sha256"][0]) == 64
+    assert all(row["tokens"] for row in rows if row["id"] not in named)
+
+
 def test_protocols_differ_in_prompt_and_both_judge(tmp_path):
     asked = questions(tmp_path, [record(1)])
     ours, theirs = Scripted(lambda ask: "Option B"), Scripted(lambda ask: "Option B")
@@ -93,9 +225,36 @@ def test_judging_again_asks_nothing_and_mends_the_file(tmp_path):
     before = path.stat().st_mtime_ns
     assert sorted(judge_again(path, asked), key=lambda row: row["id"]) == rows
     assert path.stat().st_mtime_ns == before
-    wrong = [row | {"robust": {"correct": False, "picked": None, "parsed": False}} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in wrong))
-    assert judge_again(path, asked) == rows == read_predictions(path)  # in the order of the file
+    unread = {"correct": False, "picked": None, "parsed": False}
+    for stale in ({"robust": unread}, {"scores": {"robust": {"f1": 1.0}}}, {"adherence": {"intuitive": 0.123}}):
+        path.write_text("".join(json.dumps(row | stale) + "\n" for row in rows))
+        assert judge_again(path, asked) == rows == read_predictions(path)  # in the order of the file
+
+
+def test_judging_again_follows_the_rubrics(tmp_path, monkeypatch):
+    asked = questions(tmp_path, [record(i) for i in range(4)])
+    path = tmp_path / "p.jsonl"
+    before = {row["id"]: row["perspective"] for row in ask(Scripted(lambda ask: "B"), asked, path)}
+    seen = []
+
+    def rubric(response, options, perspective):
+        seen.append((response, options, perspective))
+        return 0.75
+
+    monkeypatch.setattr("mmedexpert.evaluate.adherence", rubric)
+    rows = judge_again(path, asked)
+    assert [row["adherence"] for row in rows] == [{before[row["id"]]: 0.75} for row in rows]
+    assert seen == [("B", OPTIONS, before[row["id"]]) for row in rows] and read_predictions(path) == rows
+
+
+@pytest.mark.parametrize("change", ["lost", "other"])
+def test_judging_again_wants_the_very_questions(tmp_path, change):
+    asked = questions(tmp_path, [record(i) for i in range(3)])
+    rows = ask(Scripted(lambda ask: "B"), asked, tmp_path / "p.jsonl")
+    rows = rows[1:] if change == "lost" else [*rows, rows[0] | {"id": "q0x"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"p\.jsonl does not hold the questions of test \(such as q0"):
+        judge_again(tmp_path / "p.jsonl", asked)
 
 
 def test_blank_images_replace_every_image(tmp_path):

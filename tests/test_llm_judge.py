@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmedexpert.benchmarks.llm_judge import MAX_CHARACTERS, LLMJudge, verdict_of
 from mmedexpert.data.record import Record
-from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.errors import UserError
 
@@ -24,9 +24,11 @@ class Grader(OpenAIEngine):
     """Says right where the gold text stands in the given answer; `fails` and `stop_after` stand for a bad server."""
 
     def __init__(
-        self, model: str = "grader", *, fails: str = "", stop_after: int = 10**9, says: str | None = None
-    ) -> None:
-        super().__init__("http://localhost:1/v1", model)
+        self, model: str = "grader", *, fails: str = "", stop_after: int = 10**9, says: str | None = None,
+        refuses: str = "never", at: str = "http://localhost:1/v1",
+    ) -> None:  # fmt: skip
+        super().__init__(at, model)
+        self.refuses = refuses
         self.fails, self.stop_after, self.says = fails, stop_after, says
         self.prompts: list[str] = []
 
@@ -38,6 +40,9 @@ class Grader(OpenAIEngine):
             if len(self.prompts) == self.stop_after:
                 raise KeyboardInterrupt if self.stop_after else AssertionError("asked again")
             self.prompts.append(prompt)
+            if self.refuses in prompt:
+                yield place, refusal("400 too long")
+                continue
             if self.fails and self.fails in prompt:
                 failed += 1
                 continue
@@ -78,11 +83,12 @@ def test_equal_questions_are_asked_once(tmp_path):
     assert len(grader.prompts) == 1
 
 
-@pytest.mark.parametrize("change", ["model", "system", "question", "gold", "response"])
+@pytest.mark.parametrize("change", ["server", "model", "system", "question", "gold", "response"])
 def test_any_change_of_content_is_asked_anew(tmp_path, change):
     record, response = QUESTIONS[1]
     LLMJudge(Grader(), tmp_path / "cache.jsonl").judge([(record, response)])
-    grader = Grader("other" if change == "model" else "grader")
+    at = "http://elsewhere:1/v1" if change == "server" else "http://localhost:1/v1"
+    grader = Grader("other" if change == "model" else "grader", at=at)
     if change == "system":
         grader.system_prompt = "Be strict."
     if change == "question":
@@ -93,6 +99,30 @@ def test_any_change_of_content_is_asked_anew(tmp_path, change):
         response += "."
     LLMJudge(grader, tmp_path / "cache.jsonl").judge([(record, response)])
     assert len(grader.prompts) == 1
+
+
+def test_a_password_is_no_part_of_the_cache(tmp_path):
+    LLMJudge(Grader(at="http://me:s3cret@localhost:1/v1"), tmp_path / "cache.jsonl").judge(QUESTIONS)
+    row = json.loads((tmp_path / "cache.jsonl").read_text().splitlines()[0])
+    assert row["server"] == "http://***@localhost:1/v1" and row["model"] == "grader"
+    again = Grader(stop_after=0, at="http://me:changed@localhost:1/v1/")
+    assert LLMJudge(again, tmp_path / "cache.jsonl").judge(QUESTIONS) == EXPECTED
+
+
+def test_one_refused_judgement_is_left_out_named_and_asked_again(tmp_path):
+    judge = LLMJudge(Grader(refuses="lesion 2?"), tmp_path / "cache.jsonl")
+    assert judge.judge(QUESTIONS) == {name: right for name, right in EXPECTED.items() if name != "q2"}
+    assert judge.refused == {"q2": "400 too long"}
+    grader = Grader()
+    judge = LLMJudge(grader, tmp_path / "cache.jsonl")
+    assert judge.judge(QUESTIONS) == EXPECTED and judge.refused == {} and len(grader.prompts) == 1
+    lonely = LLMJudge(Grader(refuses="lesion"), tmp_path / "other.jsonl")
+    assert lonely.judge(QUESTIONS[:1]) == {} and set(lonely.refused) == {"q0"}
+
+
+def test_a_judge_that_refuses_everything_is_a_setting(tmp_path):
+    with pytest.raises(UserError, match=r"refused all 6 answers.*400 too long.*eval.llm_judge"):
+        LLMJudge(Grader(refuses="lesion"), tmp_path / "cache.jsonl").judge(QUESTIONS)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30])

@@ -230,9 +230,10 @@ BAD = {
     "unfinished": completion("par", None),
     "bytes": (200, {}, b"\xff\xfe\x00"),
     "deep": (200, {}, b"[" * 100_000),
-    "refused": (400, {}, b'{"error": {"message": "context length exceeded"}}'),
     "always 500": (500, {}, b"boom"),
+    "always 429": (429, {"Retry-After": "0"}, b"busy"),
 }
+REFUSED = (400, {}, b'{"error": {"message": "context length exceeded"}}')
 
 
 def test_what_still_fails_is_left_out_and_counted_and_the_rest_goes_on(server):
@@ -245,9 +246,52 @@ def test_what_still_fails_is_left_out_and_counted_and_the_rest_goes_on(server):
 
 
 def test_the_first_reason_is_told(server):
-    server.answer = lambda prompt, before, body: BAD["refused"]
-    assert "id-a" in (error := ask_all(server.engine(), asks("a"))[1]) and "context length exceeded" in error
-    assert server.asked["a"] == 1
+    server.answer = lambda prompt, before, body: BAD["always 500"]
+    assert "id-a" in (error := ask_all(server.engine(retries=0), asks("a"))[1]) and "500 boom" in error
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_a_question_refused_for_good_is_a_reply_with_its_reason_and_asked_once(server, status):
+    server.answer = lambda prompt, before, body: (status, {}, REFUSED[2]) if prompt == "a" else completion("fine")
+    replies, error = ask_all(server.engine(), asks("a", "b"))
+    refused = replies[0]
+    assert not error and replies[1].refused == "" and server.asked["a"] == 1
+    assert (refused.text, refused.tokens, refused.finish_reason, refused.mean_logp) == ("", 0, "refused", None)
+    assert refused.refused.startswith(f"{status} ") and "context length exceeded" in refused.refused
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 408, 429, 500, 503])
+def test_a_server_that_is_overloaded_or_wrong_refuses_no_question(server, status):
+    server.answer = lambda prompt, before, body: (
+        (status, {"Retry-After": "0"}, b"{}") if prompt == "a" else completion("")
+    )
+    replies, error = ask_all(server.engine(retries=0), asks("a", "b"))
+    assert set(replies) == {1} and "1 of 2 questions" in error and str(status) in error
+
+
+def test_no_message_or_reply_tells_a_password(server):
+    with_password = server.base_url.replace("://", "://me:s3cret@") + "?api_key=s3cret"
+    engine = OpenAIEngine(with_password, "m", retries=0)
+    assert engine.address == server.base_url.replace("://", "://***@") + "?api_key=***"
+    told = []
+    for models in ((401, {}, b"{}"), (404, {}, b"{}"), (200, {}, b"[]"), (200, {}, b'{"data": [{"id": "n"}]}')):
+        server.models = models
+        with pytest.raises(UserError) as caught:
+            list(OpenAIEngine(server.base_url.replace("://", "://me:s3cret@"), "m", retries=0)(asks("a")))
+        told.append(str(caught.value))
+    server.models = (200, {}, b'{"data": [{"id": "m"}]}')
+    for status in (400, 500):
+        server.answer = lambda prompt, before, body, status=status: (status, {}, b"see http://me:s3cret@host/help")
+        replies, error = ask_all(
+            OpenAIEngine(server.base_url.replace("://", "://me:s3cret@"), "m", retries=0), asks("a")
+        )
+        told += [error, *(reply.refused for reply in replies.values())]
+    with pytest.raises(UserError) as caught:
+        OpenAIEngine("me:s3cret@localhost:8000/v1", "m")
+    with pytest.raises(UserError) as gone:
+        list(OpenAIEngine(f"http://me:s3cret@127.0.0.1:{closed_port()}/v1", "m", retries=0)(asks("a")))
+    told += [str(caught.value), str(gone.value)]
+    assert len("".join(told)) > 300 and "s3cret" not in "".join(told), told
 
 
 def test_a_server_that_goes_away_is_not_asked_for_each_of_many_questions(server):
@@ -263,11 +307,12 @@ def test_a_server_that_goes_away_is_not_asked_for_each_of_many_questions(server)
 
 def test_questions_that_are_at_fault_themselves_do_not_stop_the_others(server, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    server.answer = lambda prompt, before, body: BAD["refused"] if int(prompt) < 60 else completion("fine")
+    server.answer = lambda prompt, before, body: REFUSED if int(prompt) < 60 else completion("fine")
     broken = [Ask(f"b{n}", "999", (tmp_path / "broken.png",)) for n in range(40)]
     replies, error = ask_all(server.engine(), asks(*(str(n) for n in range(60))) + broken + asks("60", "61"))
-    assert set(replies) == {100, 101}
-    assert "100 of 102" in error and "not sent" not in error
+    assert set(replies) == set(range(102)) and not error
+    assert {place for place, reply in replies.items() if not reply.refused} == {100, 101}
+    assert "truncated or damaged" in replies[60].refused or "not an image" in replies[60].refused
 
 
 def test_a_server_that_refuses_logprobs_is_asked_without(server):

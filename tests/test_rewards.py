@@ -42,7 +42,7 @@ def test_accuracy_follows_the_protocol() -> None:
         ("<answer>LEFT  LUNG</answer>", "Left lung", 1.0),
         ("<answer>2.5 cm</answer>", "2.5 cm", 1.0),
         ("<answer>25 cm</answer>", "2.5 cm", 0.0),
-        ("<answer>no</answer> <answer>yes</answer>", "yes", 1.0),
+        ("<answer>no</answer> <answer>yes</answer>", "yes", 0.0),
         ("<answer>right lung</answer>", "left lung", 0.0),
         ("<answer>left lung and heart</answer>", "left lung", 0.0),
         ("left lung", "left lung", 1.0),

@@ -75,7 +75,7 @@ def test_formatting_never_changes_yes_or_no(
         ("No there is none.", "no"), ("Yes - both lungs.", "yes"), ("Yes (see the arrow)", "yes"),
         ("There is no effusion, so the answer is yes", "yes"), ("The opacity is seen.\n\nYes", "yes"),
         ("No\n\nThe lungs are clear.", "no"), ("The finding is \\boxed{no} as shown", "no"), ("No. The heart.", "no"),
-        ("the answer is no</think>Yes", "yes"), ("<answer>no</answer><answer>yes</answer>", "yes"), ("yes, yes", "yes"),
+        ("the answer is no</think>Yes", "yes"), ("<answer>no</answer><answer>No.</answer>", "no"), ("yes, yes", "yes"),
     ],
 )  # fmt: skip
 def test_a_reason_does_not_hide_yes_or_no(response: str, picked: str) -> None:
@@ -92,6 +92,8 @@ def test_a_reason_does_not_hide_yes_or_no(response: str, picked: str) -> None:
         "no or (yes)", "No or minimal effusion",
         "<think>yes", "<think>yes</think>", "<answer>yes", "yes <answer>", "<answer></answer>yes",
         "<answer>yes</answer></think>", "<answer>yes or no</answer>", "<THINK>Yes</THINK>",
+        "<answer>no</answer><answer>yes</answer>", "<answer>yes</answer> <answer>it is",
+        "<answer>yes</answer><answer>or</answer>",
     ],
 )  # fmt: skip
 def test_unparsed_yes_no(response: str) -> None:
@@ -197,6 +199,7 @@ def test_open_truth_table(gold: str, response: str, correct: bool) -> None:
     [
         "", "  ", "...", "<answer></answer>", "<think>left lung", "<answer>left lung", "\\boxed{}",
         "\\boxed{left lung} \\boxed{heart}", "Answer: heart. Answer: left lung",
+        "<answer>heart</answer><answer>left lung</answer>",
     ],
 )  # fmt: skip
 def test_unparsed_text(response: str) -> None:

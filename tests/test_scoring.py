@@ -109,8 +109,8 @@ def test_formatting_never_changes_the_letter(
         "C because x", "C. because x", "The answer is C because B is excluded", "because\n\nC",
         "C\n\nThe opacity is seen.", "Based on the blunted angle, the answer is C.", "C, C and C",
         "Option A is wrong. The answer is C.", "The answer is not A. The answer is C.", "Answer: C) Radial head",
-        "The finding is \\boxed{C} as shown",
-        "<answer>B</answer> wait <answer>C</answer>", "<answer>A<answer>C</answer>", "C</answer>",
+        "The finding is \\boxed{C} as shown", "<answer>C</answer> so <answer>C. Radial head replacement</answer>",
+        "C</answer>", "<answer></answer><answer>C</answer>",
         "the answer is B</think>C", "<answer>C</answer><think>or B",
         "<think>a</think>B<think>b</think><answer>C</answer>",
     ],
@@ -146,10 +146,95 @@ def test_options_that_look_like_letters_or_like_each_other() -> None:
         "<answer></answer>", "<answer>C", "C <answer>", "</answer>C<answer>", "<answer>A or C</answer> C",
         "<think>C", "<think>C</think>", "<answer>C</answer></think>", "<think><answer>C</answer>", "<THINK>C",
         "A A Final answer: (B).", "A final answer: B",
+        "<answer>B</answer> wait <answer>C</answer>", "<answer>A<answer>C</answer>", "<answer>C</answer><answer>B",
+        "<think>a</think><answer>B</answer><think>b</think><answer>C</answer>", "<answer>C</answer><answer>or</answer>",
     ],
 )  # fmt: skip
 def test_unparsed(response: str) -> None:
     assert [score_choice(response, ELBOW, gold, "robust") for gold in LETTERS] == [UNPARSED] * 5
+
+
+# --- robust: sentences, corrections and negations ---------------------------------------------------------------------
+
+LUNG = ["A. Pulmonary edema", "B. Pneumonia", "C. Normal lung", "D. Pneumothorax"]
+
+READ = {
+    "I would pick B \u2014 a safe choice.": "B", "Answer: B \u2014 Pneumonia": "B", "I choose B - it fits.": "B",
+    "Answer: D, not B": "D", "The answer is D rather than B": "D", "The correct option is D, not A or B.": "D",
+    "The answer is D and not A": "D", "The diagnosis is pneumonia, not pulmonary edema.": "B",
+    "Answer: A\nAfter checking the reasoning, I need to correct this.\nAnswer: B": "B",
+    "Answer: A. Correction. Answer: B": "B", "A: no. B: yes.": "B", "A\nI was wrong.\nB": "B",
+    "My initial answer is A, but the final answer is B": "B", "It is not A, the answer is B": "B",
+    "There is no effusion, so the answer is B": "B", "Option A is wrong so the answer is B": "B",
+    "The image shows pneumonia.": "B", "This chest X-ray demonstrates a pneumothorax.": "D",
+    "The CT scan is most consistent with pneumonia.": "B", "The findings are suggestive of pneumonia.": "B",
+    "The patient most likely has pneumonia.": "B", "He has pneumonia": "B",
+    "The chest radiograph is consistent with pneumonia (Option B).": "B",
+    "Based on the image, the most likely diagnosis is pneumonia.": "B",
+    "In this image, the diagnosis is pneumonia": "B", "Given the findings, I choose B": "B",
+    "The image shows pneumonia. The answer is D.": "D", "The image shows pneumonia.\n\nD": "D",
+    "\u7b54\u6848\u662fB": "B", "\u7b54\u6848\u4e3aB\u3002": "B", "\u6b63\u786e\u7b54\u6848\u662f**B**": "B",
+    "\u9009B": "B", "\u6545\u9009B\u3002": "B", "B\u662f\u6b63\u786e\u7b54\u6848": "B",
+    "\u7b54\u6848\u662fB\uff0c\u56e0\u4e3a\u6709\u5b9e\u53d8": "B",
+}  # fmt: skip
+NOT_READ = [
+    "I do not think the answer is B", "I don't believe the answer is B", "I doubt the answer is B",
+    "I cannot tell whether the answer is B", "The wrong answer is B", "The least likely answer is B",
+    "A possible answer is B", "Is it pneumonia? No, it is not.", "Is the answer B?", "B. Wait, that is wrong.",
+    "B. Incorrect.", "A: no", "A) Wrong.", "Answer: B. I made a mistake.", "I was wrong. I need to correct this.",
+    "I choose A - no, B", "I would pick B \u2014 or C", "I would pick B \u2014 not sure",
+    "I would not pick B \u2014 no.",
+    "Answer: D, not D", "Answer: A or D, not B", "Answer: not B", "The answer is A, not", "Rather than B",
+    "The answer A is not B", "Answer: D, not B but C", "D. Answer: A, not D",
+    "The image shows a", "The image shows B", "The image shows no pneumonia.", "The image may show pneumonia",
+    "The image shows pneumonia or pulmonary edema.", "The image shows pneumonia. This is unlikely.",
+    "The image shows pneumonia. Pneumothorax is also seen.", "The image shows pneumonia. He has pneumothorax.",
+    "The chest radiograph is consistent with pneumonia (Option C).", "The findings exclude pneumonia.",
+    "The chest radiograph is not consistent with pneumonia (Option B).", "The image shows pneumonia? I doubt it.",
+    "The image shows pneumonia. I cannot say more, the answer is unclear.", "The patient doesn't have pneumonia.",
+    "Maybe B", "It could be B", "Rules out C, leaving D", "I'm sorry, I cannot help with medical images such as B.",
+    "\u7b54\u6848\u4e0d\u662fB", "\u4e0d\u9009B", "\u7b54\u6848\u662fB\u8fd8\u662fC", "B\u548cC", "B\u662f\u9519\u7684",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("response", "letter"), READ.items())
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_sentences_and_corrections_are_read(response: str, letter: str, wrapper: str) -> None:
+    assert picked(wrapper.format(response), LUNG) == letter
+
+
+@pytest.mark.parametrize("response", NOT_READ)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_a_reader_would_not_take_is_unparsed(response: str, wrapper: str) -> None:
+    assert picked(wrapper.format(response), LUNG) is None
+
+
+STATEMENTS = [
+    "The image shows {t}.", "This chest X-ray demonstrates a {t}.",
+    "The findings are consistent with {t} (Option {x}).",
+    "The patient most likely has {t}.", "Based on the scan, the most likely diagnosis is {t}.", "Answer: {x}, not {y}",
+    "I would pick {x} \u2014 a safe choice.", "\u7b54\u6848\u662f{x}\u3002",
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    form=st.sampled_from(STATEMENTS),
+    letters=st.lists(st.sampled_from("ABCD"), min_size=2, max_size=2, unique=True),
+    case=st.sampled_from([str, str.lower, str.upper]),
+    denial=st.sampled_from(["", "It is not so. ", "No. ", "I doubt it: ", "Or is it? ", "However, "]),
+)
+def test_a_statement_is_read_as_its_own_option_or_not_at_all(
+    form: str, letters: list[str], case: Callable[[str], str], denial: str
+) -> None:
+    texts = [LUNG["ABCD".index(letter)].partition(". ")[2] for letter in letters]
+    response = case(form.format(x=letters[0], y=letters[1], t=texts[0]))
+    assert picked(response, LUNG) == letters[0], response
+    assert picked(f"{denial}{response}", LUNG) in (letters[0], None)
+    other = case(form.format(x=letters[1], y=letters[0], t=texts[1]))
+    assert picked(f"{response} {other}", LUNG) is None, f"{response} {other}"
+    if "{t}" in form:
+        assert picked(response.replace(case(texts[0]), f"no {case(texts[0])}"), LUNG) is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -218,7 +303,8 @@ def test_any_text_gets_one_verdict(response: str, choices: list[str], protocol: 
     [
         "x", " ", "\n", "(", "**A** ", "A ", "a.", "a'", "<answer>", "</answer>", "<answer>A</answer>",
         "<think>", "</think>", "\\boxed{", "\\boxed ", "\\boxed{ {", "\\boxed{A} ", "pneumonia ", "pleural effusio",
-        "The answer is a lesion. ",
+        "The answer is a lesion. ", "the image shows pneumonia ", "the ct ", "answer: b \u2014 ", ", answer", "not ",
+        "answer a not b ", "\u7b54\u6848\u662f", "<answer>A</answer><think>",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("protocol", ["medevalkit", "robust"])

@@ -19,11 +19,17 @@ from mmedexpert.data.encode import prompt_text
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import write_atomic
 from mmedexpert.engines.asking import Ask, Engine, Reply
+from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.guidelines.rubrics import adherence
+from mmedexpert.jsonl import read_lines
 from mmedexpert.progress import Bar
 
 PROTOCOLS = ("robust", "medevalkit")
+REFUSED_FIRST = 200  # ours: so many refusals without one answer are not the questions' fault
+REFUSED_SHARE = 0.5  # ours: nor are more than this share of all questions
+REFUSED = "refused"  # a reply's finish_reason
+UNANSWERED = {"correct": False, "picked": None, "parsed": False}
 Prediction = dict[str, Any]
 
 
@@ -81,15 +87,17 @@ def predict(
 ) -> list[Prediction]:
     """Greedy answers to all questions, one JSON line each in `path`, on disk as soon as it is there.
 
-    Questions already answered in `path` are not asked again. Protocol medevalkit asks in MedEvalKit's words and without
+    Questions already answered in `path` are not asked again; those refused are. A refused question is a row like the
+    others, wrong and unparsed, with the reason in `refused`; UserError where most are refused, which is a setting's
+    fault. Protocol medevalkit asks in MedEvalKit's words and without
     perspectives, robust in those of training. `blank` is shown in place of every image (a baseline: what the text
     alone gives away).
     """
     asked = asks_of(questions, protocol=protocol, perspectives=perspectives, blank=blank)
-    kept = {_key(row): row for row in read_predictions(path)}
+    kept = {_key(row): row for row in read_predictions(path) if row.get("finish_reason") != REFUSED}
     write_atomic(path, _lines(list(kept.values())))  # without a line that a kill cut off
     todo = [item for item in asked if (item[0].id, item[1]) not in kept]
-    correct = done = 0
+    correct = done = refused = 0
     with Bar(f"eval {title}", len(todo)) as bar, path.open("a", encoding="utf-8") as file:
         for place, reply in engine([ask for _, _, ask in todo]):
             row = _row(questions, *todo[place], reply)
@@ -99,6 +107,15 @@ def predict(
             os.fsync(file.fileno())
             done, correct = done + 1, correct + row[protocol]["correct"]
             bar.show(done, {"accuracy": correct / done})
+            refused += row["finish_reason"] == REFUSED
+            if refused == len(kept) == REFUSED_FIRST:
+                break
+    if refused == len(kept) == REFUSED_FIRST or refused > REFUSED_SHARE * len(asked):
+        first = next(row for row in kept.values() if row["finish_reason"] == REFUSED)
+        raise UserError(
+            f"{title}: {refused} of {len(kept)} questions were refused (first: {first['id']}: {first['refused']}): look"
+            " at the settings of the server or the data; the same command asks only these again"
+        )
     return [kept[record.id, perspective] for record, perspective, _ in asked]
 
 
@@ -124,8 +141,8 @@ def _row(questions: QuestionSet, record: Record, perspective: str | None, ask: A
         "image_sha256": [_sha256(path) for path in ask.images],
         "response": reply.text,
         "gold": record.answer,
-        **verdicts(questions, record, reply.text),
-        "adherence": {perspective: adherence(reply.text, record.options or {}, perspective)} if perspective else {},
+        **({REFUSED: reply.refused} if reply.finish_reason == REFUSED else {}),
+        **judgement(questions, record, reply.text, perspective, refused=reply.finish_reason == REFUSED),
         "tokens": reply.tokens,
         "finish_reason": reply.finish_reason,
         "seconds": round(reply.seconds, 4),
@@ -133,37 +150,58 @@ def _row(questions: QuestionSet, record: Record, perspective: str | None, ask: A
     }
 
 
-def verdicts(questions: QuestionSet, record: Record, response: str) -> dict[str, Any]:
-    """The verdicts of both protocols, and an open answer's text metrics."""
+def judgement(
+    questions: QuestionSet, record: Record, response: str, perspective: str | None, *, refused: bool
+) -> dict[str, Any]:
+    """What rules say of a response: both protocols' verdicts, an open answer's text metrics, and adherence in [0, 1].
+
+    A refused question is wrong and unparsed under both (MedEvalKit would read A out of an empty response), and has no
+    adherence.  # ours
+    """
     judged = {"robust": robust.judge(record, response), "medevalkit": questions.judge(record, response)}
+    scores = {name: one.scores for name, one in judged.items()}
+    if refused:
+        return {**{name: dict(UNANSWERED) for name in judged}, "scores": scores, "adherence": {}}
     plain = {name: {k: v for k, v in asdict(one).items() if k != "scores"} for name, one in judged.items()}
-    return {**plain, "scores": {name: one.scores for name, one in judged.items()}}
+    score = {perspective: adherence(response, record.options or {}, perspective)} if perspective else {}
+    return {**plain, "scores": scores, "adherence": score}
 
 
 def judge_again(path: Path, questions: QuestionSet) -> list[Prediction]:
-    """The predictions in `path`, judged by today's rules without asking; the file is rewritten where they differ."""
+    """The predictions in `path`, judged by today's rules without asking; the file is rewritten where they differ.
+
+    Verdicts, scores and adherence follow from the responses alone. UserError for a file of other questions.
+    """
     record_of = {record.id: record for record in questions.records}
     before = read_predictions(path)
-    rows = [row | verdicts(questions, record_of[row["id"]], row["response"]) for row in before]
+    if other := sorted({row["id"] for row in before} ^ set(record_of)):
+        fix = "delete the run's folder to have them asked again"
+        raise UserError(f"{path} does not hold the questions of {questions.name} (such as {other[0]}): {fix}")
+    rows = [
+        row
+        | judgement(
+            questions, record_of[row["id"]], row["response"], row["perspective"],
+            refused=row.get("finish_reason") == REFUSED,
+        )
+        for row in before
+    ]  # fmt: skip
     if rows != before:
         write_atomic(path, _lines(rows))
     return rows
 
 
 @cache
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(path: Path) -> str | None:
+    """Of a file's bytes, None where it cannot be read (its question was then refused)."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The complete lines of a predictions file; a line cut off by a kill is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The lines of a predictions file; a last line that a kill cut off is dropped. UserError for other damage."""
+    return read_lines(path, ("id", "perspective", "response"))
 
 
 def majority_engine(train: Sequence[Record], test: Sequence[Record]) -> Engine:

@@ -39,8 +39,11 @@ def one_line(error: BaseException) -> str:
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]} "
             "(unexpected: traceback.txt in the run's folder, or debug.traceback=true)"
         )
-    if error.__cause__ is not None and isinstance(error.__cause__, UserError):
-        return one_line(error.__cause__)
+    cause = error.__cause__
+    if cause is not None and (isinstance(cause, UserError) or type(error).__name__ == "InstantiationException"):
+        # `build` unpacks these where the project calls Hydra; what else calls it is told by its cause, too
+        at = re.search(r"full_key: (\S+)", str(error))
+        return f"{at[1]}: {one_line(cause)}" if at else one_line(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     option = re.search(r"Could not find '([\w-]+)/([\w-]+)'", str(error))
     if option:

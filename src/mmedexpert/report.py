@@ -130,6 +130,7 @@ def print_result(runs: Mapping[str, Run]) -> None:
         sizes = next(iter(summaries.values()))["per_specialty"]
         asked = ", ".join(f"{SHORT.get(name, name)} {entry['n']}" for name, entry in sizes.items())
         caption = f"Accuracy per specialty (questions: {asked}); adherence per perspective in the last four columns."
+        caption += "".join(f"\n{line}" for line in unanswered(summaries))
         if "pipeline" in runs:
             caption += f"\n{runs['pipeline'].folder}/summary.json"
         print_table(rows, "Models", caption)
@@ -193,7 +194,20 @@ def print_benchmarks(summaries: Mapping[str, Mapping[str, Any]]) -> None:
                 f"\n  LEAK: the images of {found['image_seen']:.0f} of {found['questions']:.0f} questions are in the "
                 "training data; quote the clean part"
             )
-    print_table(benchmark_rows(summaries), "Benchmarks", "\n".join(said.values()))
+    print_table(benchmark_rows(summaries), "Benchmarks", "\n".join([*said.values(), *unanswered(summaries)]))
+
+
+def unanswered(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each evaluation in which questions were refused: they count as wrong, and are named."""
+    lines = []
+    for name, one in summaries.items():
+        for row in one.get("refused", [])[:1]:
+            others = f" and {one['unanswered'] - 1} more" if one["unanswered"] > 1 else ""
+            lines.append(
+                f"{name}: {one['unanswered']} unanswered, counted as wrong: {row['id']}{others} "
+                f"({row['refused'][:120]}); all in summary.json"
+            )
+    return lines
 
 
 def vote_rows(name: str, one: Mapping[str, Any]) -> list[Row]:

@@ -1,16 +1,18 @@
 """Reading the chosen option out of a model's response; shared by evaluation and by the reward.
 
 Two protocols. "medevalkit" gives MedEvalKit's verdicts, quirks included, so that scores compare with published ones.
-"robust" reads every usual way to write an answer, and says *unparsed* where a response does not commit to one option.
+"robust" (`scoring_robust`) reads every usual way to write an answer, and says *unparsed* where a response does not
+commit to one option.
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from string import ascii_uppercase
 from typing import Literal
+
+from mmedexpert import scoring_robust
 
 Protocol = Literal["medevalkit", "robust"]
 
@@ -44,7 +46,7 @@ def score_choice(response: str, choices: Sequence[str], gold: str, protocol: Pro
     if protocol == "medevalkit":
         picked: str | None = _pick_medevalkit(response, choices)
     elif protocol == "robust":
-        picked = _pick_robust(response, choices)
+        picked = scoring_robust.pick(response, choices)
     else:
         raise ValueError(f"protocol must be medevalkit or robust, got {protocol!r}")
     return Verdict(correct=picked == gold, picked=picked, parsed=picked is not None)
@@ -124,71 +126,3 @@ def _most_similar(options: Sequence[str], text: str) -> int:
             if ratio > best_ratio:
                 best, best_ratio = index, ratio
     return best
-
-
-# --- robust  # ours ---------------------------------------------------------------------------------------------------
-
-# Words, keeping "e.g", "2.5" and "isn't" whole; signs that tell options apart; ends of a clause.
-_TOKEN = re.compile(r"[^\W_]+(?:[.'\u2019][^\W_]+)*|[<>\u2264\u2265\xb1+%]|[.!?;\n]")
-BOX = re.compile(r"\\boxed\s*+\{((?:[^{}]|\{[^{}]*\})*+)\}")
-# "c) text", "c: text" and "c.text", but not "(c) text" or "e.g": the label ends a clause.
-_LABEL = re.compile(r"(?<![\w(\[.])([a-z])(?:[):]|\.(?=[a-z]{3}|\d))")
-_PREFIX = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
-_CLAUSE = re.compile(r" [.!?;\n] |(?= (?:answer|because|since|as|due) )")
-_ARTICLE = re.compile(r" a (?= (?:option|choice|letter|correct|right|best|final|most|likely) )")
-# A clause is an answer only if it holds nothing but options and these words; so negations and reasons never are.
-_ANSWER_WORDS = """
-    the final correct right best most likely answer option choice letter diagnosis is it it's so therefore thus hence
-    i my think believe choose select pick would be should must and or boxed text textbf mathrm mathbf \u7b54\u6848
-"""
-_FILLERS = frozenset(_ANSWER_WORDS.split())
-
-
-def _pick_robust(response: str, choices: Sequence[str]) -> str | None:
-    """The one option that every answering clause of the response names, or None."""
-    span = answer_span(unicodedata.normalize("NFKC", response).casefold())
-    if span is None:
-        return None
-    text = _tokens(BOX.sub(r"\n\1\n", span))
-    letters = ascii_uppercase[: len(choices)]
-    options_named = {letter.lower(): {letter} for letter in letters}
-
-    # Option texts become their letters in upper case (all of them, where options share a text); the rest is lower case.
-    by_text: dict[str, str] = {}
-    for letter, choice in zip(letters, choices, strict=True):
-        prefix = _PREFIX.match(choice)
-        bare = choice[prefix.end() :] if prefix and prefix[1].upper() == letter else choice
-        tokens = _tokens(unicodedata.normalize("NFKC", bare).casefold())
-        # An option whose text is itself an option's letter (a blood group) is read by its letter only.
-        if tokens and tokens.strip() not in options_named:
-            by_text[tokens] = by_text.get(tokens, "") + letter
-    for tokens in sorted(by_text, key=len, reverse=True):
-        text = text.replace(tokens, f" {by_text[tokens]} ")
-        options_named[by_text[tokens]] = set(by_text[tokens])
-
-    claims: list[set[str]] = []
-    doubts: list[set[str]] = []
-    for clause in _CLAUSE.split(text):
-        without_articles, articles = _ARTICLE.subn(" ", clause)
-        words = [word for word in without_articles.split() if word in options_named or word not in _FILLERS]
-        if all(word in options_named for word in words):
-            claims += [options_named[word] for word in words]
-            # "a final answer" may name option A: it is no claim of its own, and no room for another claim.
-            doubts += [{"A"}] * articles
-    picked = set.intersection(*claims, *doubts) if claims else set()
-    return picked.pop() if len(picked) == 1 else None
-
-
-def answer_span(text: str) -> str | None:
-    """The part of a lower-cased response that may hold its answer: after any thought, in the last closed answer tag."""
-    visible = text.rpartition("</think>")[2].partition("<think>")[0]
-    end = visible.rfind("</answer>")
-    start = visible.rfind("<answer>", 0, max(end, 0))
-    if start >= 0:
-        return visible[start + len("<answer>") : end]
-    return None if "<answer>" in visible else visible.replace("</answer>", "\n")
-
-
-def _tokens(text: str) -> str:
-    """Tokens of a lower-cased text, each between two spaces of its own: replacing a phrase keeps to word boundaries."""
-    return "".join(f" {token} " for token in _TOKEN.findall(_LABEL.sub(r"\1;", text)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmedexpert.data.record import Record
-from mmedexpert.evaluate import PROTOCOLS, Prediction, vote
+from mmedexpert.evaluate import PROTOCOLS, REFUSED, Prediction, vote
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.stats import cluster_bootstrap_ci, macro_bootstrap_ci
 
@@ -54,6 +54,12 @@ class Summary:
             "protocol": protocol,
             "parse_failure_rate": float(np.mean([not row["robust"]["parsed"] for row in rows])),
             "truncation_rate": float(np.mean([row["finish_reason"] == "length" for row in predictions])),
+            "unanswered": len({row["id"] for row in predictions if row["finish_reason"] == REFUSED}),
+            "refused": [
+                {name: row[name] for name in ("id", "perspective", REFUSED)}
+                for row in predictions
+                if row["finish_reason"] == REFUSED
+            ],
             "adherence": {
                 name: float(np.mean(scores))
                 for name in PERSPECTIVES

@@ -35,37 +35,55 @@ class LLMJudge:
     """Verdicts of `engine`'s model, kept in the JSON lines file `cache`, one fsynced line each.
 
     The format is MedEvalKit's (`<judge>0</judge>` means right), the wording ours. The cache's keys are sha256 of
-    model, prompt, question, gold and response, so it can be shared between runs; delete a line to have it asked again.
+    server (without password), model, prompt, question, gold and response, so it can be shared between runs; delete a
+    line to have it asked again. `refused`: of the last questions, record id to why the server would not judge it.
     """
 
     def __init__(self, engine: OpenAIEngine, cache: Path) -> None:
         self.engine = engine
         self.cache = cache
+        self.refused: dict[str, str] = {}
 
     def judge(self, questions: Sequence[tuple[Record, str]]) -> dict[str, bool]:
-        """Record id to whether its response is right; a question whose verdict cannot be read is left out.
+        """Record id to whether its response is right; a question whose verdict cannot be read, or that the server
+        refuses to judge (not cached: asked again the next time), is left out.
 
-        Raises UserError for a damaged cache, and, after the verdicts that came are kept, what the engine raises.
+        Raises UserError for a damaged cache, where all of several judgements are refused, and, after the verdicts that
+        came are kept, what the engine raises.
         """
         key_of = {record.id: self._key(record, response) for record, response in questions}
         prompt_of = {key_of[record.id]: _prompt(record, response) for record, response in questions}
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache.with_name(f".{self.cache.name}.lock")):
-            verdicts = _read(self.cache)
+            verdicts, refused = _read(self.cache), {}
             asks = [Ask(key, prompt, ()) for key, prompt in prompt_of.items() if key not in verdicts]
             with self.cache.open("a", encoding="utf-8") as file:
                 for place, reply in self.engine(asks):
                     key = asks[place].id
+                    if reply.refused:
+                        refused[key] = reply.refused
+                        continue
                     verdicts[key] = verdict_of(reply.text)
-                    row = {"key": key, "model": self.engine.model, "right": verdicts[key], "reply": reply.text}
+                    row = {
+                        "key": key, "server": self.engine.address, "model": self.engine.model,
+                        "right": verdicts[key], "reply": reply.text,
+                    }  # fmt: skip
                     file.write(json.dumps(row) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
-        found = {record_id: verdicts[key] for record_id, key in key_of.items()}
+        self.refused = {record_id: refused[key] for record_id, key in key_of.items() if key in refused}
+        if len(self.refused) == len(key_of) > 1:
+            raise UserError(
+                f"the judge {self.engine.model} at {self.engine.address} refused all {len(key_of)} answers "
+                f"({next(iter(self.refused.values()))}): look at its settings, or leave out eval.llm_judge"
+            )
+        found = {record_id: verdicts[key] for record_id, key in key_of.items() if key in verdicts}
         return {record_id: right for record_id, right in found.items() if right is not None}
 
     def _key(self, record: Record, response: str) -> str:
-        parts = [self.engine.model, self.engine.system_prompt, PROMPT, record.question, record.answer, response]
+        engine = self.engine
+        server = [engine.address.rstrip("/"), engine.model, engine.system_prompt]
+        parts = [*server, PROMPT, record.question, record.answer, response]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Judging by an unambiguous parser: harmless formatting changes nothing, and what commits to no answer is unparsed.
 
-Ours; shares its reading of thoughts and answer tags, and of options, with the outcome reward (`scoring`). # ours
+Ours; shares its reading of thoughts and answer tags, and of options, with the outcome reward (`scoring_robust`). # ours
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from mmedexpert.benchmarks.judged import Judged
 from mmedexpert.benchmarks.medevalkit import choice_texts
 from mmedexpert.data.record import Record
 from mmedexpert.metrics import open_scores, tokens
-from mmedexpert.scoring import BOX, answer_span, score_choice
+from mmedexpert.scoring import score_choice
+from mmedexpert.scoring_robust import BOX, answer_spans
 
 _YES_NO = {
     "yes": "yes", "\u662f": "yes", "\u662f\u7684": "yes",
@@ -75,9 +76,10 @@ def read_yes_no(response: str, language: str) -> str | None:
     It must stand in a clause of its own (`Yes, there is`; `the answer is: no`; not `no fracture`), and the other must
     stand nowhere but as part of a phrase (`Yes, no fracture is seen`). Chinese too where `language` is "zh". # ours
     """
-    span = _span(response)
-    if span is None:
-        return None
+    return _agreed([_yes_no(span, language) for span in _spans(response)])
+
+
+def _yes_no(span: str, language: str) -> str | None:
     stated, named = set(), set()
     for clause in _CLAUSE.split(_LATEX.sub(" ", _NUMBER_SIGN.sub("number ", span))):
         words = _WORD.findall(clause)
@@ -100,13 +102,19 @@ def read_text(response: str, language: str) -> str | None:
 
     What stands in a box; else the rest of the line after `answer is`, `answer:`; else all of it. # ours
     """
-    span = _span(response)
-    if span is None:
-        return None
+    return _agreed([_text(span, language) for span in _spans(response)])
+
+
+def _text(span: str, language: str) -> str | None:
     candidates = BOX.findall(span) or [rest.lstrip(" :*_\n").partition("\n")[0] for rest in _CUE.split(span)[1:]]
     read = {" ".join(tokens(_LATEX.sub(" ", text), language)) for text in candidates or [span]}
     return read.pop() or None if len(read) == 1 else None
 
 
-def _span(response: str) -> str | None:
-    return answer_span(unicodedata.normalize("NFKC", response).casefold())
+def _spans(response: str) -> list[str]:
+    return answer_spans(unicodedata.normalize("NFKC", response).casefold())
+
+
+def _agreed(read: list[str | None]) -> str | None:
+    """What every answer tag says; those that disagree say nothing."""
+    return read[0] if len(set(read)) == 1 else None

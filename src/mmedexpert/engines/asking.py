@@ -20,7 +20,8 @@ class Ask:
 class Reply:
     """A greedy answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
 
-    `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell.
+    `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell. A question that cannot
+    be answered for good (`refusal`) has no text, the finish_reason refused, and the reason in `refused`.
     """
 
     text: str
@@ -28,6 +29,12 @@ class Reply:
     finish_reason: str
     seconds: float
     mean_logp: float | None
+    refused: str = ""
+
+
+def refusal(reason: str) -> Reply:
+    """The reply to a question that the engine will never answer: an image it cannot open, a text that is too long."""
+    return Reply("", 0, "refused", 0.0, None, reason)
 
 
 # (place in the asked list, reply), in any order, each as soon as it is there

@@ -22,8 +22,9 @@ from anyio.streams.memory import MemoryObjectSendStream
 from PIL import ExifTags, Image
 
 from mmedexpert.data.images import open_image
-from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.errors import UserError
+from mmedexpert.privacy import without_password
 
 GONE = 20  # ours: this many questions in a row that the server could not take (and `concurrency` more): it is gone
 CONNECT_SECONDS = 5.0  # ours: the openai client's own default; a dead host is told apart from a slow answer
@@ -36,7 +37,8 @@ class OpenAIEngine:
 
     An Engine of `engines.asking`. 429, 5xx, lost connections and time-outs are tried again `retries` times by the
     openai client, with exponential back-off and jitter, or when the server says. `timeout_s` is the longest silence of
-    the server per try. `api_key` None sends no key that the environment may hold: the server may be anyone's.
+    the server per try. `api_key` None sends no key that the environment may hold: the server may be anyone's. `address`
+    is base_url without its password, for messages and caches.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class OpenAIEngine:
         if concurrency < 1 or retries < 0 or timeout_s <= 0 or max_new_tokens < 1:
             raise ValueError("concurrency and max_new_tokens start at 1, retries at 0, timeout_s above 0")
         if not base_url.startswith(("http://", "https://")):
-            raise UserError(f"base_url {base_url!r} is no web address: write it as http://localhost:8000/v1")
+            shown = base_url.rpartition("@")[2]  # before it stands a user and password
+            raise UserError(f"base_url {shown!r} is no web address: write it as http://localhost:8000/v1")
         self.base_url = base_url
+        self.address = without_password(base_url)
         self.model = model
         self.api_key = api_key
         self.system_prompt = system_prompt
@@ -67,6 +71,9 @@ class OpenAIEngine:
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         """(place in `asks`, reply), each as soon as it is there; images are read when their question's turn comes.
+
+        A question that the server refuses for good (HTTP 400, 413, 415, 422: too long, an image it does not take), or
+        whose image cannot be opened, gets a `refusal`.
 
         Raises UserError before the first question where the server is not there, refuses the key, is no such server or
         does not serve the model; and after the last reply where questions stayed without one.
@@ -96,14 +103,14 @@ class OpenAIEngine:
         if missing := len(asks) - answered:
             stopped = f", then {missing - len(failed)} were not sent" if missing > len(failed) else ""
             raise UserError(
-                f"{missing} of {len(asks)} questions got no answer from {self.base_url}: {len(failed)} failed{stopped} "
+                f"{missing} of {len(asks)} questions got no answer from {self.address}: {len(failed)} failed{stopped} "
                 f"(first: {failed[0]}); the other answers are kept, the same command asks only these again"
             )
 
     async def _answer_all(
         self, asks: Sequence[Ask], send: MemoryObjectSendStream[tuple[int, Reply]], failed: list[str]
     ) -> int:
-        """Send every answer down the stream, append reasons to `failed`; the number of answers."""
+        """Send every answer and refusal down the stream, append reasons to `failed`; the number of replies sent."""
         turn = iter(enumerate(asks))  # shared by the workers: each question is taken once
         workers = min(self.concurrency, len(asks))
         answered = in_a_row = 0
@@ -114,8 +121,12 @@ class OpenAIEngine:
                 try:
                     reply = await self._answer(client, ask, self.max_new_tokens, workers)
                 except Exception as error:  # a hostile body can raise almost anything
+                    if _own_fault(error):
+                        answered += 1
+                        await send.send((place, refusal(_reason(error))))
+                        continue
                     failed.append(f"{ask.id}: {_reason(error)}")
-                    in_a_row += not _own_fault(error)
+                    in_a_row += 1
                     if in_a_row >= GONE + workers:
                         return
                 else:
@@ -145,15 +156,15 @@ class OpenAIEngine:
             served = [str(model.id) for model in listed.data]
         except openai.APIConnectionError as error:
             fix = "start the server, or correct base_url"
-            raise UserError(f"no server answers at {self.base_url} ({_reason(error)}): {fix}") from error
+            raise UserError(f"no server answers at {self.address} ({_reason(error)}): {fix}") from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"{self.base_url} refuses the api_key ({_reason(error)}): give its key") from error
+            raise UserError(f"{self.address} refuses the api_key ({_reason(error)}): give its key") from error
         except openai.APIStatusError as error:
             fix = "correct base_url (it often ends in /v1), or look at the server's log"
-            raise UserError(f"{self.base_url} does not list its models ({_reason(error)}): {fix}") from error
+            raise UserError(f"{self.address} does not list its models ({_reason(error)}): {fix}") from error
         except Exception as error:  # HTML, a list, half a JSON object: anything may come back
             told = f"/models gave no list ({_reason(error)})"
-            raise UserError(f"{self.base_url} is no OpenAI-compatible server, {told}: correct base_url") from error
+            raise UserError(f"{self.address} is no OpenAI-compatible server, {told}: correct base_url") from error
         if self.model in served:
             return
         reason = ""
@@ -165,7 +176,7 @@ class OpenAIEngine:
             except Exception as error:
                 reason = f" ({_reason(error)})"
         names = ", ".join(served[:20]) or "nothing"
-        raise UserError(f"{self.base_url} does not serve {self.model!r}{reason} but {names}: name one of these")
+        raise UserError(f"{self.address} does not serve {self.model!r}{reason} but {names}: name one of these")
 
     async def _answer(self, client: openai.AsyncOpenAI, ask: Ask, max_tokens: int, workers: int = 1) -> Reply:
         messages = await anyio.to_thread.run_sync(_messages, ask, self.system_prompt)
@@ -253,11 +264,11 @@ def _reply(done: Any, seconds: float) -> Reply:
 
 def _own_fault(error: Exception) -> bool:
     """Whether the failure lies in the question (a damaged image, a text over the context length), not in the server."""
-    return isinstance(error, UserError) or getattr(error, "status_code", None) in (400, 413, 422)
+    return isinstance(error, UserError) or getattr(error, "status_code", None) in (400, 413, 415, 422)
 
 
 def _reason(error: Exception) -> str:
-    """The failure in one short line."""
+    """The failure in one short line, without passwords."""
     if isinstance(error, openai.APIConnectionError) and error.__cause__:  # the outer one only says "Connection error."
         return _short(f"{error} {error.__cause__}")
     if isinstance(error, openai.APIStatusError):  # its text holds only OpenAI's own kind of message
@@ -266,4 +277,4 @@ def _reason(error: Exception) -> str:
 
 
 def _short(text: object, length: int = 200) -> str:
-    return " ".join(str(text)[: 10 * length].split())[:length]
+    return without_password(" ".join(str(text)[: 10 * length].split()))[:length]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmedexpert.data.encode import Encoder
-from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.engines.generate import generate
+from mmedexpert.errors import UserError
 from mmedexpert.modules.backbone import core_of
 
 WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
@@ -24,11 +25,19 @@ class TransformersEngine:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
-        """Replies batch by batch. Questions on one image come near each other, so that its features are still kept."""
+        """Replies batch by batch. Questions on one image come near each other, so that its features are still kept.
+
+        A question whose image or text cannot be encoded gets a `refusal`.
+        """
         order = sorted(range(len(asks)), key=lambda place: (asks[place].images, place))
         step = self.batch_size * WINDOW
         for start in range(0, len(order), step):
-            window = [(place, self.encoder.ask(asks[place])) for place in order[start : start + step]]
+            window = []
+            for place in order[start : start + step]:
+                try:
+                    window.append((place, self.encoder.ask(asks[place])))
+                except (UserError, ValueError) as error:  # an image; what the image processor or the template refuses
+                    yield place, refusal(" ".join(str(error).split())[:200])
             window.sort(key=lambda item: len(item[1].input_ids))
             for first in range(0, len(window), self.batch_size):
                 places, prompts = zip(*window[first : first + self.batch_size], strict=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from hydra.utils import get_method, instantiate
 
+from mmedexpert.build import build, method
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import (
     LeftOut,
@@ -39,6 +39,7 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
 
     Raises UserError where the folder is not this benchmark's, or nothing of it can be asked.
     """
+    name = benchmark.name
     if benchmark.root is not None:
         root = Path(benchmark.root)
         key = {"root": root_fingerprint(root, Path(config.paths.outputs))}
@@ -48,16 +49,17 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("load"):
-            records, image_root, bad = instantiate(benchmark.load, root=root, out_dir=run.folder, _convert_="all")
+            records, image_root, bad = build(benchmark.load, f"benchmark.{name}.load", root=root, out_dir=run.folder)
         with run.phase("check images"):
             records, broken = askable(records, image_root)
         if not records:
             reasons = "; ".join(reason for _, reason in [*bad, *broken][:1])
             raise UserError(f"benchmark {benchmark.name}: no question in {root} can be asked ({reasons})")
         save_records(records, run.folder, image_root, skipped=[*bad, *broken], source_root=root)
-        own = _own_training_part(config, benchmark, root, run, records, image_root)
+        own, missed = _own_training_part(config, benchmark, root, run, records, image_root)
         run.notes |= {
             "own_training_part": own,
+            "own_training_part_left_out": missed,
             "changed": dict(sorted(broken.changed.items())),
             "source": sorted({record.source for record in records}),
             "data_fingerprint": fingerprint(records, image_root),
@@ -76,26 +78,30 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
 
 def _own_training_part(
     config: Config, benchmark: BenchmarkConfig, root: Path, run: Run, test: list[Record], image_root: Path
-) -> dict[str, Any] | None:
-    """What of the test part the benchmark's published training part shows; None where it has none here."""
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What of the test part the benchmark's published training part shows, or None and why it was not compared.
+
+    The training part is never needed: often only the test part lies here, and damage in the other is no reason to stop.
+    """
     if benchmark.train_split is None:
-        return None
+        return None, None
     try:
-        train, train_root, _ = instantiate(
-            benchmark.load, root=root, out_dir=run.folder, split=benchmark.train_split, _convert_="all"
-        )
-    except UserError:
-        return None  # only the test part lies here
+        load = {**benchmark.load, "split": benchmark.train_split}
+        train, train_root, _ = build(load, f"benchmark.{benchmark.name}.load", root=root, out_dir=run.folder)
+    except UserError as error:
+        return None, str(error)
     usable, _ = askable(train, train_root)
-    return counts(compare(config, (usable, train_root), (test, image_root)))
+    if not usable:
+        return None, f"no record of split {benchmark.train_split} in {root} can be used"
+    return counts(compare(config, (usable, train_root), (test, image_root))), None
 
 
 def question_set(benchmark: BenchmarkConfig, run: Run) -> QuestionSet:
     """The questions of a prepared benchmark, with its rules."""
     records, image_root = load_records(run.folder)
     return QuestionSet(
-        benchmark.name, records, image_root, get_method(benchmark.ask), get_method(benchmark.judge),
-        tuple(benchmark.breakdowns),
+        benchmark.name, records, image_root, method(benchmark.ask, f"benchmark.{benchmark.name}.ask"),
+        method(benchmark.judge, f"benchmark.{benchmark.name}.judge"), tuple(benchmark.breakdowns),
     )  # fmt: skip
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from mmedexpert.benchmarks import medevalkit
+from mmedexpert.build import build
 from mmedexpert.cards import write_card
 from mmedexpert.data.records_io import fingerprint, write_atomic
 from mmedexpert.engines.transformers import TransformersEngine
@@ -49,7 +48,9 @@ def merged(config: Config) -> Run:
     conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), and with
     `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
     """
-    base, settings = base_of(config), config.merge
+    settings = config.merge
+    build(settings.method or {}, "merge.method")  # a value that the method does not take: told before training
+    base = base_of(config)
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
     runs = {**experts, **reasoners}
@@ -77,7 +78,7 @@ def merged(config: Config) -> Run:
                 metrics["search/points"] = float(len(rows))
                 log_table(logger, "search", rows)
             conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
-            rule = instantiate(method, _convert_="all")
+            rule = build(method, "merge.method")
             with run.phase("merge"):
                 merge_adapters(base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts)
                 if settings.lora_rank is not None:
@@ -148,7 +149,7 @@ class _Search:
         )  # fmt: skip
         updates = [load_update(path, base) for path in [*experts.values(), *reasoners.values()]]
         sees = any("visual" in name for update in updates for name in update.shapes)
-        rule = instantiate(config.merge.method, _convert_="all")
+        rule = build(config.merge.method or {}, "merge.method")
         numbers = Summary(num_resamples=config.eval.num_resamples, seed=config.seed)
         for place, point in enumerate(merged_in_place(model, updates, len(experts), rule, self.points)):
             if sees:  # what the encoder keeps of an image is another vision tower's

@@ -6,8 +6,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from hydra.utils import instantiate
-
+from mmedexpert.build import build
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import fingerprint, move_root, save_records, validate
 from mmedexpert.errors import UserError
@@ -42,9 +41,7 @@ def dataset(config: Config) -> Run:
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("build"):
-            records, image_root, bad = instantiate(
-                source, _convert_="all", root=root, out_dir=run.folder, seed=settings.seed
-            )
+            records, image_root, bad = build(source, "data.source", root=root, out_dir=run.folder, seed=settings.seed)
         with run.phase("validate"):
             records, bad = validate(records, image_root, bad=bad, on_bad_record=settings.on_bad_record)
         for what, count in sorted(bad.changed.items()):

@@ -103,7 +103,7 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
             breakdowns=questions.breakdowns, clean=set(overlap["clean"]) if overlap else None,
         )  # fmt: skip
         if settings.llm_judge.base_url is not None:
-            found["llm_judge"] = _second_opinion(config, questions, rows, numbers)
+            found["llm_judge"], found["llm_judge_refused"] = _second_opinion(config, questions, rows, numbers)
         found["question_set"] = {
             "name": questions.name, "source": sorted({r.source for r in questions.records}), "left_out": asked.left_out,
             "folder": str(asked.source.folder), "public": asked.public,
@@ -177,14 +177,15 @@ def _served(endpoint: EndpointConfig, system_prompt: str, max_new_tokens: int) -
 
 def _second_opinion(
     config: Config, questions: QuestionSet, rows: list[Prediction], numbers: Summary
-) -> dict[str, float]:
-    """An LLM judge's accuracy on the open answers."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """An LLM judge's accuracy on the open answers, and why it did not judge some of them, by id."""
     endpoint, record_of = config.eval.llm_judge, {record.id: record for record in questions.records}
     judge = LLMJudge(_served(endpoint, "", 256), Path(config.paths.outputs) / "llm_judge.jsonl")
     open_rows = [row for row in rows if row["kind"] == "open"]
     right = judge.judge([(record_of[row["id"]], row["response"]) for row in open_rows])
     judged = [row for row in open_rows if row["id"] in right]
-    return numbers.mean([float(right[row["id"]]) for row in judged], judged) if judged else {}
+    mean = numbers.mean([float(right[row["id"]]) for row in judged], judged) if judged else {}
+    return mean, judge.refused
 
 
 def _rules(config: Config, questions: QuestionSet) -> str:

@@ -13,8 +13,10 @@ import torch
 
 from mmedexpert.cards import write_card
 from mmedexpert.data.record import Record
+from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.jsonl import read_lines
 from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora, record_base
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import add_lora, load_encoder, load_model, start_from_
@@ -189,8 +191,8 @@ class _Watch:
         if rank() > 0:
             return
         if not self.started:
-            kept = self.curve.read_text().splitlines()[:number] if self.curve.exists() else []
-            self.curve.write_text("".join(f"{line}\n" for line in kept))
+            kept = read_lines(self.curve, ("rollout",))[:number]
+            write_atomic(self.curve, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.started = True
         line = {
             "rollout": number,
@@ -219,7 +221,7 @@ def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
 
 def _gain(curve: Path) -> dict[str, float]:
     """Mean reward, accuracy and adherence over the first and the last fifth of the rollouts."""
-    rows = [json.loads(line) for line in curve.read_text().splitlines()]
+    rows = read_lines(curve, ("rollout", "reward", "accuracy", "adherence"))
     fifth = max(1, len(rows) // 5)
     out = {}
     for key in ("reward", "accuracy", "adherence"):
