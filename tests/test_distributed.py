@@ -85,6 +85,7 @@ def update(case: str, tiny: Any, pictures: list[Any], folder: Path, rank: int = 
         batch = given_rollout(encoder, pictures).take(share(range(3), rank, ranks))
         module = gba_module(policy, encoder, case)
     module.optimizer = lambda: torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
+    folder /= f"{case}-{devices.get('strategy')}"
     fit(module, lambda step: itertools.repeat(batch), folder=folder, checkpoint_every=9, accelerator="cpu", **devices)
     numbers = {name: torch.as_tensor(value).float() for name, value in module.trainer.callback_metrics.items()}
     return trained_weights(policy) | numbers
@@ -143,7 +144,8 @@ def sampled(tiny: Any, root: Path, rank: int = 0, **devices: Any) -> str:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmedexpert.rewards.outcome", reward)
-        fit(module, stream, folder=root, checkpoint_every=9, accelerator="cpu", **devices)
+        folder = root / f"sampled-{devices.get('strategy')}"
+        fit(module, stream, folder=folder, checkpoint_every=9, accelerator="cpu", **devices)
     return "\n".join(said)
 
 

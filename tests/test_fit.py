@@ -57,7 +57,7 @@ def test_resumed_equals_uninterrupted(tmp_path, muon):
     fit(rest, stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
     for one, two in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert not (tmp_path / "b" / "last.ckpt").exists()
+    assert (tmp_path / "b" / "last.ckpt").exists()
 
 
 def test_parts_of_a_loss_are_one_optimiser_step(tmp_path):
@@ -71,7 +71,7 @@ def test_parts_of_a_loss_are_one_optimiser_step(tmp_path):
 
         module = Parts(3)
         module.net[1].p = 0.0
-        fit(module, stream, folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+        fit(module, stream, folder=tmp_path / str(parts), checkpoint_every=100, accelerator="cpu")
         ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.allclose(*ends, atol=1e-6)
 

@@ -202,6 +202,7 @@ class LoggerConfig:
     name: str = MISSING
     project: str = "mmedexpert"
     log_completions_every: int = 10
+    log_images: bool = False
 
 
 @dataclass

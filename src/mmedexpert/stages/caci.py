@@ -88,7 +88,8 @@ def merged(config: Config) -> Run:
             metrics |= conflicts.report()
             log_metrics(logger, {name: value for name, value in metrics.items() if not name.startswith("layers/")})
             log_table(logger, "conflicts", conflicts.table())
-            log_table(logger, "figures", [{"figure": name, "image": path} for name, path in figures.items()])
+            charts = [{"figure": name, "image": path} for name, path in figures.items()]
+            log_table(logger, "figures", charts, images=True)
         ingredients = {n: load_update(path, base.folder).fingerprint for n, path in {**sources, **updates}.items()}
         for part in ("model", "adapter"):
             if (run.folder / part).is_dir():

@@ -14,7 +14,7 @@ from mmedexpert.data.encode import Encoder, Prompt, target_text
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import instructions
 from mmedexpert.merging.adapters import record_base
-from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.merging.checkpoint import fingerprint_base, new_folder
 from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
 from mmedexpert.modules.fit import fit, trained_weights
 from mmedexpert.modules.sft import SftModule, sft_stream
@@ -62,11 +62,10 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             rank=rank(), ranks=ranks(),
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
-            fit(
+            metrics = fit(
                 module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
                 logger=logger, **fit_options(config),
             )  # fmt: skip
-            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         save_adapter(run.folder / "adapter", model, encoder, base.folder)
         if rank() > 0:
             return metrics
@@ -96,13 +95,14 @@ def licences(records: list[Record]) -> str:
 def save_adapter(folder: Path, model: PeftModel, encoder: Encoder, base_folder: Path) -> None:
     """A PEFT folder with tokenizer and image processor, and with its base's fingerprint: a merge refuses another's.
 
-    All ranks gather the weights, rank 0 writes them.
+    It appears when complete, in the place of what a dead try left. All ranks gather the weights, rank 0 writes them.
     """
     weights = trained_weights(model)
     if rank() > 0:
         return
     config: Any = model.peft_config["default"]
     config.base_model_name_or_path = str(base_folder)
-    model.save_pretrained(str(folder), state_dict=weights)
-    encoder.save_pretrained(folder)
-    record_base(folder, fingerprint_base(base_folder))
+    with new_folder(folder, sum(weight.nbytes for weight in weights.values()), replace=True) as new:
+        model.save_pretrained(str(new), state_dict=weights)
+        encoder.save_pretrained(new)
+        record_base(new, fingerprint_base(base_folder))

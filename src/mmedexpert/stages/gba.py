@@ -13,6 +13,7 @@ import torch
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import Encoder
 from mmedexpert.data.record import Record
+from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
 from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora, record_base
 from mmedexpert.merging.apply import apply_deltas_
@@ -23,7 +24,7 @@ from mmedexpert.modules.gba import GbaModule, completion_rows, rollout_stream
 from mmedexpert.ranks import gather, rank, ranks
 from mmedexpert.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
 from mmedexpert.runs import Run
-from mmedexpert.schema import Config
+from mmedexpert.schema import Config, LoggerConfig
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
 from mmedexpert.stages.common import fit_options, loading, model_key, records_of, stage_logger, stage_run
@@ -104,18 +105,17 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
 
         curve = run.folder / "curve.jsonl"
         with run.phase("train"), stage_logger(config, run) as logger:
-            watch = _Watch(curve, image_root, logger, config.logger.log_completions_every)
+            watch = _Watch(curve, image_root, logger, config.logger)
             stream = rollout_stream(
                 records, sample, prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations,
                 seed=config.seed, dynamic_sampling=settings.dynamic_sampling, watch=watch, policy=policy,
                 settle=partial(_scale_by_batch, guidance) if settings.scale_rewards == "batch" else None,
                 rank=rank(), ranks=ranks(), draws=settings.num_generations * config.model.max_new_tokens,
             )  # fmt: skip
-            fit(
+            metrics = fit(
                 module, stream, folder=run.folder, title=f"gba {name}",
                 checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
-            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         _save(run.folder, policy, encoder, base.folder, adapters, weight)
         if rank() > 0:
             return metrics
@@ -139,8 +139,9 @@ def reasoner(config: Config, name: str, specialties: list[str], starts: dict[str
 class _Watch:
     """Keeps the curve on disk (a line per rollout, rewritten from where a resumed run starts) and sends completions."""
 
-    def __init__(self, curve: Path, image_root: Path, logger: Any, every: int) -> None:
-        self.curve, self.image_root, self.logger, self.every = curve, image_root, logger, every
+    def __init__(self, curve: Path, image_root: Path, logger: Any, settings: LoggerConfig) -> None:
+        self.curve, self.image_root, self.logger = curve, image_root, logger
+        self.every, self.images = settings.log_completions_every, settings.log_images
         self.started = False
 
     def __call__(self, number: int, records: list[Record], rollout: Rollout) -> None:
@@ -148,7 +149,7 @@ class _Watch:
             return
         if not self.started:
             kept = self.curve.read_text().splitlines()[:number] if self.curve.exists() else []
-            self.curve.write_text("".join(f"{line}\n" for line in kept))
+            write_atomic(self.curve, "".join(f"{line}\n" for line in kept).encode())
             self.started = True
         line = {
             "rollout": number,
@@ -162,7 +163,7 @@ class _Watch:
             rows = completion_rows(number, records, rollout, self.image_root)
             with (self.curve.parent / f"completions-{number:05d}.jsonl").open("w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            log_table(self.logger, "completions", rows)
+            log_table(self.logger, "completions", rows, images=self.images)
 
 
 def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
@@ -193,6 +194,6 @@ def _save(
     if rank() > 0:
         return
     update = LoraAdapter.load(folder / "update")
-    concatenate_lora([*starts, update], [weight] * len(starts) + [1.0], folder / "adapter")
+    concatenate_lora([*starts, update], [weight] * len(starts) + [1.0], folder / "adapter", replace=True)
     encoder.save_pretrained(folder / "adapter")
     record_base(folder / "adapter", fingerprint_base(base_folder))
