@@ -48,9 +48,10 @@ def merged(config: Config) -> Run:
     conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), and with
     `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
     """
-    base, settings = base_of(config), config.merge
+    settings = config.merge
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
+    base = base_of(config)
     runs = {**experts, **reasoners}
     sources = {name: r.folder / "adapter" for name, r in experts.items()}
     updates = {name: r.folder / "update" for name, r in reasoners.items()}

@@ -12,6 +12,7 @@ from peft import PeftModel
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import Encoder, Prompt, target_text
 from mmedexpert.data.record import Record
+from mmedexpert.errors import UserError
 from mmedexpert.guidelines import instructions
 from mmedexpert.merging.adapters import record_base
 from mmedexpert.merging.checkpoint import fingerprint_base, new_folder
@@ -28,18 +29,35 @@ from mmedexpert.stages.pretrain import base_of
 
 def run(config: Config) -> dict[str, Run]:
     """One expert for each name in `specialty`."""
-    for name in config.specialty.names:  # every specialty is checked before the first is trained
-        records_of(dataset(config), "train", [name])
+    ready(config, config.specialty.names)  # every specialty is checked before the first is trained
     return {name: expert(config, name, [name]) for name in config.specialty.names}
+
+
+def ready(config: Config, specialties: list[str]) -> None:
+    """Build the data set and see that experts can be trained on it, before anything is trained or downloaded.
+
+    UserError for a specialty without training records, and for records without a reasoning trace, from which a model
+    would learn not to reason.
+    """
+    data = dataset(config)
+    records = {record.id: record for name in specialties for record in records_of(data, "train", [name])[0]}
+    bare = sum(not (record.trace and any(map(str.strip, record.trace.steps))) for record in records.values())
+    if bare and not config.dsa.allow_untraced:
+        raise UserError(
+            f"{bare} of {len(records)} training records of data {data.name} have no reasoning trace, and DSA would "
+            "teach the model to answer without reasoning: give them traces, start RL from the base with stage=gba "
+            "gba.init=base, or accept it with dsa.allow_untraced=true"
+        )
 
 
 def expert(config: Config, name: str, specialties: list[str]) -> Run:
     """The expert `name`, trained on the records of `specialties`; its adapter is `<folder>/adapter`."""
+    ready(config, specialties)
     base, data = base_of(config), dataset(config)
     settings, lora = config.dsa, config.model.lora
     key = {
         "specialties": specialties,
-        "dsa": {**asdict(settings), "checkpoint_every": None},
+        "dsa": {k: v for k, v in asdict(settings).items() if k not in ("checkpoint_every", "allow_untraced")},
         "lora": asdict(lora),
         "model": model_key(config),
     }

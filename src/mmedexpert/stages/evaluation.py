@@ -94,11 +94,14 @@ def subjects_of(config: Config) -> list[Subject]:
     wanted = config.eval.models
     if wanted is None and config.benchmark:
         wanted = ["base"]
+    trained = wanted is None or any(name not in ("base", *BASELINES) and not Path(name).is_dir() for name in wanted)
+    if trained:
+        dsa.ready(config, config.specialty.names)
     base = base_of(config)
     if config.benchmark and "majority" in (wanted or []):
         raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
-    if wanted is None or any(name not in ("base", *BASELINES) and not Path(name).is_dir() for name in wanted):
+    if trained:
         for name, r in {**dsa.run(config), **gba.run(config)}.items():
             known[name] = Subject(name, r.run_id, base.folder, r.folder / "adapter")
         known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}

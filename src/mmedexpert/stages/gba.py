@@ -37,6 +37,7 @@ def run(config: Config) -> dict[str, Run]:
     """The reasoner; with `gba.init=each` one per expert, each on its own specialty."""
     names = config.specialty.names
     if config.gba.init == "each":
+        dsa.ready(config, names)
         return {
             f"reasoner-{name}": reasoner(config, name, [name], {name: dsa.expert(config, name, [name])})
             for name in names
