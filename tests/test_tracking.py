@@ -90,7 +90,8 @@ def test_disabled_writes_nothing(monkeypatch, run):
     assert list(run.folder.rglob("*")) == []
 
 
-def test_the_offline_file_holds_numbers_and_no_path_password_argument_or_image(monkeypatch, run, tmp_path):
+@pytest.mark.parametrize("images", [False, True])
+def test_the_offline_file_holds_numbers_and_no_path_password_argument_or_image(monkeypatch, run, tmp_path, images):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("sys.argv", ["run.py", "engine.endpoint.api_key=open-sesame"])
     monkeypatch.setattr("socket.gethostname", lambda: "my-workstation")
@@ -99,13 +100,15 @@ def test_the_offline_file_holds_numbers_and_no_path_password_argument_or_image(m
     row = {"step": 3, "record": "jane_doe_1970.png", "image": str(picture), "completion": "So normal."}
     with logger_for(run, kind="wandb", project="p", group="g", config=CONFIG) as logger:
         log_metrics(logger, {"loss_of_the_day": 0.5})
-        log_table(logger, "completions", [row])
-        without = [path for path in run.folder.rglob("*.png")]
-        log_table(logger, "asked", [row], images=True)
-    assert without == [] and len(list(run.folder.rglob("*.png"))) == 1
-    files = [path for path in run.folder.rglob("*") if path.is_file() and "logs" not in path.parts]
+        log_table(logger, "completions", [row], images=images)
+    assert tracking._told == set()
+    import wandb
+
+    wandb.teardown()  # its process has written all
+    files = [path for path in run.folder.rglob("*") if path.is_file() and path.suffix != ".log"]  # these stay
     assert any(path.suffix == ".wandb" for path in files)
     content = b"".join(path.read_bytes() for path in files)
+    assert (b"media/images" in content) == images
     assert b"loss_of_the_day" in content and b"So normal." in content and b"labelled_images" in content
     for word in (*HIDDEN, "jane_doe", "open-sesame", "my-workstation", str(tmp_path), "run.py"):
         assert word.encode() not in content, word
