@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def update(case: str, tiny: Any, pictures: list[Any], folder: Path, rank: int = 
         batch = given_rollout(encoder, pictures).take(share(range(3), rank, ranks))
         module = gba_module(policy, encoder, case)
     module.optimizer = lambda: torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
+    folder /= f"{case}-{devices.get('strategy')}"
     fit(module, lambda step: itertools.repeat(batch), folder=folder, checkpoint_every=9, accelerator="cpu", **devices)
     numbers = {name: torch.as_tensor(value).float() for name, value in module.trainer.callback_metrics.items()}
     return trained_weights(policy) | numbers
@@ -143,7 +145,8 @@ def sampled(tiny: Any, root: Path, rank: int = 0, **devices: Any) -> str:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmedexpert.rewards.outcome", reward)
-        fit(module, stream, folder=root, checkpoint_every=9, accelerator="cpu", **devices)
+        folder = root / f"sampled-{devices.get('strategy')}"
+        fit(module, stream, folder=folder, checkpoint_every=9, accelerator="cpu", **devices)
     return "\n".join(said)
 
 
@@ -208,6 +211,7 @@ def test_two_ranks_take_the_steps_of_one(two, tiny, tmp_path, case, strategy):
 def test_completions_do_not_depend_on_the_number_of_ranks(two, tiny, strategy):
     """Also where weights are sharded, and ranks decode different numbers of tokens."""
     folder, _ = two
+    shutil.rmtree(folder / "sampled-None", ignore_errors=True)  # of the other strategy: it would go on from there
     texts = sampled(tiny, folder)
     for rank in range(2):
         assert (folder / f"texts-{strategy}-{rank}").read_text(encoding="utf-8") == texts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from mmedexpert.modules.fit import TrainingModule, batch_indices, fit
+from mmedexpert.csv_log import CsvLogger, read_rows
+from mmedexpert.modules.fit import Checkpoint, TrainingModule, batch_indices, damage, fit
 from mmedexpert.modules.sft import MuonWithAdamW
 
 
@@ -57,7 +60,89 @@ def test_resumed_equals_uninterrupted(tmp_path, muon):
     fit(rest, stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
     for one, two in zip(whole.parameters(), rest.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert not (tmp_path / "b" / "last.ckpt").exists()
+    assert (tmp_path / "b" / "last.ckpt").exists()
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_the_last_step_is_in_the_checkpoint_and_not_trained_again(tmp_path):
+    """Whoever dies while saving the result gets it, and its numbers, without a step."""
+    whole = Toy(7)
+    metrics = fit(whole, stream, folder=tmp_path, checkpoint_every=5, accelerator="cpu")
+    rest = Toy(7, stop_at=0)
+
+    def nothing(step):
+        raise AssertionError(f"a batch was asked for at step {step}")
+        yield
+
+    assert fit(rest, nothing, folder=tmp_path, checkpoint_every=5, accelerator="cpu") == metrics
+    assert metrics["learning_rate"] >= 0 and torch.equal(weights(whole), weights(rest)) and rest.global_step == 7
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_the_steps_since_the_one_before(tmp_path, monkeypatch):
+    whole = Toy(12)
+    fit(whole, stream, folder=tmp_path / "a", checkpoint_every=5, accelerator="cpu")
+    saved = []
+
+    def half(self, path, *_, **__):
+        original(self, path)
+        saved.append(path)
+        if len(saved) == 2:
+            os.truncate(path, 1000)
+            raise KeyError("killed")
+
+    with monkeypatch.context() as patch:
+        import lightning as L
+
+        original = L.Trainer.save_checkpoint
+        patch.setattr(L.Trainer, "save_checkpoint", half)
+        with pytest.raises(KeyError):
+            fit(Toy(12), stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 5
+    rest = Toy(12)
+    fit(rest, stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
+    assert torch.equal(weights(whole), weights(rest))
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_told_and_training_starts_again(tmp_path, capsys, fault):
+    whole = Toy(6)
+    fit(whole, stream, folder=tmp_path / "a", checkpoint_every=5, accelerator="cpu")
+    assert damage(tmp_path / "a" / "last.ckpt") is None
+    (tmp_path / "b").mkdir()
+    path = tmp_path / "b" / "last.ckpt"
+    shutil.copy(tmp_path / "a" / "last.ckpt", path)
+    if fault == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        weight = weights(whole)[:8].numpy().tobytes()
+        data = bytearray(path.read_bytes())
+        place = data.find(weight)
+        assert place > 0
+        data[place] ^= 1
+        path.write_bytes(data)
+        torch.load(path, weights_only=True)  # takes it
+    rest = Toy(6)
+    fit(rest, stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu", title="toy")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is damaged" in told and "toy starts again at step 0" in told
+    assert torch.equal(weights(whole), weights(rest))
+
+
+def test_the_row_of_a_step_is_logged_before_the_checkpoint_that_passes_it(tmp_path, monkeypatch):
+    """Else a kill between the two loses the row for good."""
+    logger, seen, original = CsvLogger(tmp_path / "metrics.csv"), [], Checkpoint.save
+
+    def save(self, trainer):
+        seen.append((trainer.global_step, len(read_rows(tmp_path / "metrics.csv"))))
+        original(self, trainer)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    fit(Toy(4), stream, folder=tmp_path, checkpoint_every=2, accelerator="cpu", logger=logger)
+    assert seen == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 def test_parts_of_a_loss_are_one_optimiser_step(tmp_path):
@@ -71,7 +156,7 @@ def test_parts_of_a_loss_are_one_optimiser_step(tmp_path):
 
         module = Parts(3)
         module.net[1].p = 0.0
-        fit(module, stream, folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+        fit(module, stream, folder=tmp_path / str(parts), checkpoint_every=100, accelerator="cpu")
         ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.allclose(*ends, atol=1e-6)
 

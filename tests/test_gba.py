@@ -95,7 +95,8 @@ def test_micro_batches_change_no_update(parts, tmp_path, loss_type):
         rollout.old_logps = None
         learner = module(parts, steps=2, loss_type=loss_type, beta=0.1, micro_batch_tokens=budget)
         learner.optimizer = lambda: torch.optim.SGD([p for p in parts[0].parameters() if p.requires_grad], lr=1.0)
-        fit(learner, lambda step: itertools.repeat(rollout), folder=tmp_path, checkpoint_every=100, accelerator="cpu")
+        folder = tmp_path / str(budget)
+        fit(learner, lambda step: itertools.repeat(rollout), folder=folder, checkpoint_every=100, accelerator="cpu")
         ends.append(torch.cat([p.detach().flatten() for n, p in parts[0].named_parameters() if n in start]))
         metrics = {k: float(v) for k, v in learner.trainer.callback_metrics.items()}
         assert metrics["kl"] > 0 and rollout.old_logps is not None

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -24,15 +24,19 @@ import yaml
 from filelock import FileLock
 from rich.console import Console
 
-from mmedexpert.data.records_io import write_atomic
+from mmedexpert.clock import Clock
+from mmedexpert.data.records_io import sync, write_atomic
 from mmedexpert.errors import UserError
 from mmedexpert.identity import FILE as IDENTITY
 from mmedexpert.identity import FORMAT, recipe_of, remember, run_id, why_anew
+from mmedexpert.privacy import redacted, without_password
 from mmedexpert.ranks import gather, on_all, on_first, rank
 
 # cheap, and what the others are decided by: made also where a command only asks what would be reused
 PREPARING = ("data", "benchmark", "overlap")
 FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
+TEMPORARY = ("last.ckpt", "clock.json")  # what a run needs until it is DONE
+LEFTOVERS = ("**/*.part", "**/*.partial")  # what a kill leaves of files and folders that were being written
 console = Console(stderr=True)
 _told: set[Path] = set()  # folders this command has named already
 explained: list[dict[str, str]] = []  # with runs.explain: of each run whether it is reused, and why
@@ -47,8 +51,10 @@ class Run:
     run_id: str
     folder: Path
     reused: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.folder / "clock.json")
 
     @property
     def done(self) -> bool:
@@ -66,12 +72,9 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the wall seconds of a block to the manifest."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Adds the wall seconds of a block to the manifest, over all tries."""
+        return self.clock.phase(name)
 
 
 def execute(
@@ -118,31 +121,35 @@ def execute(
         if explain:
             explained.append(_explained(run, tree))
         if run.done:
+            clean(run.folder, TEMPORARY)  # left by a kill right after DONE
             _tell(run.folder, f"[dim]{stage:>8}  {name}  reused {run.folder}[/dim]")
         elif not explain or stage in PREPARING:
             run.folder.mkdir(exist_ok=True)
             _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
-            for marker in ("FAILED", "traceback.txt"):
-                (run.folder / marker).unlink(missing_ok=True)
+            clean(run.folder, ("FAILED", "traceback.txt", *LEFTOVERS))
             write_atomic(run.folder / "config.yaml", yaml.safe_dump(key, sort_keys=False).encode())
             write_json(run.folder / IDENTITY, {**tree, "recipe": recipe})
 
     def finish() -> None:
-        wall = round(time.perf_counter() - start, 3)
         write_json(run.folder / "metrics.json", dict(metrics or {}))
-        write_json(run.folder / "manifest.json", _manifest(run, seed, inputs, wall))
+        write_json(run.folder / "manifest.json", _manifest(run, seed, inputs))
+        for path in run.folder.iterdir():  # DONE promises them; whole folders were synced when they got their names
+            if path.is_file():
+                sync(path)
         write_atomic(run.folder / "DONE", b"")
 
     with ExitStack() as lock:
         on_first(begin)
         run.folder, run.reused = gather((run.folder, run.reused))[0]
+        run.clock.path = run.folder / run.clock.path.name
         if run.reused or (explain and stage not in PREPARING):
             return run
-        start = time.perf_counter()
         try:
             tell = partial(_failed, run.folder)
-            metrics = on_all(lambda: work(run), tell) if every_rank else on_first(lambda: work(run))
-            on_first(finish)
+            with run.clock.running() if rank() == 0 else nullcontext():
+                metrics = on_all(lambda: work(run), tell) if every_rank else on_first(lambda: work(run))
+                on_first(finish)
+            on_first(lambda: clean(run.folder, TEMPORARY))
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
@@ -166,9 +173,18 @@ def _explained(run: Run, tree: Mapping[str, Any]) -> dict[str, str]:
     return {"stage": run.stage, "name": run.name, "run_id": run.run_id, "state": state, "why": why}
 
 
+def clean(folder: Path, names: Sequence[str]) -> None:
+    """Remove from a run's folder the files and folders that these patterns match."""
+    for path in [path for name in names for path in folder.glob(name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _failed(folder: Path, error: str, trace: str) -> None:
-    write_atomic(folder / "traceback.txt", trace.encode())
-    write_atomic(folder / "FAILED", error.encode())
+    write_atomic(folder / "traceback.txt", without_password(trace).encode())
+    write_atomic(folder / "FAILED", without_password(error).encode())
 
 
 def _tell(folder: Path, line: str) -> None:
@@ -211,7 +227,7 @@ def git_sha() -> str | None:
     return f"{sha}{'+' if git('status', '--porcelain', '-uno') else ''}" if sha else None
 
 
-def _manifest(run: Run, seed: int, inputs: dict[str, str], wall: float) -> dict[str, Any]:
+def _manifest(run: Run, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
     import torch
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -225,14 +241,13 @@ def _manifest(run: Run, seed: int, inputs: dict[str, str], wall: float) -> dict[
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "peft", "lightning", "hydra-core", "wandb")},
         },
-        "command": sys.argv,
+        "command": redacted(sys.argv),
         "seed": seed,
         "device": device,
         "inputs": inputs,
         "recipe": recipe_of(run.run_id),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "wall_seconds": wall,
-        "phase_seconds": run.seconds,
+        **run.clock.numbers(),
         "peak_memory_bytes": peak,
         **run.notes,
     }

@@ -51,6 +51,10 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     system_prompt: str | None = None
     max_new_tokens: int = MISSING
+    dsa_lr: float = MISSING
+    dsa_steps: int = MISSING
+    gba_lr: float = MISSING
+    gba_steps: int = MISSING
     lora: LoraSettings = field(default_factory=LoraSettings)
     architecture: ArchitectureConfig | None = None
 
@@ -86,6 +90,7 @@ class DsaConfig:
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
     checkpoint_every: int = MISSING
+    allow_untraced: bool = False
 
 
 @dataclass
@@ -203,6 +208,7 @@ class LoggerConfig:
     name: str = MISSING
     project: str = "mmedexpert"
     log_completions_every: int = 10
+    log_images: bool = False
 
 
 @dataclass

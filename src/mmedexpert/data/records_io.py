@@ -181,8 +181,21 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk: else a loss of power may undo a renaming."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder on Windows, which has no such call
+        return
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _field_faults(records: list[Record]) -> Iterator[str | None]:

@@ -177,12 +177,14 @@ def _is_named(base: Path, named: str) -> bool:
     return any(name and last == name.rstrip("/").rpartition("/")[2].casefold() for name in names)
 
 
-def concatenate_lora(adapters: Sequence[LoraAdapter], weights: Sequence[float], out_folder: str | Path) -> None:
+def concatenate_lora(
+    adapters: Sequence[LoraAdapter], weights: Sequence[float], out_folder: str | Path, *, replace: bool = False
+) -> None:
     """Write one PEFT adapter whose update is exactly sum_i w_i dW_i: A stacked, w_i * scaling_i * B side by side.
 
     The rank of a weight is the sum of its parts' ranks and the scaling 1. Weights [1, -1] give a difference: an adapter
     relative to the one its training started from. ValueError for no adapters or not one weight each; UserError for
-    adapters of different bases, shapes that differ, an existing `out_folder` or a full disk.
+    adapters of different bases, shapes that differ, an existing `out_folder` (but to `replace` it) or a full disk.
     """
     if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
         raise ValueError(f"need one finite weight for each adapter: {len(adapters)} adapters, weights {list(weights)}")
@@ -200,13 +202,16 @@ def concatenate_lora(adapters: Sequence[LoraAdapter], weights: Sequence[float], 
         module = name.removesuffix(".weight")
         tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.cat([a for a, _, _, _ in parts], 0)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.cat([weight * scale * b for _, b, scale, weight in parts], 1)
-    save_lora(tensors, next((a for a in adapters if a.base_fingerprint), adapters[0]), out_folder)
+    save_lora(tensors, next((a for a in adapters if a.base_fingerprint), adapters[0]), out_folder, replace=replace)
 
 
-def save_lora(tensors: Mapping[str, Tensor], like: LoraAdapter, out_folder: str | Path) -> None:
+def save_lora(
+    tensors: Mapping[str, Tensor], like: LoraAdapter, out_folder: str | Path, *, replace: bool = False
+) -> None:
     """Write PEFT's folder of a LoRA adapter with scaling 1 and the ranks of its factors, for the base of `like`.
 
-    `tensors`: lora_A and lora_B by PEFT's keys. UserError for an existing `out_folder` or a full disk.
+    `tensors`: lora_A and lora_B by PEFT's keys. UserError for an existing `out_folder`, unless it is to `replace`, or a
+    full disk.
     """
     ranks = {
         key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(factor)
@@ -228,7 +233,7 @@ def save_lora(tensors: Mapping[str, Tensor], like: LoraAdapter, out_folder: str 
         "bias": "none",
         "inference_mode": True,
     }
-    with new_folder(out_folder, sum(t.nbytes for t in tensors.values())) as folder:
+    with new_folder(out_folder, sum(t.nbytes for t in tensors.values()), replace=replace) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         if like.base_fingerprint:

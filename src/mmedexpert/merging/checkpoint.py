@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmedexpert.data.records_io import sync
 from mmedexpert.errors import UserError
 from mmedexpert.fingerprints import file_digest
 
@@ -26,6 +27,7 @@ READ_BESIDE_WEIGHTS = (
     "tokenizer", "vocab", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -144,10 +146,10 @@ def fingerprint_model(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_room(out_folder: str | Path, bytes_needed: int = 0) -> None:
-    """UserError if `out_folder` exists or its disk is too small."""
+def check_room(out_folder: str | Path, bytes_needed: int = 0, *, replace: bool = False) -> None:
+    """UserError if `out_folder` exists and is not to be replaced, or its disk is too small."""
     out = Path(out_folder)
-    if out.exists():
+    if out.exists() and not replace:
         raise UserError(f"{out} exists already: delete it or choose another output folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(out.parent).free < bytes_needed:
@@ -155,21 +157,28 @@ def check_room(out_folder: str | Path, bytes_needed: int = 0) -> None:
 
 
 @contextmanager
-def new_folder(out_folder: str | Path, bytes_needed: int) -> Iterator[Path]:
-    """A temporary sibling folder to write in, renamed to `out_folder` at the end and removed after any error.
+def new_folder(out_folder: str | Path, bytes_needed: int, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder to write in, on the disk and renamed to `out_folder` at the end, gone after any error.
 
-    UserError if `out_folder` exists or the disk is too small or runs full.
+    With `replace` an existing `out_folder`, left by a try that died before its run was DONE, gives way to the new one
+    once that is complete. UserError if it exists otherwise, or the disk is too small or runs full.
     """
     out = Path(out_folder)
-    check_room(out, bytes_needed)
+    check_room(out, bytes_needed, replace=replace)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
     try:
         partial.mkdir()
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if replace:
+            shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        # safetensors tells the system's error in words alone
+        if any(getattr(error, "errno", None) == code or f"os error {code}" in str(error) for code in FULL):
             raise UserError(_full(out, bytes_needed)) from error
         raise
     finally:

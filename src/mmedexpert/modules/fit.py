@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,8 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import get_cosine_schedule_with_warmup
 
+from mmedexpert.data.records_io import sync
 from mmedexpert.modules.backbone import core_of
 from mmedexpert.progress import Bar
+from mmedexpert.ranks import gather, rank
+from mmedexpert.runs import console
 
 Stream = Callable[[int], Iterator[Any]]
 Item = TypeVar("Item")
@@ -44,6 +48,7 @@ class TrainingModule(L.LightningModule):
         self.seed, self.steps, self.warmup_ratio, self.max_grad_norm = seed, steps, warmup_ratio, max_grad_norm
         self.strict_loading = False
         self.skipped_steps = 0
+        self.metrics: dict[str, float] = {}  # of the last step; a run that a kill ended after it still knows them
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the trained parameters."""
@@ -111,9 +116,10 @@ class TrainingModule(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["metrics"] = self.metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.skipped_steps = checkpoint["skipped_steps"]
+        self.skipped_steps, self.metrics = checkpoint["skipped_steps"], checkpoint["metrics"]
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -164,32 +170,66 @@ def gathered(model: nn.Module | None) -> Iterator[None]:
 
 
 class _FromStep(IterableDataset):
-    """With a length: Lightning fetches a batch of unknown length ahead, and a rollout would be an update too old."""
+    """With a length: Lightning fetches a batch of unknown length ahead, and a rollout would be an update too old.
 
-    def __init__(self, stream: Stream, start: Callable[[], int], steps: int) -> None:
-        self.stream, self.start, self.steps = stream, start, steps
+    `between` is called where a step has ended and been logged, and the next batch is not made yet.
+    """
+
+    def __init__(self, stream: Stream, start: Callable[[], int], steps: int, between: Callable[[], None]) -> None:
+        self.stream, self.start, self.steps, self.between = stream, start, steps, between
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Any]:
-        return self.stream(self.start())
+        for batch in self.stream(self.start()):
+            yield batch
+            self.between()
 
 
 class Checkpoint(Callback):
-    """Writes `last.ckpt` every n steps, whole or not at all."""
+    """Writes `last.ckpt` every n steps and after the last, whole or not at all.
+
+    It stays until the run is DONE: what comes of the training may still fail to be saved.
+    """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if step and step % self.every == 0 and step < trainer.max_steps and step != getattr(self, "written", None):
-            part = self.path.with_suffix(".part")
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.written = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """A checkpoint where one is due, with the numbers of its step."""
+        step, module = trainer.global_step, trainer.lightning_module
+        if step == self.written or (step % self.every and step < trainer.max_steps):
+            return
+        assert isinstance(module, TrainingModule)
+        module.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        part = self.path.with_suffix(".part")
+        try:
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
+                sync(part)
                 os.replace(part, self.path)
-            self.written = step
+                sync(self.path.parent)
+        finally:
+            if trainer.is_global_zero:
+                part.unlink(missing_ok=True)  # where it could not be written: a full disk needs the room
+        self.written = step
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint file: torch reads over a flipped bit, so the sums in its archive are checked."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return f"{broken} is not what was written" if broken else None
 
 
 class Steps(Callback):
@@ -223,13 +263,19 @@ def fit(
     strategy: str = "ddp",
     precision: Any = "32-true",
     logger: Any = None,
-) -> None:
-    """Train `module` for its `steps`, from `folder`/last.ckpt when an earlier try left one.
+) -> dict[str, float]:
+    """Train `module` for its `steps`, from `folder`/last.ckpt when an earlier try left one; the last step's metrics.
 
-    `stream(step)` yields a batch for each optimiser step from `step` on, on several devices each one's share of it.
+    The last step is in that file, too, which is the caller's to remove: once it has saved what it trained. A damaged
+    file is told, and training starts again. `stream(step)` yields a batch for each optimiser step from `step` on, on
+    several devices each one's share of it.
     `strategy` of several: ddp, or fsdp (FSDP2).
     """
     path, size = folder / "last.ckpt", devices * num_nodes
+    wrong = gather(damage(path) if rank() == 0 and path.exists() else None)[0]
+    if wrong and rank() == 0:
+        console.print(f"[yellow]{path} is damaged ({wrong}): {title} starts again at step 0[/yellow]", soft_wrap=True)
+    checkpoint = Checkpoint(path, checkpoint_every)
     sharded = ModelParallelStrategy(size, 1, save_distributed_checkpoint=False) if strategy == "fsdp" else strategy
     trainer = L.Trainer(
         max_steps=module.steps,
@@ -244,14 +290,14 @@ def fit(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[Checkpoint(path, checkpoint_every), Steps(title)],
+        callbacks=[checkpoint, Steps(title)],
         default_root_dir=folder,
     )
-    steps = _FromStep(stream, lambda: trainer.global_step, module.steps)
+    steps = _FromStep(stream, lambda: trainer.global_step, module.steps, between=lambda: checkpoint.save(trainer))
     loader: Iterable[Any] = DataLoader(steps, batch_size=None, collate_fn=lambda batch: batch)
     try:
-        trainer.fit(module, loader, ckpt_path=str(path) if path.exists() else None, weights_only=True)
+        start = str(path) if path.exists() and not wrong else None
+        trainer.fit(module, loader, ckpt_path=start, weights_only=True)
     except SystemExit as exit_:  # what Lightning makes of an interruption
         raise KeyboardInterrupt from exit_
-    if trainer.is_global_zero:
-        path.unlink(missing_ok=True)
+    return module.metrics

@@ -50,9 +50,9 @@ def merged(config: Config) -> Run:
     """
     settings = config.merge
     build(settings.method or {}, "merge.method")  # a value that the method does not take: told before training
-    base = base_of(config)
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
+    base = base_of(config)
     runs = {**experts, **reasoners}
     sources = {name: r.folder / "adapter" for name, r in experts.items()}
     updates = {name: r.folder / "update" for name, r in reasoners.items()}
@@ -90,7 +90,8 @@ def merged(config: Config) -> Run:
             metrics |= conflicts.report()
             log_metrics(logger, {name: value for name, value in metrics.items() if not name.startswith("layers/")})
             log_table(logger, "conflicts", conflicts.table())
-            log_table(logger, "figures", [{"figure": name, "image": path} for name, path in figures.items()])
+            charts = [{"figure": name, "image": path} for name, path in figures.items()]
+            log_table(logger, "figures", charts, images=True)
         ingredients = {n: load_update(path, base.folder).fingerprint for n, path in {**sources, **updates}.items()}
         for part in ("model", "adapter"):
             if (run.folder / part).is_dir():

@@ -12,9 +12,10 @@ from peft import PeftModel
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import Encoder, Prompt, target_text
 from mmedexpert.data.record import Record
+from mmedexpert.errors import UserError
 from mmedexpert.guidelines import instructions
 from mmedexpert.merging.adapters import record_base
-from mmedexpert.merging.checkpoint import fingerprint_base
+from mmedexpert.merging.checkpoint import fingerprint_base, new_folder
 from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
 from mmedexpert.modules.fit import fit, trained_weights
 from mmedexpert.modules.sft import SftModule, sft_stream
@@ -38,18 +39,35 @@ from mmedexpert.versions import text_of, versions
 
 def run(config: Config) -> dict[str, Run]:
     """One expert for each name in `specialty`."""
-    for name in config.specialty.names:  # every specialty is checked before the first is trained
-        records_of(dataset(config), "train", [name])
+    ready(config, config.specialty.names)  # every specialty is checked before the first is trained
     return {name: expert(config, name, [name]) for name in config.specialty.names}
+
+
+def ready(config: Config, specialties: list[str]) -> None:
+    """Build the data set and see that experts can be trained on it, before anything is trained or downloaded.
+
+    UserError for a specialty without training records, and for records without a reasoning trace, from which a model
+    would learn not to reason.
+    """
+    data = dataset(config)
+    records = {record.id: record for name in specialties for record in records_of(data, "train", [name])[0]}
+    bare = sum(not (record.trace and any(map(str.strip, record.trace.steps))) for record in records.values())
+    if bare and not config.dsa.allow_untraced:
+        raise UserError(
+            f"{bare} of {len(records)} training records of data {data.name} have no reasoning trace, and DSA would "
+            "teach the model to answer without reasoning: give them traces, start RL from the base with stage=gba "
+            "gba.init=base, or accept it with dsa.allow_untraced=true"
+        )
 
 
 def expert(config: Config, name: str, specialties: list[str]) -> Run:
     """The expert `name`, trained on the records of `specialties`; its adapter is `<folder>/adapter`."""
+    ready(config, specialties)
     base, data = base_of(config), dataset(config)
     settings, lora = config.dsa, config.model.lora
     key = {
         "specialties": specialties,
-        "dsa": {**asdict(settings), "checkpoint_every": None},
+        "dsa": {k: v for k, v in asdict(settings).items() if k not in ("checkpoint_every", "allow_untraced")},
         "lora": asdict(lora),
         "model": model_key(config),
         "trainer": training_key(config),
@@ -75,11 +93,10 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             rank=rank(), ranks=ranks(),
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
-            fit(
+            metrics = fit(
                 module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
                 logger=logger, **fit_options(config),
             )  # fmt: skip
-            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         save_adapter(run.folder / "adapter", model, encoder, base.folder)
         if rank() > 0:
             return metrics
@@ -109,13 +126,14 @@ def licences(records: list[Record]) -> str:
 def save_adapter(folder: Path, model: PeftModel, encoder: Encoder, base_folder: Path) -> None:
     """A PEFT folder with tokenizer and image processor, and with its base's fingerprint: a merge refuses another's.
 
-    All ranks gather the weights, rank 0 writes them.
+    It appears when complete, in the place of what a dead try left. All ranks gather the weights, rank 0 writes them.
     """
     weights = trained_weights(model)
     if rank() > 0:
         return
     config: Any = model.peft_config["default"]
     config.base_model_name_or_path = str(base_folder)
-    model.save_pretrained(str(folder), state_dict=weights)
-    encoder.save_pretrained(folder)
-    record_base(folder, fingerprint_base(base_folder))
+    with new_folder(folder, sum(weight.nbytes for weight in weights.values()), replace=True) as new:
+        model.save_pretrained(str(new), state_dict=weights)
+        encoder.save_pretrained(new)
+        record_base(new, fingerprint_base(base_folder))

@@ -25,7 +25,7 @@ from mmedexpert.modules.gba import GbaModule, completion_rows, rollout_stream
 from mmedexpert.ranks import gather, rank, ranks
 from mmedexpert.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
 from mmedexpert.runs import Run
-from mmedexpert.schema import Config
+from mmedexpert.schema import Config, LoggerConfig
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
 from mmedexpert.stages.common import (
@@ -53,6 +53,7 @@ def run(config: Config) -> dict[str, Run]:
     if without := [record.id for record in records if record.options is None]:  # told before any expert is trained
         raise UserError(f"data={config.data.name}: gba needs options in every record, {without[0]} has none")
     if config.gba.init == "each":
+        dsa.ready(config, names)
         return {f"reasoner-{name}": reasoner(config, name, [name], dsa.expert(config, name, [name])) for name in names}
     return {"reasoner": reasoner(config, config.gba.name, names, start(config))}
 
@@ -76,7 +77,8 @@ def start(config: Config) -> Run | None:
         return dsa.expert(config, "all", names)
     if config.gba.init != "merged_experts":
         return None
-    base, experts = base_of(config), dsa.run(config)
+    experts = dsa.run(config)
+    base = base_of(config)
 
     def work(run: Run) -> dict[str, float]:
         adapters = [LoraAdapter.load(expert.folder / "adapter") for expert in experts.values()]
@@ -148,18 +150,17 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
 
         curve = run.folder / "curve.jsonl"
         with run.phase("train"), stage_logger(config, run) as logger:
-            watch = _Watch(curve, image_root, logger, config.logger.log_completions_every)
+            watch = _Watch(curve, image_root, logger, config.logger)
             stream = rollout_stream(
                 records, sample, prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations,
                 seed=config.seed, dynamic_sampling=settings.dynamic_sampling, watch=watch, policy=policy,
                 settle=partial(_scale_by_batch, guidance) if settings.scale_rewards == "batch" else None,
                 rank=rank(), ranks=ranks(), draws=settings.num_generations * config.model.max_new_tokens,
             )  # fmt: skip
-            fit(
+            metrics = fit(
                 module, stream, folder=run.folder, title=f"gba {name}",
                 checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
-            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
         dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
         if rank() > 0:
             return metrics
@@ -183,8 +184,9 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
 class _Watch:
     """Keeps the curve on disk (a line per rollout, rewritten from where a resumed run starts) and sends completions."""
 
-    def __init__(self, curve: Path, image_root: Path, logger: Any, every: int) -> None:
-        self.curve, self.image_root, self.logger, self.every = curve, image_root, logger, every
+    def __init__(self, curve: Path, image_root: Path, logger: Any, settings: LoggerConfig) -> None:
+        self.curve, self.image_root, self.logger = curve, image_root, logger
+        self.every, self.images = settings.log_completions_every, settings.log_images
         self.started = False
 
     def __call__(self, number: int, records: list[Record], rollout: Rollout) -> None:
@@ -206,7 +208,7 @@ class _Watch:
             rows = completion_rows(number, records, rollout, self.image_root)
             with (self.curve.parent / f"completions-{number:05d}.jsonl").open("w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            log_table(self.logger, "completions", rows)
+            log_table(self.logger, "completions", rows, images=self.images)
 
 
 def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
@@ -234,6 +236,6 @@ def _save_sum(
     folder: Path, adapters: Sequence[LoraAdapter], weights: Sequence[float], base: Path, config: Config
 ) -> None:
     """A weighted sum of adapters as one adapter, with tokenizer and image processor like any other."""
-    concatenate_lora(adapters, weights, folder)
+    concatenate_lora(adapters, weights, folder, replace=True)
     load_encoder(base, loading(config)).save_pretrained(folder)
     record_base(folder, fingerprint_base(base))

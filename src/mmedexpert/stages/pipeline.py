@@ -20,6 +20,7 @@ from mmedexpert.tracking import log_metrics, log_table
 def run(config: Config) -> dict[str, Run]:
     """Every stage in order (finished ones are reused), then `summary.json`, `table.md`, links to the merged
     model and, as `outputs/latest`, to the folder of it all."""
+    dsa.ready(config, config.specialty.names)
     done: dict[str, dict[str, Run]] = {}
     for name, stage in (("data", data), ("pretrain", pretrain), ("dsa", dsa), ("gba", gba), ("caci", caci)):
         done[name] = stage.run(config)

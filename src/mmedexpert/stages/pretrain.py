@@ -13,7 +13,7 @@ import torch
 from mmedexpert.cards import write_card
 from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.phantom import lessons
-from mmedexpert.merging.checkpoint import fingerprint_model
+from mmedexpert.merging.checkpoint import fingerprint_model, new_folder
 from mmedexpert.modules import tiny
 from mmedexpert.modules.backbone import resolve, save_backbone
 from mmedexpert.modules.fit import Stream, batch_indices, fit
@@ -64,12 +64,12 @@ def _pretrain(config: Config) -> Run:
             warmup_ratio=0.05, max_grad_norm=1.0,  # ours
         )  # fmt: skip
         with run.phase("train"), stage_logger(config, run) as logger:
-            fit(
+            metrics = fit(
                 module, stream, folder=run.folder, title=f"pretrain {run.name}",
                 checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
-            metrics = {k: float(v) for k, v in module.trainer.callback_metrics.items()}
-        save_backbone(run.folder / "model", model, encoder)
+        with new_folder(run.folder / "model", sum(p.nbytes for p in model.parameters()), replace=True) as folder:
+            save_backbone(folder, model, encoder)
         write_card(
             run.folder / "model", kind="base", title="mmedexpert tiny base", base_model=None, base_fingerprint=None,
             method="lessons on phantom drawings: reading options, measuring, following a stated criterion",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,18 +52,23 @@ def subjects_of(config: Config) -> list[Subject]:
             raise UserError(
                 f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, names)}"
             )
+    groups = _groups(config)
+    if wanted is None or set(wanted) & _needing_experts(config):
+        dsa.ready(config, config.specialty.names)  # before a base is downloaded or taught
     base = base_of(config)
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
     for name in wanted or []:
         if name not in names:
             known[name] = _from_folder(Path(name), base)
-    adapters: list[Callable[[], dict[str, Run]]] = [
-        lambda: dsa.run(config), lambda: _start(config), lambda: gba.run(config),
-    ]  # fmt: skip
-    for make in adapters:
-        if _missing(wanted, known):
+    makers: list[tuple[str, Callable[[], dict[str, Run]]]] = [
+        ("experts", lambda: dsa.run(config)),
+        ("starts", lambda: _start(config)),
+        ("reasoners", lambda: gba.run(config)),
+    ]
+    for group, make in makers:
+        if wanted is None or set(wanted) & set(groups[group]):
             known |= {name: _adapted(name, r, base) for name, r in make().items()}
-    if _missing(wanted, known):
+    if wanted is None or set(wanted) & set(groups["merged"]):
         known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
     if MULTI_TASK in (wanted or []):
         known[MULTI_TASK] = _adapted(MULTI_TASK, dsa.expert(config, "all", config.specialty.names), base)
@@ -78,19 +83,28 @@ def subjects_of(config: Config) -> list[Subject]:
     return subjects
 
 
+def _groups(config: Config) -> dict[str, list[str]]:
+    """The names of the models of the pipeline, by the stage that makes them."""
+    names, init = config.specialty.names, config.gba.init
+    return {
+        "experts": list(names),
+        "starts": [START] if init in ("merged_experts", "sft_all") else [],
+        "reasoners": [f"reasoner-{name}" for name in names] if init == "each" else ["reasoner"],
+        "merged": [config.merge.name] if config.merge.method is not None else [],
+        "controls": [CONTROL] if init != "each" else [],
+    }
+
+
 def _names(config: Config) -> list[str]:
     """Every name that `eval.models` knows."""
-    names, init = config.specialty.names, config.gba.init
-    reasoners = [f"reasoner-{name}" for name in names] if init == "each" else ["reasoner"]
-    starts = [START] if init in ("merged_experts", "sft_all") else []
-    merged = [config.merge.name] if config.merge.method is not None else []
-    controls = [CONTROL] if init != "each" else []
-    return ["base", *names, *starts, *reasoners, *merged, MULTI_TASK, *controls, *BASELINES]
+    return ["base", *(name for group in _groups(config).values() for name in group), MULTI_TASK, *BASELINES]
 
 
-def _missing(wanted: Sequence[str] | None, known: dict[str, Subject]) -> bool:
-    """Whether some of the wanted models are not there yet; without any wanted, all are."""
-    return wanted is None or any(name not in (*known, MULTI_TASK, CONTROL, *BASELINES) for name in wanted)
+def _needing_experts(config: Config) -> set[str]:
+    """The names of the models for which experts are trained."""
+    groups = _groups(config)
+    from_experts = [] if config.gba.init == "base" else [*groups["reasoners"], *groups["controls"]]
+    return {*groups["experts"], *groups["starts"], *groups["merged"], *from_experts, MULTI_TASK}
 
 
 def _start(config: Config) -> dict[str, Run]:

@@ -1,0 +1,151 @@
+"""DSA needs reasoning traces and says so before any work; rates and steps are the model's; shown commands are real."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_method
+
+from mmedexpert.checks import typed
+from mmedexpert.data.record import Trace
+from mmedexpert.data.records_io import load_records, save_records
+from mmedexpert.errors import UserError
+from mmedexpert.stages import dsa
+from mmedexpert.stages.data import dataset
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+REAL = sorted(path.stem for path in CONF.glob("model/*.yaml") if path.stem != "tiny")
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(compose("config", overrides=list(overrides)))
+
+
+SMALL = ("specialty=[pediatrics]", "data.source.train=10", "data.source.val=2", "data.source.test=2")
+
+
+@pytest.fixture()
+def untraced(tmp_path):
+    """Overrides of a data set of ten training records, three of them without steps of thought."""
+    outputs = f"paths.outputs={tmp_path}"
+    config = composed("specialty=pediatrics", *SMALL[1:], outputs)
+    data = dataset(config)
+    records, root = load_records(data.folder)
+    train = [i for i, record in enumerate(records) if record.split == "train" and "pediatrics" in record.specialties]
+    assert len(train) == 10
+    for i, trace in zip(train, (None, Trace("intuitive", ()), Trace("intuitive", (" ",))), strict=False):
+        records[i] = replace(records[i], trace=trace)
+    save_records(records, data.folder, root)
+    return ["specialty=pediatrics", *SMALL[1:], outputs]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stage=pipeline"], ["stage=dsa"], ["stage=gba"], ["stage=gba", "gba.init=sft_all"],
+        ["stage=gba", "gba.init=each"], ["stage=caci"], ["stage=eval"], ["stage=eval", "eval.models=[sft_all]"],
+    ],
+)  # fmt: skip
+def test_every_stage_that_trains_experts_stops_before_any_work(untraced, tmp_path, monkeypatch, words):
+    def work(*_, **__):
+        raise AssertionError("a base was built or looked up")
+
+    for stage in ("pretrain", "dsa", "gba", "caci", "evaluation"):
+        monkeypatch.setattr(f"mmedexpert.stages.{stage}.base_of", work, raising=False)
+    config = composed(*untraced, *words)
+    with pytest.raises(UserError, match=r"3 of 10 training records .* no reasoning trace.*dsa\.allow_untraced=true"):
+        get_method(config.stage.target)(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_the_way_out_and_what_needs_no_trace(untraced, monkeypatch):
+    dsa.ready(composed(*untraced, "dsa.allow_untraced=true"), ["pediatrics"])
+    config = composed(*untraced, "stage=gba", "gba.init=base")
+
+    def reached(*_, **__):
+        raise KeyError("the base")
+
+    monkeypatch.setattr("mmedexpert.stages.gba.base_of", reached)
+    with pytest.raises(KeyError, match="the base"):
+        get_method(config.stage.target)(config)
+
+
+def test_allowing_it_is_no_part_of_an_experts_identity(untraced, monkeypatch):
+    keys = []
+    monkeypatch.setattr("mmedexpert.stages.dsa.stage_run", lambda config, stage, name, key, *_, **__: keys.append(key))
+    monkeypatch.setattr("mmedexpert.stages.dsa.base_of", lambda config: type("Base", (), {"identity": "b"}))
+    monkeypatch.setattr("mmedexpert.stages.dsa.ready", lambda *_: None)
+    for words in (["dsa.allow_untraced=true"], [], ["dsa.checkpoint_every=7"], ["dsa.lr=0.5"]):
+        dsa.expert(composed(*untraced, *words), "pediatrics", ["pediatrics"])
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+
+
+# ---------------------------------------------------------------- rates and steps
+
+
+def test_the_tiny_model_keeps_its_rates():
+    config = composed()
+    assert (config.dsa.lr, config.dsa.steps, config.gba.lr, config.gba.steps) == (1e-3, 120, 1e-3, 40)
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_a_real_model_brings_the_peers_rates_and_the_command_line_wins(model):
+    config = composed(f"model={model}")
+    assert (config.dsa.lr, config.dsa.steps, config.gba.lr, config.gba.steps) == (1e-5, 200, 1e-5, 200)
+    config = composed(f"model={model}", "dsa.lr=2e-4", "gba.steps=7")
+    assert (config.dsa.lr, config.gba.steps, config.gba.lr) == (2e-4, 7, 1e-5)
+
+
+# ---------------------------------------------------------------- commands that files show
+
+
+def commands(path: Path) -> list[str]:
+    """The `python run.py ...` of a file's comments or text, without what follows in a column of its own."""
+    found = re.findall(r"^(?:# |#   | {4}|.*\| `)(?:# method: |command: )?python run\.py(.*)", path.read_text(), re.M)
+    return [re.split(r" {2,}|`|\s#", words.replace("[" * 2, "["))[0] if words.strip() else "" for words in found]
+
+
+SHOWN = [
+    (path, words)
+    for path in [*sorted(CONF.rglob("*.yaml")), ROOT / "README.md"]
+    for words in commands(path)
+    if "..." not in words and "$(" not in words
+]
+
+
+def test_every_file_of_a_model_or_data_set_shows_its_command():
+    showing = {path for path, _ in SHOWN}
+    for path in [*CONF.glob("model/*.yaml"), CONF / "data/labelled_images.yaml", CONF / "data/medr1.yaml"]:
+        assert path in showing, path
+    assert len(SHOWN) > 40
+
+
+@pytest.mark.parametrize(("path", "words"), SHOWN, ids=[f"{p.parent.name}/{p.stem}:{w.strip()[:60]}" for p, w in SHOWN])
+def test_a_shown_command_composes_and_can_be_typed(path, words, tmp_path):
+    words = re.sub(r"\[(benchmark\.\w+\.root=<.*>)\]", r"\1", words)  # what may be left out
+    for placeholder in set(re.findall(r"<[^<>]*(?:<\w+>)?[^<>]*>", words)):
+        words = words.replace(placeholder, str(tmp_path) if "folder" in placeholder else "x")
+    overrides = [word for word in shlex.split(words) if word != "-m"]
+    if "-m" in shlex.split(words):  # a sweep's first job
+        overrides = [re.sub(r"(?<==)(\[[^\]]*\]|[^,\[]*),.*", r"\1", word) for word in overrides]
+    config = composed(*overrides)
+    text = path.read_text()
+    if path.parent.name == "model":
+        assert config.model.name == path.stem
+        if path.stem != "tiny":
+            assert config.data.root == str(tmp_path) and config.trainer.accelerator == "gpu"
+    if path.parent.name == "data":
+        assert config.data.name == path.stem and yaml.safe_load(text)["name"] == path.stem
+    trains = config.stage.name in ("pipeline", "dsa", "caci") or (
+        config.stage.name == "gba" and config.gba.init != "base"
+    )
+    if trains and config.data.name != "phantom":  # no real source has traces
+        assert config.dsa.allow_untraced
