@@ -24,6 +24,7 @@ from mmedexpert.evaluate import Prediction, QuestionSet, judge_again, majority_e
 from mmedexpert.merging.adapters import LoraAdapter, check_compatible
 from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.modules.backbone import load_encoder, load_model, streamline
+from mmedexpert.names import BASELINES, MULTI_TASK, trained_names
 from mmedexpert.ranks import rank
 from mmedexpert.runs import Run, write_json
 from mmedexpert.schema import Config, EndpointConfig
@@ -34,9 +35,6 @@ from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.summary import Summary
 from mmedexpert.tracking import log_metrics
-
-BASELINES = ("majority", "blank_image")
-MULTI_TASK = "sft_all"  # one LoRA on the data of all specialties; asked only by name
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def subjects_of(config: Config) -> list[Subject]:
     if config.benchmark and "majority" in (wanted or []):
         raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
-    if wanted is None or any(name not in ("base", *BASELINES) and not Path(name).is_dir() for name in wanted):
+    if wanted is None or {*trained_names(config), MULTI_TASK} & set(wanted):
         for name, r in {**dsa.run(config), **gba.run(config)}.items():
             known[name] = Subject(name, r.run_id, base.folder, r.folder / "adapter")
         known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
