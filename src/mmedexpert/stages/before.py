@@ -62,7 +62,8 @@ def check_inputs(config: Config) -> Config:
 
 def missing_note(config: Config) -> str:
     """Which specialties were left out; empty where none was."""
-    return f"Not in data {config.data.name}: {', '.join(config.specialty.missing)}." if config.specialty.missing else ""
+    missing = ", ".join(config.specialty.missing)
+    return f"Left out, with too few records in data {config.data.name}: {missing}." if missing else ""
 
 
 def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -166,8 +167,9 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
     if not missing:
         return config
     if rank() == 0:
-        told = ", ".join(f"{name} (no {' or '.join(lacks[name])} record)" for name in missing)
-        console.print(f"[yellow]left out of data {data.name}: {told}; going on with {', '.join(kept)}[/yellow]")
+        told = ", ".join(f"{name} (no {' and no '.join(lacks[name])} record)" for name in missing)
+        line = f"[yellow]data {data.name}: left out {told}; going on with {', '.join(kept)}[/yellow]"
+        console.print(line, highlight=False, soft_wrap=True)
     found = replace(config, specialty=replace(config.specialty, names=kept, on_missing="error"))
     check(found)  # lists with one value per specialty
     found.specialty.missing = missing

@@ -34,7 +34,7 @@ def run(config: Config) -> dict[str, Run]:
         write_json(run.folder / "summary.json", summary)
         rows = report.model_rows(summary)
         (run.folder / "table.md").write_text(report.markdown(rows), encoding="utf-8")
-        led = [name for name in ("base", *done["gba"], *done["caci"]) if name in summary["models"]]
+        led = [name for name in ("base", "reasoner", *done["gba"], *done["caci"]) if name in summary["models"]]
         metrics = flatten({name: summary["models"][name] for name in led} | summary["benchmarks"])
         with stage_logger(config, run) as logger:
             log_metrics(logger, {f"eval/{key}": value for key, value in metrics.items()})
@@ -62,12 +62,12 @@ def on_benchmarks(config: Config) -> list[str]:
 def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
     """The machine-readable result of a pipeline (DESIGN section 4); `benchmarks`: set to model to both protocols."""
     details = ("protocols", "baselines", "question_set", "contamination", "judged_by")  # in each model's own summary
+    only = next(iter(done["gba"])) if len(done["gba"]) == 1 else None  # by whatever name, readers find `reasoner`
     models: dict[str, Any] = {
-        name: {key: value for key, value in r.summary.items() if key not in details} for name, r in done["eval"].items()
+        "reasoner" if name == only else name: {key: value for key, value in r.summary.items() if key not in details}
+        for name, r in done["eval"].items()
     }
     experts = {name: models.pop(name) for name in done["dsa"] if name in models}
-    if len(done["gba"]) == 1 and (name := next(iter(done["gba"]))) in models:
-        models["reasoner"] = models.pop(name)  # whatever gba.name says, readers find this key
     benchmarks: dict[str, Any] = {}
     for name, r in done.get("benchmarks", {}).items():
         asked, model = name.split("/", 1)
