@@ -9,13 +9,16 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that leaves is t
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mmedexpert.quiet import one_line, silence
 
-TRACEBACK = "debug.traceback=true" in sys.argv
+TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
 finished: list = []  # (overrides, runs) of each job of this command
-failed: list[str] = []
+failed: list[list[str]] = []
+told: set[str] = set()
+# a sweep's folder is made by Hydra itself, before any key is checked
+OmegaConf.register_new_resolver("home", os.path.expanduser)
 
 
 def speaks() -> bool:
@@ -28,18 +31,29 @@ def speaks() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
 
 
+def tell(line: str) -> None:
+    """A dim line on stderr, once in a command."""
+    if line and line not in told and speaks():
+        told.add(line)
+        print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(composed: DictConfig) -> None:
     """One job of the command; its error is told in one line."""
-    overrides = " ".join(HydraConfig.get().overrides.task)
+    overrides = list(HydraConfig.get().overrides.task)
     try:
         from mmedexpert.checks import typed
+        from mmedexpert.unread import notes, swept_keys
 
-        config = typed(composed)  # before torch is imported: a mistake is told in a second
+        config = typed(composed, overrides)  # before torch is imported: a mistake is told in a second
+        unread = notes(config, overrides, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
+        tell(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
         import lightning
         import torch
 
         from mmedexpert import report
+        from mmedexpert.stages.before import check_inputs, missing_note
         from mmedexpert.stages.common import launch
 
         silence(traceback=TRACEBACK)
@@ -48,11 +62,15 @@ def job(composed: DictConfig) -> None:
         lightning.seed_everything(config.seed, verbose=False)
         if config.stage.name != "report":  # it only reads
             launch(config)
+            config = check_inputs(config)
         elif not speaks():
             return
         runs = hydra.utils.get_method(config.stage.target)(config)
         if speaks():
-            report.print_explained() if config.runs.explain else report.print_result(runs)
+            if config.runs.explain:
+                report.print_explained()
+            else:
+                report.print_result(runs, missing_note(config))
         finished.append((overrides, runs))
     except Exception as error:
         if TRACEBACK:

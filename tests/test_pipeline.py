@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, SMOKE, run
+from test_benchmark_stage import pmc
 
 
 def newest(outputs: Path, stage: str, name: str = "") -> Path:
@@ -20,7 +21,9 @@ def newest(outputs: Path, stage: str, name: str = "") -> Path:
 
 def test_summary_has_the_documented_shape(outputs):
     summary = json.loads((outputs / "latest" / "summary.json").read_text())
-    assert set(summary) == {"models", "wall_seconds", "run_ids"}
+    assert set(summary) == {"models", "benchmarks", "wall_seconds", "run_ids", "missing_specialties"}
+    assert summary["missing_specialties"] == [] and summary["benchmarks"] == {}
+    assert list(summary["models"])[:2] == ["base", "experts"]
     models = summary["models"]
     assert set(models["experts"]) == {"adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery"}
     for model in (models["base"], models["reasoner"], models["caci"], *models["experts"].values()):
@@ -137,6 +140,8 @@ def test_readme_snippet_answers(outputs, tmp_path):
     [
         (["gba.wieghts=[1,1,1,1]"], ["gba.weights"]),
         (["data=labelled_images"], ["data.root"]),
+        (["data.root=tests"], ["data.root", "data=phantom"]),
+        (["benchmark=omnimedvqa_medr1"], ["benchmark.omnimedvqa_medr1.root"]),
         (["data=labelled_images", "data.root=tests"], ["labels.csv"]),
         (["specialty.names=[astrology]", "stage=dsa"], ["astrology", "no train record"]),
         (["model.name_or_path=/no/such/model"], ["model.name_or_path", "/no/such/model"]),
@@ -150,3 +155,33 @@ def test_mistakes_are_one_line_and_code_2(outputs, overrides, words):
     assert len(errors) == 1
     for word in words:
         assert word in errors[0]
+
+
+def test_a_pipeline_with_benchmarks_and_without_a_specialty_that_its_data_lack(outputs, tmp_path):
+    names = "specialty.names=[adult_medicine,pediatrics,astrology]"
+    root = f"benchmark.pmc_vqa.root={pmc(tmp_path / 'pmc', 4)}"
+    line = [names, "specialty.on_missing=skip", "benchmark=pmc_vqa", root, "eval.models=[caci,majority]"]
+    done = run(outputs, *line, "eval.num_resamples=50")
+    assert "left out astrology (no train and no test record)" in done.stderr
+    assert "Left out, with too few records in data phantom: astrology." in done.stdout
+    assert "Models" in done.stdout and "Benchmarks" in done.stdout and "expert:" not in done.stdout
+    summary = json.loads((outputs / "latest" / "summary.json").read_text())
+    assert summary["missing_specialties"] == ["astrology"] and set(summary["models"]) == {"experts", "caci", "majority"}
+    assert set(summary["models"]["caci"]["per_specialty"]) == {"adult_medicine", "pediatrics"}
+    asked = summary["benchmarks"]["pmc_vqa"]
+    assert set(asked) == {"caci"} and asked["caci"]["protocol"] == "medevalkit" and asked["caci"]["robust"]["n"] == 4
+
+
+def test_options_of_other_stages_are_told_once(outputs):
+    done = run(outputs, "-m", "stage=data", "gba.steps=5", "seed=0,1")
+    assert done.stderr.count("note: stage=data does not read") == 1 and "gba.steps" in done.stderr
+
+
+def test_a_sweep_makes_no_folder_named_tilde(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "-m", "stage=data", "logger=none", "paths.outputs='~/x'"]
+    command += ["data.source.train=1", "data.source.val=1", "data.source.test=1", "data.seed=0,1"]
+    (tmp_path / "home").mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert os.listdir(tmp_path) == ["home"] and len(list((tmp_path / "home" / "x" / "data").glob("*/DONE"))) == 2

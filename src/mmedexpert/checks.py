@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.names import RESERVED, trained_names
 from mmedexpert.schema import Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,28 +29,38 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("val", "test"),
     "eval.perspectives": ("rotate", "vote", "none", *PERSPECTIVES),
     "data.on_bad_record": ("error", "skip"),
+    "specialty.on_missing": ("error", "skip"),
     "logger.name": ("wandb", "csv", "none"),
     "trainer.strategy": ("ddp", "fsdp"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "32", "bf16", "16"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
 }
 POSITIVE = (
     "model.min_pixels", "model.max_pixels", "model.max_new_tokens", "model.lora.r", "model.lora.alpha", "dsa.steps",
-    "dsa.batch_size", "dsa.lr", "dsa.checkpoint_every", "gba.steps",
+    "dsa.batch_size", "dsa.lr", "dsa.checkpoint_every", "dsa.max_grad_norm", "gba.steps", "gba.max_grad_norm",
     "gba.prompts_per_step", "gba.num_iterations", "gba.temperature", "gba.top_p", "gba.epsilon", "gba.lr",
     "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.num_nodes", "pretrain.images",
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
-    "pretrain.checkpoint_every",
+    "pretrain.checkpoint_every", "engine.endpoint.concurrency", "engine.endpoint.timeout_s",
+    "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
     "reward.accuracy", "reward.format", "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
+    "engine.endpoint.retries", "eval.llm_judge.retries", "dsa.warmup_ratio", "gba.warmup_ratio", "model.lora.dropout",
 )  # fmt: skip
+AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
+ABOVE_0_OR_NULL = ("data.limit", "trainer.micro_batch_tokens", "trainer.threads", "gba.epsilon_high")
 
 
-def typed(composed: DictConfig) -> Config:
-    """The composed Hydra config as a checked `Config`; UserError names the first key that is unknown, mistyped or
-    out of range, and what to write instead."""
+def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """The composed Hydra config as a checked `Config`, with home folders in place of `~`; UserError names the first key
+    that is unknown, mistyped or out of range, and what to write instead.
+
+    Specialties that `overrides` (of the command line) name one by one must all be in the data set.
+    """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
         config = OmegaConf.to_object(merged)
@@ -54,8 +68,37 @@ def typed(composed: DictConfig) -> Config:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
         raise UserError(f"config key {key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
+    given = {word.partition("=")[0].lstrip("+") for word in overrides}
+    if "specialty.names" in given and "specialty.on_missing" not in given:
+        config.specialty.on_missing = "error"
+    expand_homes(config)
     check(config)
     return config
+
+
+def expand_homes(config: Config) -> None:
+    """Home folders in place of `~` wherever a path is given: no shell does it after `key=`."""
+    config.paths.outputs = home(config.paths.outputs)
+    for section, key in (
+        (config.data, "root"), (config.model, "name_or_path"), (config.report, "against"), (config.report, "out"),
+        (config.report, "published"), *((benchmark, "root") for benchmark in config.benchmark.values()),
+    ):  # fmt: skip
+        if getattr(section, key) is not None:
+            setattr(section, key, home(getattr(section, key)))
+    config.report.runs = [home(path) for path in config.report.runs]
+    if config.eval.models is not None:
+        config.eval.models = [home(name) for name in config.eval.models]
+
+
+def home(path: str) -> str:
+    """A path with the folder that `~` or `~user` stands for; `./~` is a folder of that name.
+
+    UserError for a user who is not known here.
+    """
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        raise UserError(f"{path}: no home folder of that user is known here: write the path in full")
+    return full
 
 
 def _value(config: Config, key: str) -> Any:
@@ -76,6 +119,16 @@ def check(config: Config) -> None:
     for key in NOT_NEGATIVE:
         if not _value(config, key) >= 0 or not math.isfinite(_value(config, key)):
             raise UserError(f"{key}={_value(config, key)} must be a finite number, 0 or more")
+    for key in AT_MOST_1:
+        if _value(config, key) > 1:
+            raise UserError(f"{key}={_value(config, key)} must be at most 1")
+    for key in ABOVE_0_OR_NULL:
+        if (number := _value(config, key)) is not None and not number > 0:
+            raise UserError(f"{key}={number} must be above 0, or null")
+    if config.model.min_pixels > config.model.max_pixels:
+        raise UserError(
+            f"model.min_pixels={config.model.min_pixels} is above model.max_pixels={config.model.max_pixels}"
+        )
     gba = config.gba
     if len(gba.weights) != len(PERSPECTIVES):
         raise UserError(
@@ -94,15 +147,11 @@ def check(config: Config) -> None:
             f"gba.num_generations={gba.num_generations} is too small for {asked} prompted perspectives, whose "
             f"completions are compared with each other: give at least {2 * asked}, or gba.conditioning=free"
         )
-    if config.trainer.micro_batch_tokens is not None and config.trainer.micro_batch_tokens < 1:
-        raise UserError(f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} must be above 0, or null")
     if gba.dynamic_sampling and gba.scale_rewards == "batch":
         raise UserError(
             "gba.dynamic_sampling refills single groups, and gba.scale_rewards=batch would measure these against "
             "another batch: use scale_rewards=group or none"
         )
-    if gba.top_p > 1:
-        raise UserError(f"gba.top_p={gba.top_p} must lie in (0, 1]")
     if gba.checkpoint_every % gba.num_iterations:
         raise UserError(
             f"gba.checkpoint_every={gba.checkpoint_every} must be a multiple of "
@@ -110,6 +159,9 @@ def check(config: Config) -> None:
         )
     if not config.specialty.names or len(set(config.specialty.names)) != len(config.specialty.names):
         raise UserError("specialty.names needs at least one name, each once")
+    if config.specialty.missing:
+        raise UserError("specialty.missing is found in the data set, not given: name those you want in specialty.names")
+    _check_names(config)
     if config.model.name_or_path is None and config.model.architecture is None:
         raise UserError("model.name_or_path is empty: give a hub id or a folder, or use model=tiny")
     for name, one in config.benchmark.items():
@@ -117,12 +169,31 @@ def check(config: Config) -> None:
             raise UserError(f"benchmark.{name}.root={one.root} is not a folder: give the folder of the published files")
     if config.engine.name == "openai" and not (config.engine.endpoint.base_url and config.engine.endpoint.model):
         raise UserError("engine=openai needs engine.endpoint.base_url=<...>/v1 and engine.endpoint.model=<served name>")
+    if config.engine.name == "openai" and config.stage.name == "pipeline":
+        raise UserError("engine=openai asks a served model and trains none: add stage=eval")
+    if config.merge.method is None and config.stage.name == "caci":
+        raise UserError("stage=caci merge=none has nothing to do: choose a method of conf/merge")
     _check_merge(config)
     judge = config.eval.llm_judge
     if (judge.base_url is None) != (judge.model is None):
         raise UserError("eval.llm_judge needs both base_url and model, or neither")
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
+
+
+def _check_names(config: Config) -> None:
+    """No two models share a row of a table or a folder, nor two benchmarks; names are parts of folder names."""
+    benchmarks = [one.name for one in config.benchmark.values()]
+    for name in (*trained_names(config), *benchmarks, config.model.name, config.data.name, config.gba.name):
+        if not name or "/" in name:
+            raise UserError(f"the name {name!r} cannot be part of a folder's name: give one without /")
+    rows = Counter([*trained_names(config), *RESERVED])
+    for name, count in [*rows.items(), *Counter(benchmarks).items()]:
+        if count > 1:
+            raise UserError(
+                f"{name!r} would name two things in one table: give specialty.names, merge.name and every benchmark's "
+                f"name once, and none of {', '.join(RESERVED)}"
+            )
 
 
 def _check_merge(config: Config) -> None:

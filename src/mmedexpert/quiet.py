@@ -49,13 +49,28 @@ def one_line(error: BaseException) -> str:
     if option:
         known = [line for line in lines if re.fullmatch(r"[\w-]+", line)]
         return f"{option[1]}={option[2]}: no such option{_suggest(option[2], known)}"
+    if "LexerNoViableAlt" in str(error):  # such as an unquoted ~
+        return f"{lines[0].partition(': ')[2]}: this is not readable; quote its value twice, \"key='value'\""
     key = re.search(r"(?:Key '([\w.-]+)' is not in struct|Could not override '([\w.@/-]+)')", str(error))
     if key:
-        from mmedexpert.schema import keys
-
-        word = key[2] or key[1]
-        return f"no such config key {word!r}{_suggest(word, keys())}"
+        whole = re.search(r"full_key: ([\w.-]+)", str(error))
+        return _no_such_key(whole[1] if whole else key[2] or key[1])
     return " ".join(lines[:2])[:300]
+
+
+def _no_such_key(word: str) -> str:
+    """A key that is unknown, or known to another option of its group alone."""
+    from mmedexpert.schema import keys
+
+    group, _, rest = word.partition(".")
+    name = rest.partition(".")[0]
+    if group == "benchmark" and name and name not in ("name", "root"):
+        return f"no such config key {word!r} in this command; add benchmark={name}"
+    if word in keys() and not rest:
+        return f"{word}={{...}} holds something that is no config key; give each as {word}.<key>=<value>"
+    if word in keys() or word.startswith(("data.source.", "merge.method.")):
+        return f"no such config key {word!r} with this choice of {group}; choose another, {group}=<one of conf/{group}>"
+    return f"no such config key {word!r}{_suggest(word, keys())}"
 
 
 def _suggest(word: str, known: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -14,23 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.names import BASELINES
 from mmedexpert.runs import Run, explained
 
 Row = dict[str, str]
+# columns of text
 LEFT = (
-    "benchmark",
-    "model",
-    "job",
-    "stage",
-    "name",
-    "folder",
-    "protocol",
-    "source",
-    "numbers",
-    "run_id",
-    "state",
-    "why",
-)  # columns of text
+    "benchmark", "model", "job", "stage", "name", "folder", "protocol", "source", "numbers", "run_id", "state", "why",
+)  # fmt: skip
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -44,9 +35,15 @@ def interval(entry: Mapping[str, Any], mean: str = "accuracy", prefix: str = "ci
     return f"{entry[mean]:.2f} [{entry[f'{prefix}_low']:.2f}, {entry[f'{prefix}_high']:.2f}]"
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """A specialty's name to what heads its column; whole where the short one is another's."""
+    listed = list(names)
+    return {name: name if SHORT.get(name) in listed else SHORT.get(name, name) for name in listed}
+
+
 def _row(name: str, model: Mapping[str, Any]) -> Row:
-    row = {"model": name}
-    row |= {SHORT.get(key, key): f"{entry['accuracy']:.2f}" for key, entry in model["per_specialty"].items()}
+    row, short = {"model": name}, short_names(model["per_specialty"])
+    row |= {short[key]: f"{entry['accuracy']:.2f}" for key, entry in model["per_specialty"].items()}
     row["macro accuracy [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
     row["unparsed"] = f"{100 * model['parse_failure_rate']:.0f}%"
     return row | {
@@ -55,12 +52,14 @@ def _row(name: str, model: Mapping[str, Any]) -> Row:
 
 
 def model_rows(summary: Mapping[str, Any]) -> list[Row]:
-    """One row per model of a pipeline's summary, baselines last."""
+    """One row per model of a pipeline's summary: base, experts, the others, baselines."""
     models = dict(summary["models"])
     experts = models.pop("experts")
-    baselines = {f"{name} (baseline)": models.pop(name) for name in ("majority", "blank_image") if name in models}
-    named = {"base": models.pop("base"), **{f"expert: {SHORT.get(n, n)}": m for n, m in experts.items()}}
-    return [_row(name, model) for name, model in (named | models | baselines).items()]
+    short = short_names(experts)
+    first = [("base", models.pop("base"))] if "base" in models else []
+    last = [(f"{name} (baseline)", models.pop(name)) for name in BASELINES if name in models]
+    named = [*first, *((f"expert: {short[name]}", model) for name, model in experts.items()), *models.items(), *last]
+    return [_row(name, model) for name, model in named]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -113,27 +112,29 @@ def print_table(rows: Sequence[Row], title: str, caption: str = "") -> None:
     console.print(rich_table(rows, title, caption))
 
 
-def print_result(runs: Mapping[str, Run]) -> None:
-    """The last table of a command: models where models were evaluated, else each run with its main numbers."""
-    evaluated = {name.removeprefix("eval/"): run for name, run in runs.items() if run.stage == "eval"}
+def print_result(runs: Mapping[str, Run], note: str = "") -> None:
+    """The last tables of a command: models where models were evaluated, else each run with its main numbers.
+
+    `note` goes below the table of the own data set.
+    """
+    evaluated = {name.removeprefix("eval/"): run.summary for name, run in runs.items() if run.stage == "eval"}
     if evaluated:
-        summaries = {name: run.summary for name, run in evaluated.items()}
-        if voted := [row for name, one in summaries.items() if "vote" in one for row in vote_rows(name, one)]:
+        public = {n.removeprefix("benchmarks/"): s for n, s in evaluated.items() if s["question_set"]["public"]}
+        own = {name: one for name, one in evaluated.items() if not one["question_set"]["public"]}
+        if voted := [row for name, one in (own | public).items() if "vote" in one for row in vote_rows(name, one)]:
             print_table(voted, "One perspective against the vote of four", "gain: vote minus mean of the four, paired.")
-        if next(iter(summaries.values()))["question_set"]["public"]:
-            print_benchmarks(summaries)
-            return
-        if "pipeline" in runs:
-            rows = model_rows(runs["pipeline"].summary)
-        else:
-            rows = [_row(name, one) for name, one in summaries.items()]
-        sizes = next(iter(summaries.values()))["per_specialty"]
-        asked = ", ".join(f"{SHORT.get(name, name)} {entry['n']}" for name, entry in sizes.items())
-        caption = f"Accuracy per specialty (questions: {asked}); adherence per perspective in the last four columns."
-        caption += "".join(f"\n{line}" for line in unanswered(summaries))
-        if "pipeline" in runs:
-            caption += f"\n{runs['pipeline'].folder}/summary.json"
-        print_table(rows, "Models", caption)
+        if own:
+            pipeline = runs.get("pipeline")
+            rows = model_rows(pipeline.summary) if pipeline else [_row(name, one) for name, one in own.items()]
+            sizes = next(iter(own.values()))["per_specialty"]
+            short = short_names(sizes)
+            asked = ", ".join(f"{short[name]} {entry['n']}" for name, entry in sizes.items())
+            caption = f"Accuracy per specialty (questions: {asked}); last four columns: adherence per perspective."
+            place = f"{pipeline.folder}/summary.json" if pipeline else ""
+            lines = [caption, *unanswered(own), note, place]
+            print_table(rows, "Models", "\n".join(line for line in lines if line))
+        if public:
+            print_benchmarks(public)
         return
     rows = [
         {"stage": run.stage, "name": name, **_main_numbers(run), "folder": str(run.folder)}
@@ -228,20 +229,20 @@ def _main_numbers(run: Run) -> dict[str, str]:
     return {"time": state, "numbers": "  ".join(numbers)}
 
 
-def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
+def job_rows(jobs: Sequence[tuple[Sequence[str], Mapping[str, Run]]]) -> list[Row]:
     """What was varied and each job's headline numbers: a row per pipeline, or per run where a stage ran alone."""
     rows = []
-    common = set.intersection(*({*overrides.split()} for overrides, _ in jobs))
+    common = set.intersection(*({*overrides} for overrides, _ in jobs))
     for overrides, runs in jobs:
-        row = {"job": " ".join(word for word in overrides.split() if word not in common)}  # only what was varied
+        row = {"job": " ".join(word for word in overrides if word not in common)}  # only what was varied
         pipeline = runs.get("pipeline")
         if pipeline is not None:
             models = pipeline.summary["models"]
-            experts = models.pop("experts")
-            best = max(experts.values(), key=lambda m: m["macro_accuracy"])
-            row |= {"base": f"{models['base']['macro_accuracy']:.2f}", "best expert": f"{best['macro_accuracy']:.2f}"}
+            experts = [model["macro_accuracy"] for model in models.pop("experts").values()]
+            row |= {"base": f"{models['base']['macro_accuracy']:.2f}"} if "base" in models else {}
+            row |= {"best expert": f"{max(experts):.2f}"} if experts else {}
             for name, model in models.items():
-                if name not in ("base", "majority", "blank_image"):
+                if name not in ("base", *BASELINES):
                     row[f"{name} [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
                     if name == "reasoner":
                         row |= {p[:5]: f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
@@ -252,7 +253,7 @@ def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
-def print_jobs(finished: Sequence[tuple[str, Mapping[str, Run]]], failed: Sequence[str]) -> None:
+def print_jobs(finished: Sequence[tuple[Sequence[str], Mapping[str, Run]]], failed: Sequence[Sequence[str]]) -> None:
     """The table over the jobs of a sweep; failed jobs are named below it."""
     if finished:
-        print_table(job_rows(finished), "Jobs", "\n".join(f"failed: {overrides}" for overrides in failed))
+        print_table(job_rows(finished), "Jobs", "\n".join(f"failed: {' '.join(overrides)}" for overrides in failed))

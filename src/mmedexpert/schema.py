@@ -17,6 +17,8 @@ class StageConfig:
 @dataclass
 class SpecialtyConfig:
     names: list[str] = MISSING
+    on_missing: str = "error"
+    missing: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmedexpert import report
 from mmedexpert.data.images import open_image
+from mmedexpert.names import reasoner_names
 from mmedexpert.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
 from mmedexpert.stages.common import records_of, stage_logger, stage_run
 from mmedexpert.stages.evaluation import flatten
-from mmedexpert.stages.subjects import BASELINES, CONTROL, MULTI_TASK, START
 from mmedexpert.tracking import log_metrics, log_table
 
 
@@ -24,17 +25,18 @@ def run(config: Config) -> dict[str, Run]:
     done: dict[str, dict[str, Run]] = {}
     for name, stage in (("data", data), ("pretrain", pretrain), ("dsa", dsa), ("gba", gba), ("caci", caci)):
         done[name] = stage.run(config)
-    done["eval"] = evaluation.run(config)
+    done["eval"] = evaluation.run(replace(config, benchmark={}))
+    if config.benchmark:
+        done["benchmarks"] = evaluation.run(replace(config, eval=replace(config.eval, models=on_benchmarks(config))))
     flat = {f"{stage}/{name}": r for stage, runs in done.items() for name, r in runs.items()}
 
     def work(run: Run) -> dict[str, float]:
-        summary = summarise(done)
+        summary = summarise(done) | {"missing_specialties": config.specialty.missing}
         write_json(run.folder / "summary.json", summary)
         rows = report.model_rows(summary)
         (run.folder / "table.md").write_text(report.markdown(rows), encoding="utf-8")
-        metrics = flatten(
-            {name: summary["models"][name] for name in ("base", "reasoner", "caci") if name in summary["models"]}
-        )
+        led = [name for name in ("base", "reasoner", *done["gba"], *done["caci"]) if name in summary["models"]]
+        metrics = flatten({name: summary["models"][name] for name in led} | summary["benchmarks"])
         with stage_logger(config, run) as logger:
             log_metrics(logger, {f"eval/{key}": value for key, value in metrics.items()})
             log_table(logger, "models", rows)
@@ -44,31 +46,41 @@ def run(config: Config) -> dict[str, Run]:
         open_image(image_root / records[0].images[0]).save(run.folder / "example.png")
         return metrics
 
-    overall = stage_run(
-        config, "pipeline", f"{config.model.name}-{config.data.name}", {}, work, {k: r.run_id for k, r in flat.items()}
-    )
+    key = {"missing_specialties": config.specialty.missing} if config.specialty.missing else {}
+    inputs = {name: r.run_id for name, r in flat.items()}
+    overall = stage_run(config, "pipeline", f"{config.model.name}-{config.data.name}", key, work, inputs)
     if overall.done:  # or it was only asked what would be made
         link(overall.folder.parent.parent / "latest", overall.folder)
     return {"pipeline": overall, **flat}
 
 
+def on_benchmarks(config: Config) -> list[str]:
+    """Which models a pipeline asks benchmarks of: those of `eval.models`, else base and the pipeline's last."""
+    if config.eval.models is None:
+        return ["base", *([config.merge.name] if config.merge.method is not None else reasoner_names(config))]
+    return [name for name in config.eval.models if name != "majority"] or ["base"]  # it is a column of their table
+
+
 def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
-    """The machine-readable result of a pipeline (DESIGN section 4)."""
+    """The machine-readable result of a pipeline (DESIGN section 4); `benchmarks`: set to model to both protocols."""
     details = ("protocols", "baselines", "question_set", "contamination", "judged_by")  # in each model's own summary
-    evaluated = {
-        name: {key: value for key, value in r.summary.items() if key not in details} for name, r in done["eval"].items()
-    }
+    only = next(iter(done["gba"])) if len(done["gba"]) == 1 else None  # by whatever name, readers find `reasoner`
     models: dict[str, Any] = {
-        "base": evaluated["base"],
-        "experts": {n: evaluated[n] for n in done["dsa"] if n in evaluated},
+        "reasoner" if name == only else name: {key: value for key, value in r.summary.items() if key not in details}
+        for name, r in done["eval"].items()
     }
-    named = [START, *done["gba"], *done["caci"], MULTI_TASK, CONTROL, *BASELINES]
-    models |= {name: evaluated[name] for name in named if name in evaluated}
-    if len(done["gba"]) == 1:  # whatever gba.name and merge.name say, readers find these two keys
-        models["reasoner"] = evaluated[next(iter(done["gba"]))]
+    experts = {name: models.pop(name) for name in done["dsa"] if name in models}
+    benchmarks: dict[str, Any] = {}
+    for name, r in done.get("benchmarks", {}).items():
+        asked, model = name.split("/", 1)
+        benchmarks.setdefault(asked, {})[model] = {"protocol": r.summary["protocol"], **r.summary["protocols"]}
     seconds = {stage: sum(r.manifest["wall_seconds"] for r in runs.values()) for stage, runs in done.items()}
     ids = {f"{stage}/{name}": r.run_id for stage, runs in done.items() for name, r in runs.items()}
-    return {"models": models, "wall_seconds": seconds, "run_ids": ids}
+    first = {"base": models.pop("base")} if "base" in models else {}
+    return {
+        "models": {**first, "experts": experts, **models}, "benchmarks": benchmarks, "wall_seconds": seconds,
+        "run_ids": ids,
+    }  # fmt: skip
 
 
 def link(name: Path, target: Path) -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmedexpert.errors import UserError, suggestion
+from mmedexpert.errors import UserError
 from mmedexpert.merging.adapters import LoraAdapter, check_compatible
 from mmedexpert.merging.checkpoint import fingerprint_model
+from mmedexpert.names import (
+    BASELINES,
+    CONTROL,
+    MULTI_TASK,
+    START,
+    distinct_names,
+    known_names,
+    reasoner_names,
+    start_names,
+)
 from mmedexpert.privacy import without_password
 from mmedexpert.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, dsa, gba
 from mmedexpert.stages.common import Base
 from mmedexpert.stages.pretrain import base_of
-
-BASELINES = ("majority", "blank_image")
-START = "start"  # what the reasoner was trained from
-# asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
-# the same prompts without perspectives, what GBA must pass
-MULTI_TASK, CONTROL = "sft_all", "grpo"
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,7 @@ class Subject:
 
 
 def subjects_of(config: Config) -> list[Subject]:
-    """The models to ask, by name or folder; those of the pipeline are trained first where they are not there yet.
-
-    UserError, before anything is trained, for a name that is neither.
-    """
+    """The models to ask, by name or folder; those of the pipeline are trained first where they are not there yet."""
     if config.engine.name == "openai":
         return [_served(config)]
     wanted = config.eval.models
@@ -46,29 +47,26 @@ def subjects_of(config: Config) -> list[Subject]:
         wanted = ["base"]
     if config.benchmark and "majority" in (wanted or []):
         raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
-    names = _names(config)
-    for name in wanted or []:
-        if name not in names and not Path(name).is_dir():
-            raise UserError(
-                f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, names)}"
-            )
-    groups = _groups(config)
+    names = known_names(config)
+    folders = [name for name in wanted or [] if name not in names]  # `before.py` has seen that they are
     if wanted is None or set(wanted) & _needing_experts(config):
         dsa.ready(config, config.specialty.names)  # before a base is downloaded or taught
     base = base_of(config)
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
-    for name in wanted or []:
-        if name not in names:
-            known[name] = _from_folder(Path(name), base)
-    makers: list[tuple[str, Callable[[], dict[str, Run]]]] = [
-        ("experts", lambda: dsa.run(config)),
-        ("starts", lambda: _start(config)),
-        ("reasoners", lambda: gba.run(config)),
+    found = [_from_folder(Path(folder), base) for folder in folders]
+    for folder, subject, name in zip(
+        folders, found, distinct_names([s.name for s in found], folders, names), strict=True
+    ):
+        known[folder] = replace(subject, name=name)
+    makers: list[tuple[list[str], Callable[[], dict[str, Run]]]] = [
+        (config.specialty.names, lambda: dsa.run(config)),
+        (start_names(config), lambda: _start(config)),
+        (reasoner_names(config), lambda: gba.run(config)),
     ]
     for group, make in makers:
-        if wanted is None or set(wanted) & set(groups[group]):
+        if wanted is None or set(wanted) & set(group):
             known |= {name: _adapted(name, r, base) for name, r in make().items()}
-    if wanted is None or set(wanted) & set(groups["merged"]):
+    if wanted is None or config.merge.name in wanted:
         known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
     if MULTI_TASK in (wanted or []):
         known[MULTI_TASK] = _adapted(MULTI_TASK, dsa.expert(config, "all", config.specialty.names), base)
@@ -83,28 +81,11 @@ def subjects_of(config: Config) -> list[Subject]:
     return subjects
 
 
-def _groups(config: Config) -> dict[str, list[str]]:
-    """The names of the models of the pipeline, by the stage that makes them."""
-    names, init = config.specialty.names, config.gba.init
-    return {
-        "experts": list(names),
-        "starts": [START] if init in ("merged_experts", "sft_all") else [],
-        "reasoners": [f"reasoner-{name}" for name in names] if init == "each" else ["reasoner"],
-        "merged": [config.merge.name] if config.merge.method is not None else [],
-        "controls": [CONTROL] if init != "each" else [],
-    }
-
-
-def _names(config: Config) -> list[str]:
-    """Every name that `eval.models` knows."""
-    return ["base", *(name for group in _groups(config).values() for name in group), MULTI_TASK, *BASELINES]
-
-
 def _needing_experts(config: Config) -> set[str]:
     """The names of the models for which experts are trained."""
-    groups = _groups(config)
-    from_experts = [] if config.gba.init == "base" else [*groups["reasoners"], *groups["controls"]]
-    return {*groups["experts"], *groups["starts"], *groups["merged"], *from_experts, MULTI_TASK}
+    if config.gba.init == "base":
+        return {*config.specialty.names, config.merge.name, MULTI_TASK}
+    return set(known_names(config)) - {"base", *BASELINES}
 
 
 def _start(config: Config) -> dict[str, Run]:

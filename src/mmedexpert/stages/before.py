@@ -1,0 +1,194 @@
+"""What a later stage would stop at, looked for before the first step is trained."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from hydra.utils import get_method, instantiate
+
+from mmedexpert.checks import check
+from mmedexpert.data.record import Record
+from mmedexpert.data.records_io import load_records
+from mmedexpert.errors import UserError, suggestion
+from mmedexpert.merging.checkpoint import weight_files
+from mmedexpert.merging.search import grid_points
+from mmedexpert.merging.stream import call_method
+from mmedexpert.modules.backbone import resolve
+from mmedexpert.names import known_names, reasoner_names
+from mmedexpert.ranks import rank
+from mmedexpert.runs import Run, console
+from mmedexpert.schema import Config
+from mmedexpert.stages import benchmark
+from mmedexpert.stages.data import dataset
+from mmedexpert.unread import parts
+
+
+def check_inputs(config: Config) -> Config:
+    """Builds the data set, reads every benchmark, tries the merge rule, looks for models and keys; the config with the
+    specialties that the data set has.
+
+    Raises:
+        UserError: what of these would stop the command later.
+    """
+    work = parts(config)
+    for where, call in _calls(config, work):
+        _check_arguments(where, call)
+    if "caci" in work:
+        _try_merge(config)
+    if "eval" in work:
+        _check_keys(config)
+        _check_models(config)
+    if "data" in work:
+        data = dataset(config)
+        if work & {"dsa", "gba", "caci", "own"}:
+            config = _with_data(config, data, work)
+    if "benchmark" in work:
+        for one in config.benchmark.values():
+            benchmark.prepared(config, one)
+    if "base" in work and config.model.name_or_path is not None:
+        base = resolve(config.model.name_or_path, config.model.revision)
+        if "caci" in work:
+            _check_space(config, base)
+    return config
+
+
+def missing_note(config: Config) -> str:
+    """Which specialties were left out; empty where none was."""
+    missing = ", ".join(config.specialty.missing)
+    return f"Left out, with too few records in data {config.data.name}: {missing}." if missing else ""
+
+
+def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if "data" in work:
+        yield "data.source", config.data.source
+    if "caci" in work:
+        yield "merge.method", config.merge.method or {}
+    if "benchmark" in work:
+        yield from ((f"benchmark.{name}.load", one.load) for name, one in config.benchmark.items())
+
+
+def _check_arguments(where: str, call: Mapping[str, Any]) -> None:
+    """Values that the function does not take, or not of this type."""
+    function = get_method(call["_target_"])
+    known, hints = inspect.signature(function).parameters, get_type_hints(function)
+    for key, value in call.items():
+        if key.startswith("_"):
+            continue
+        if key not in known:
+            raise UserError(f"{where}.{key}: {function.__name__} takes no such value{suggestion(key, list(known))}")
+        kind = hints.get(key)
+        if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, kind))):
+            raise UserError(f"{where}.{key}={value!r} must be {'a whole number' if kind is int else 'a number'}")
+
+
+def _try_merge(config: Config) -> None:
+    """The rule on one entry, with the values of `merge.method` and of every point of `merge.search`."""
+    rule = instantiate(config.merge.method, _convert_="all")
+    one = torch.ones(1, 1)
+    given = (one, one) if "factors" in inspect.signature(rule).parameters else one
+    experts, reasoners = ([given] * len(names) for names in (config.specialty.names, reasoner_names(config)))
+    for point in grid_points(config.merge.search or {}) or [{}]:
+        call_method(functools.partial(rule, **point), list(experts), list(reasoners), "the settings")
+
+
+def _check_keys(config: Config) -> None:
+    for where, endpoint in (("engine.endpoint", config.engine.endpoint), ("eval.llm_judge", config.eval.llm_judge)):
+        if endpoint.base_url is None or (where == "engine.endpoint" and config.engine.name != "openai"):
+            continue
+        if not endpoint.base_url.startswith(("http://", "https://")):
+            raise UserError(f"{where}.base_url={endpoint.base_url} is no web address: write http://localhost:8000/v1")
+        variable = endpoint.api_key_env
+        if variable is not None and not os.environ.get(variable):
+            raise UserError(
+                f"the environment variable {variable} ({where}.api_key_env) is empty: export it, or set "
+                f"{where}.api_key_env=null"
+            )
+
+
+def _check_models(config: Config) -> None:
+    """`eval.models`: names of this pipeline, or folders with a model or an adapter."""
+    known = known_names(config)
+    for name in config.eval.models or []:
+        if name in known:
+            continue
+        if not Path(name).is_dir():
+            raise UserError(
+                f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, known)}"
+            )
+        places = [Path(name), *(Path(name) / part for part in ("model", "adapter"))]
+        if not any((place / file).is_file() for place in places for file in ("config.json", "adapter_config.json")):
+            raise UserError(
+                f"eval.models: {name} holds neither a model (config.json) nor an adapter (adapter_config.json)"
+            )
+
+
+def _with_data(config: Config, data: Run, work: set[str]) -> Config:
+    """The config with the specialties that have records to train on and to be asked.
+
+    `specialty.on_missing=skip` leaves the others out, of every stage alike, and tells them; error refuses them where
+    this command would stop at them.
+    """
+    records, _ = load_records(data.folder)
+    names, asked = config.specialty.names, config.eval.split
+    searched = ["val"] if config.merge.search is not None else []
+    lacks = {name: _lacking(records, name, ["train", asked, *searched]) for name in names}
+    if config.specialty.on_missing == "error":
+        needed = ["train"] * bool(work & {"dsa", "gba", "own"}) + [asked] * ("own" in work)
+        needed += searched if "search" in work else []
+        for name in names:
+            if splits := [split for split in lacks[name] if split in needed]:
+                known = sorted({other for record in records for other in record.specialties} - {name})
+                raise UserError(
+                    f"specialty {name!r} has no {splits[0]} record in data {data.name}"
+                    f"{suggestion(name, known)} (data set folder {data.folder})"
+                )
+        kept, missing = names, []
+    else:
+        kept, missing = [n for n in names if not lacks[n]], [n for n in names if lacks[n]]
+        if not kept:
+            known = sorted({name for record in records for name in record.specialties})
+            raise UserError(
+                f"data {data.name} has {' and '.join(['train', asked, *searched])} records of none of the specialties "
+                f"{', '.join(names)}, but records of {', '.join(known)}: give specialty.names (data set folder "
+                f"{data.folder})"
+            )
+    if "gba" in work:
+        train = [r for r in records if r.split == "train" and set(r.specialties) & set(kept)]
+        if (open_ := next((r for r in train if r.options is None), None)) is not None:
+            raise UserError(f"data {data.name}: gba needs options in every record, {open_.id} has none")
+    if not missing:
+        return config
+    if rank() == 0:
+        told = ", ".join(f"{name} (no {' and no '.join(lacks[name])} record)" for name in missing)
+        line = f"[yellow]data {data.name}: left out {told}; going on with {', '.join(kept)}[/yellow]"
+        console.print(line, highlight=False, soft_wrap=True)
+    found = replace(config, specialty=replace(config.specialty, names=kept, on_missing="error"))
+    check(found)  # lists with one value per specialty
+    found.specialty.missing = missing
+    return found
+
+
+def _lacking(records: list[Record], name: str, splits: list[str]) -> list[str]:
+    """The splits without a record of a specialty."""
+    there = {record.split for record in records if name in record.specialties}
+    return [split for split in dict.fromkeys(splits) if split not in there]
+
+
+def _check_space(config: Config, base: Path) -> None:
+    """A warning, because a merge that is finished already needs no space."""
+    outputs = Path(config.paths.outputs)
+    outputs.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(file.stat().st_size for file in weight_files(base)), shutil.disk_usage(outputs).free
+    if free < needed and rank() == 0:
+        console.print(
+            f"[yellow]the merged model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {outputs}: "
+            "free space or set paths.outputs=<folder>[/yellow]"
+        )

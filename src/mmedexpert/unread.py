@@ -1,0 +1,258 @@
+"""Every option given on the command line is used, told or refused: what reads which key, and when nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from mmedexpert.errors import UserError
+from mmedexpert.names import BASELINES, known_names
+from mmedexpert.privacy import redacted
+from mmedexpert.schema import Config
+
+TRAINED = ("pretrain", "dsa", "gba")
+# Which parts of the work (`parts`) read a key; the longest prefix counts, () is read by every command.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "stage": (),
+    "specialty": ("dsa", "gba", "caci", "own"),
+    "model": ("base", "eval"),
+    "model.name_or_path": ("base",),
+    "model.revision": ("base",),
+    "model.architecture": ("base",),
+    "model.dtype": ("dsa", "gba", "search", "eval"),
+    "model.attn_implementation": ("dsa", "gba", "search", "eval"),
+    "model.min_pixels": ("dsa", "gba", "search", "eval"),
+    "model.max_pixels": ("dsa", "gba", "search", "eval"),
+    "model.system_prompt": ("dsa", "gba", "search", "eval"),
+    "model.max_new_tokens": ("gba", "search", "eval"),
+    "model.gradient_checkpointing": ("dsa", "gba"),
+    "model.lora": ("dsa", "gba"),
+    "pretrain": ("pretrain",),
+    "data": ("data",),
+    "dsa": ("dsa",),
+    "gba": ("gba",),
+    "reward": ("gba",),
+    "merge": ("caci",),
+    "protocol": ("eval", "search"),
+    "eval": ("eval",),
+    "eval.protocol": ("eval", "search"),
+    "eval.perspectives": ("eval", "search"),
+    "eval.num_resamples": ("eval", "search", "report"),
+    "engine": ("eval", "search"),
+    "benchmark": ("eval",),
+    "report": ("report",),
+    "trainer": ("base", "data", "eval"),
+    "trainer.threads": (),
+    "trainer.precision": TRAINED,
+    "trainer.strategy": TRAINED,
+    "trainer.micro_batch_tokens": ("dsa", "gba"),
+    "logger": (),  # logger=none is kept by a stage that logs nothing
+    "logger.project": (*TRAINED, "caci", "eval"),
+    "logger.log_completions_every": ("gba",),
+    "paths": (),
+    "debug": (),
+    "seed": (*TRAINED, "caci", "eval", "report"),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`keys` (or prefixes of keys) are read by nothing where `unread`; `by` are the keys that decide it."""
+
+    keys: tuple[str, ...]
+    unread: Callable[[Config, set[str]], bool]
+    why: str  # with fields of the config in braces
+    by: tuple[str, ...]
+
+
+def _served(config: Config, work: set[str]) -> bool:
+    return config.engine.name == "openai" and "eval" in work
+
+
+def _without_weight(config: Config, _: set[str]) -> bool:
+    return not any(config.gba.weights)
+
+
+def _only_medevalkit(config: Config, work: set[str]) -> bool:
+    """Questions are asked, all of them in MedEvalKit's words."""
+    lead = config.eval.protocol
+    auto = {"own": "robust", "search": "robust", "benchmark": "medevalkit"}
+    asked = {name if lead == "auto" else lead for part, name in auto.items() if part in work}
+    return asked == {"medevalkit"}
+
+
+RULES = (
+    Rule(("report",), lambda c, _: c.stage.name != "report", "only stage=report reads it", ("stage",)),
+    Rule(
+        ("specialty", "model", "pretrain", "data", "dsa", "gba", "reward", "merge", "engine", "benchmark", "protocol",
+         "eval.split", "eval.perspectives", "eval.protocol", "eval.models", "eval.contamination", "eval.llm_judge"),
+        lambda c, _: c.stage.name == "report",
+        "stage=report reads finished runs alone: name those you mean in report.runs", ("stage",),
+    ),
+    Rule(
+        ("data.root",), lambda c, _: not c.data.source.get("_needs_root_"),
+        "data={config.data.name} reads no folder: add data=labelled_images (folders with labels.csv) or data=medr1",
+        ("data",),
+    ),
+    Rule(
+        ("pretrain", "model.architecture"), lambda c, _: c.model.name_or_path is not None,
+        "model.name_or_path={config.model.name_or_path} has its weights already; only model=tiny is taught here",
+        ("model",),
+    ),
+    Rule(
+        ("pretrain.text_batch_size",), lambda c, _: c.pretrain.reading_steps == 0,
+        "pretrain.reading_steps=0 reads no text", ("pretrain.reading_steps",),
+    ),
+    Rule(
+        ("model.revision",), lambda c, _: c.model.name_or_path is None or Path(c.model.name_or_path).is_dir(),
+        "it belongs to a model of the hub, and model.name_or_path={config.model.name_or_path} is none",
+        ("model",),
+    ),
+    Rule(
+        ("eval.models", "engine.batch_size", "model.name_or_path", "model.revision", "model.dtype",
+         "model.attn_implementation", "model.min_pixels", "model.max_pixels"), _served,
+        "engine=openai asks the one model of the server, engine.endpoint.model={config.engine.endpoint.model}",
+        ("engine",),
+    ),
+    Rule(
+        ("engine.endpoint",), lambda c, _: c.engine.name != "openai",
+        "engine={config.engine.name} runs the model here: add engine=openai to ask a server", ("engine",),
+    ),
+    Rule(
+        ("eval.split",), lambda c, work: "eval" in work and "own" not in work,
+        "a benchmark has its own test part; eval.split chooses of the own data set", ("benchmark",),
+    ),
+    Rule(
+        ("eval.perspectives",), lambda c, work: _only_medevalkit(c, work),
+        "protocol medevalkit asks in MedEvalKit's words, without perspectives: add protocol=robust",
+        ("protocol", "eval.protocol", "benchmark"),
+    ),
+    Rule(
+        ("model.system_prompt",), lambda c, work: not work & {"dsa", "gba"} and _only_medevalkit(c, work),
+        "protocol medevalkit asks without a system prompt: add protocol=robust",
+        ("protocol", "eval.protocol", "benchmark"),
+    ),
+    Rule(
+        ("protocol",), lambda c, _: c.eval.protocol != c.protocol,
+        "eval.protocol={config.eval.protocol} stands in its place: give one of them", ("eval.protocol",),
+    ),
+    Rule(
+        ("eval.llm_judge.api_key_env", "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s",
+         "eval.llm_judge.retries"), lambda c, _: c.eval.llm_judge.base_url is None,
+        "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
+    ),
+    Rule(
+        ("gba.scale", "gba.gate"), _without_weight,
+        "gba.weights={config.gba.weights} give no perspective any weight", ("gba.weights", "gba"),
+    ),
+    Rule(("gba.gate",), lambda c, _: c.gba.scale == 0, "gba.scale=0 leaves nothing to gate", ("gba.scale", "gba")),
+    Rule(
+        ("merge.name", "merge.method"), lambda c, _: c.merge.method is None, "merge=none merges nothing", ("merge",)
+    ),
+    Rule(
+        ("trainer.strategy",), lambda c, _: c.trainer.devices == 1 and c.trainer.num_nodes == 1,
+        "one device needs none: add trainer.devices=<number>", ("trainer",),
+    ),
+    Rule(
+        ("logger.project",), lambda c, _: c.logger.name != "wandb",
+        "it is a project of Weights & Biases, and logger={config.logger.name}", ("logger",),
+    ),
+    Rule(("reward.name", "debug.name"), lambda c, _: True, "it is the option's own name, which nothing reads", ()),
+)  # fmt: skip
+
+
+def _not_from_the_hub(name: str) -> Rule:
+    keys = tuple(f"benchmark.{name}.{key}" for key in ("repo", "revision", "patterns"))
+    return Rule(keys, lambda _, __: True, f"benchmark.{name}.root is read in place of the hub", ())
+
+
+def parts(config: Config) -> set[str]:
+    """What a command does: pretrain, data, dsa, gba, caci, search, eval, report; `base`: it needs the base model,
+    `own` and `benchmark`: which questions are asked."""
+    stage, wanted = config.stage.name, config.eval.models
+    if stage == "report":
+        return {"report"}
+    asks, served = stage in ("eval", "pipeline"), config.engine.name == "openai"
+    found = {"eval"} if asks else set()
+    if asks and config.benchmark:
+        found.add("benchmark")
+    if stage == "pipeline" or (asks and not config.benchmark):
+        found.add("own")
+    by_name = set(wanted or []) & ({*known_names(config)} - {"base", *BASELINES})
+    everything = stage in ("caci", "pipeline") or (
+        stage == "eval" and not served and (bool(by_name) or (wanted is None and not config.benchmark))
+    )
+    if everything or stage == "gba":
+        found.add("gba")
+    if everything or stage == "dsa" or (stage == "gba" and config.gba.init != "base"):
+        found.add("dsa")
+    if everything and config.merge.method is not None:
+        found |= {"caci"} if config.merge.search is None else {"caci", "search"}
+    if stage == "pretrain" or found & {"dsa", "gba"} or (asks and not served):
+        found.add("base")
+    if "base" in found and config.model.name_or_path is None:
+        found.add("pretrain")
+    if stage == "data" or found & {"dsa", "gba", "own"} or (asks and config.eval.contamination):
+        found.add("data")
+    return found
+
+
+def notes(config: Config, overrides: Sequence[str], swept: Sequence[str] = ()) -> list[str]:
+    """The given keys that no part of this command reads, because they belong to other stages: to be told.
+
+    `swept` are keys that have several values in a sweep: what another job of it reads is told, too.
+
+    Raises:
+        UserError: an option that nothing reads beside the other options, or that is given twice with two values.
+    """
+    given: dict[str, Any] = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_delete():
+            continue
+        for key, value in leaves(override.key_or_group, override.value()):
+            if given.setdefault(key, value) != value:
+                one, other = redacted([f"{key}={given[key]}", f"{key}={value}"])
+                raise UserError(f"{one} and {other}: give {key} once")
+    work, told = parts(config), []
+    local = [name for name, one in config.benchmark.items() if one.root is not None]
+    rules = [*RULES, *(_not_from_the_hub(name) for name in local)]
+    for key in given:
+        rule = next((r for r in rules if any(below(key, k) for k in r.keys) and r.unread(config, work)), None)
+        if rule is not None:
+            if not any(below(decisive, s) or below(s, decisive) for decisive in rule.by for s in swept):
+                raise UserError(f"{key} is not read here: {rule.why.format(config=config)}")
+            told.append(key)
+        elif (readers := readers_of(key)) and not work & set(readers):
+            told.append(key)
+    return told
+
+
+def readers_of(key: str) -> tuple[str, ...]:
+    """The parts that read a key; () for every command."""
+    known = [prefix for prefix in READ_BY if below(key, prefix)]
+    return READ_BY[max(known, key=len)] if known else ()
+
+
+def below(key: str, prefix: str) -> bool:
+    """Whether a dotted key is `prefix` or lies under it."""
+    return f"{key}.".startswith(f"{prefix}.")
+
+
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """`gba={lr: 1, steps: 2}` as its keys and values."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def swept_keys(arguments: Sequence[str], params: Mapping[str, Any] | None) -> list[str]:
+    """The keys with several values: of the command's arguments, and of `hydra.sweeper.params`."""
+    words = [word for word in arguments if not word.startswith("-")]
+    several = [o.key_or_group for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    return several + list(params or {})

@@ -1,0 +1,240 @@
+"""Every option given on a command line is used, told or refused; and every key of the schema is read by something."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from mmedexpert import schema
+from mmedexpert.checks import typed
+from mmedexpert.errors import UserError
+from mmedexpert.schema import Config, keys
+from mmedexpert.unread import READ_BY, below, leaves, notes, parts, readers_of, swept_keys
+
+ROOT = Path(__file__).parents[1]
+DATA = {name: one for name, one in vars(schema).items() if is_dataclass(one)}
+UNREAD = {("RewardConfig", "name"), ("DebugConfig", "name"), ("DebugConfig", "traceback")}  # the last by run.py's argv
+BY_AS_DICT = {"ArchitectureConfig"}  # its sizes go to the model as keywords
+
+
+def told(*overrides: str, swept: tuple[str, ...] = ()) -> list[str]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return notes(typed(compose("config", overrides=list(overrides)), overrides), overrides, swept)
+
+
+class Reads(ast.NodeVisitor):
+    """Which fields of the schema's classes a module reads, followed through parameters and assignments."""
+
+    def __init__(self) -> None:
+        self.types: dict[str, Any] = {}
+        self.found: set[tuple[str, str]] = set()
+
+    def type_of(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            return self.types.get(node.id)
+        if isinstance(node, ast.Attribute):
+            if node.attr in ("config",) and not is_dataclass(self.type_of(node.value)):
+                return Config  # self.config
+            owner = self.type_of(node.value)
+            if is_dataclass(owner) and node.attr in (hints := get_type_hints(owner)):
+                self.found.add((owner.__name__, node.attr))
+                return next((t for t in (hints[node.attr], *get_args(hints[node.attr])) if is_dataclass(t)), None)
+        return None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        before = dict(self.types)
+        for argument in node.args.args:
+            name = ast.unparse(argument.annotation) if argument.annotation else ""
+            if name in DATA:
+                self.types[argument.arg] = DATA[name]
+        self.generic_visit(node)
+        self.types = before
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=True))
+            for name, value in pairs:
+                if isinstance(name, ast.Name) and (kind := self.type_of(value)):
+                    self.types[name.id] = kind
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.type_of(node)
+        self.generic_visit(node)
+
+
+def read_in_source() -> set[tuple[str, str]]:
+    reads = Reads()
+    files = [p for p in (ROOT / "src").rglob("*.py") if p.name not in ("schema.py", "checks.py", "unread.py")]
+    for file in [*files, ROOT / "run.py"]:
+        reads.types = {}
+        if file.name == "run.py":
+            reads.types["config"] = Config
+        reads.visit(ast.parse(file.read_text(encoding="utf-8")))
+    return reads.found
+
+
+def test_every_key_of_the_schema_is_read_somewhere():
+    """A key that is new in schema.py and that no code reads fails here."""
+    wanted = {(name, field.name) for name, one in DATA.items() if name not in BY_AS_DICT for field in fields(one)}
+    read = read_in_source() | {("Config", "debug"), ("Config", "protocol")}  # conf: eval.protocol is ${protocol}
+    assert wanted - read == UNREAD
+
+
+def test_every_key_of_the_schema_says_who_reads_it():
+    """A key that is new in schema.py and stands under no prefix of the table fails here."""
+    assert [key for key in keys() if not any(below(key, prefix) for prefix in READ_BY)] == []
+    assert [prefix for prefix in READ_BY if prefix not in keys()] == []
+    work = {"base", "pretrain", "data", "dsa", "gba", "caci", "search", "eval", "own", "benchmark", "report"}
+    assert set().union(*READ_BY.values()) <= work
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.root=tests"], ["data.root", "data=phantom", "labelled_images"]),
+        (["report.runs=[x]"], ["report.runs", "stage=report"]),
+        (["stage=dsa", "report.common=true"], ["report.common", "stage=report"]),
+        (["stage=report", "gba.steps=3"], ["gba.steps", "stage=report"]),
+        (["stage=report", "benchmark=slake"], ["benchmark", "report.runs"]),
+        (["stage=report", "eval.split=val"], ["eval.split"]),
+        (["stage=report", "protocol=robust"], ["protocol"]),
+        (["model.name_or_path=tests", "pretrain.images=3"], ["pretrain.images", "weights already"]),
+        (["model.name_or_path=tests", "model.architecture.hidden_size=3"], ["hidden_size", "weights already"]),
+        (["pretrain.reading_steps=0", "pretrain.text_batch_size=3"], ["text_batch_size", "reading_steps=0"]),
+        (["model.revision=abc"], ["model.revision", "hub"]),
+        (["model=qwen2_vl_2b", "model.name_or_path=tests", "model.revision=abc"], ["model.revision", "hub"]),
+        (["+engine.endpoint.model=m"], ["engine.endpoint.model", "engine=openai"]),
+        (["stage=eval", "engine=openai", "engine.endpoint.model=m", "eval.models=[base]"], ["eval.models", "m"]),
+        (["stage=eval", "engine=openai", "engine.endpoint.model=m", "+engine.batch_size=3"], ["engine.batch_size"]),
+        (["stage=eval", "engine=openai", "engine.endpoint.model=m", "model.dtype=float16"], ["model.dtype"]),
+        (["stage=eval", "benchmark=slake", "eval.split=val"], ["eval.split", "own"]),
+        (["stage=eval", "benchmark=slake", "eval.perspectives=vote"], ["eval.perspectives", "protocol=robust"]),
+        (["stage=eval", "eval.protocol=medevalkit", "eval.perspectives=vote"], ["eval.perspectives"]),
+        (["stage=eval", "benchmark=slake", "model.system_prompt=x"], ["model.system_prompt", "protocol=robust"]),
+        (["protocol=robust", "eval.protocol=medevalkit"], ["protocol", "eval.protocol=medevalkit"]),
+        (["eval.llm_judge.api_key_env=KEY"], ["eval.llm_judge.api_key_env", "base_url"]),
+        (["gba=outcome_only", "gba.scale=3"], ["gba.scale", "gba.weights"]),
+        (["gba.weights=[0,0,0,0]", "gba.gate=none"], ["gba.gate", "gba.weights"]),
+        (["gba.scale=0", "gba.gate=none"], ["gba.gate", "gba.scale=0"]),
+        (["merge=none", "merge.name=x"], ["merge.name", "merge=none"]),
+        (["trainer.strategy=fsdp"], ["trainer.strategy", "trainer.devices"]),
+        (["logger=csv", "logger.project=x"], ["logger.project", "logger=csv"]),
+        (["reward.name=x"], ["reward.name", "nothing reads"]),
+        (["debug.name=x"], ["debug.name"]),
+        (["stage=eval", "benchmark=slake", "benchmark.slake.root=tests", "benchmark.slake.revision=x"],
+         ["benchmark.slake.revision", "benchmark.slake.root"]),
+        (["eval.llm_judge={api_key_env: KEY}"], ["eval.llm_judge.api_key_env"]),  # a key within a value
+        (["gba.lr=1", "gba.lr=2"], ["gba.lr=1", "gba.lr=2", "once"]),
+        (["data=phantom", "data=medr1"], ["data=phantom", "data=medr1"]),
+        (["reward={accuracy: 1, format: 0}", "reward.format=2"], ["reward.format=0", "reward.format=2"]),
+    ],
+)  # fmt: skip
+def test_what_nothing_reads_is_refused(overrides, words):
+    with pytest.raises(UserError) as caught:
+        told(*overrides)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        (["stage=data", "logger=none", "eval.contamination=false", "eval.num_resamples=50", "data.limit=3"],
+         ["eval.contamination", "eval.num_resamples"]),
+        (["stage=dsa", "gba.steps=12", "dsa.steps=12", "trainer.threads=1"], ["gba.steps"]),
+        (["stage=gba", "gba.init=base", "dsa.steps=12"], ["dsa.steps"]),
+        (["stage=gba", "dsa.steps=12"], []),
+        (["stage=pretrain", "dsa={steps: 3, lr: 1}", "specialty=cardiology"], ["dsa.steps", "dsa.lr", "specialty"]),
+        (["stage=eval", "eval.models=[base]", "dsa.steps=12", "data.limit=9"], ["dsa.steps"]),
+        (["stage=eval", "eval.models=[caci]", "dsa.steps=12", "gba.steps=3", "merge.lora_rank=3"], []),
+        (["stage=eval", "benchmark=slake", "eval.contamination=false", "data.limit=9"], ["data.limit"]),
+        (["stage=report", "logger=none", "debug=smoke", "trainer.accelerator=cpu", "eval.num_resamples=9", "seed=3"],
+         ["trainer.accelerator"]),
+        (["gba.lr=1", "gba.lr=1"], []),
+        (["data=medr1", "data.root=tests", "data.limit=3"], []),
+        (["trainer=fsdp", "trainer.strategy=ddp"], []),
+        (["protocol=robust", "benchmark=slake", "stage=eval", "eval.perspectives=vote"], []),
+        (["benchmark=slake", "eval.split=val", "eval.perspectives=vote"], []),  # a pipeline asks its own questions, too
+        (["stage=eval", "eval.models=[base]", "merge=ties", "merge.search={density: [1.0]}"],
+         ["merge", "merge.search.density"]),
+        (["stage=caci", "merge=ties", "merge.search={density: [1.0]}", "eval.perspectives=none"], []),
+    ],
+)  # fmt: skip
+def test_what_other_stages_read_is_told(overrides, noted):
+    assert told(*overrides) == noted
+
+
+def test_a_sweep_may_hold_what_some_of_its_jobs_do_not_read():
+    words = ["gba.weights=[1,1,1,1],[0,0,0,0]", "gba.scale=3", "-m"]
+    swept = swept_keys(words, None)
+    assert swept == ["gba.weights"]
+    assert told("gba.weights=[0,0,0,0]", "gba.scale=3", swept=tuple(swept)) == ["gba.scale"]
+    assert told("gba=outcome_only", "gba.scale=3", swept=tuple(swept_keys([], {"gba": "a,b"}))) == ["gba.scale"]
+    with pytest.raises(UserError, match=r"gba\.scale"):
+        told("gba.weights=[0,0,0,0]", "gba.scale=3", swept=("seed",))
+    with pytest.raises(UserError, match=r"data\.root"):
+        told("seed=1", "data.root=tests", swept=("seed",))
+
+
+def test_a_secret_in_a_repeated_option_is_not_told():
+    with pytest.raises(UserError) as caught:
+        told("report.out=http://me:pass@x/1", "report.out=http://me:pass@x/2", "stage=report")
+    assert "pass" not in str(caught.value)
+
+
+def test_what_a_command_does():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+
+        def work(*overrides: str) -> set[str]:
+            return parts(typed(compose("config", overrides=list(overrides))))
+
+        everything = {"base", "pretrain", "data", "dsa", "gba", "caci", "eval", "own"}
+        assert work() == everything == work("stage=eval") == work("stage=eval", "eval.models=[reasoner]")
+        assert work("benchmark=slake", "merge=none") == everything - {"caci"} | {"benchmark"}
+        assert work("stage=report") == {"report"} and work("stage=data") == {"data"}
+        assert work("stage=caci", "merge=ties", "merge.search={density: [1.0]}") >= {"search", "dsa", "gba"}
+        assert work("stage=eval", "benchmark=slake", "eval.contamination=false", "model.name_or_path=tests") == {
+            "eval", "benchmark", "base",
+        }  # fmt: skip
+        served = ("stage=eval", "engine=openai", "engine.endpoint.model=m")
+        assert work(*served) == {"eval", "own", "data"}
+
+
+def documented() -> list[str]:
+    files = [ROOT / "README.md", *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "experiments").glob("*/README.md")]
+    found = []
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if match := re.search(r"^(?:#| {2,}).*?python run\.py (.*)", line):
+                found.append(re.sub(r"\s#.*| {2,}.*", "", match[1]))
+    return sorted({line for line in found if not re.search(r"\$\(|\.\.\.|--|\[benchmark", line)})
+
+
+@pytest.mark.parametrize("line", documented())
+def test_no_documented_command_is_refused(line, tmp_path):
+    words = [word for word in shlex.split(re.sub(r"<[^>]*>", "x", line)) if word != "-m"]
+    overrides = []
+    for word in words:
+        override = OverridesParser.create().parse_override(word)
+        swept = override.is_sweep_override()
+        value = next(iter(override.sweep_string_iterator())) if swept else word.partition("=")[2]
+        key = word.partition("=")[0]
+        overrides.append(f"{key}={tmp_path}" if key.endswith(("root", "name_or_path")) else f"{key}={value}")
+    assert told(*overrides) == []
+
+
+def test_prefixes_are_of_whole_keys():
+    assert below("gba.lr", "gba") and below("gba", "gba") and not below("gbas.lr", "gba")
+    assert readers_of("logger.project") != readers_of("logger") == ()
+    assert list(leaves("a", {"b": {"c": 1}, "d": {}})) == [("a.b.c", 1), ("a.d", {})]
