@@ -254,6 +254,15 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert opened == ["3.png"]
 
 
+def test_a_cache_of_an_older_way_to_open_images_is_made_anew(tmp_path: Path) -> None:
+    images, cache = {f"{n}.png": blurred(n) for n in range(2)}, tmp_path / "cache.jsonl"
+    whole = of_images(tmp_path / "i", images, cache)
+    old = cache.read_text().replace("fingerprints 2", "fingerprints 1")
+    cache.write_text(re.sub(r'"phash": "\w+', '"phash": "' + "0" * 64, old))
+    assert of_images(tmp_path / "i", images, cache).pictures == whole.pictures
+    assert cache.read_text().startswith('{"format": "mmedexpert image fingerprints 2"')
+
+
 def test_a_damaged_line_is_hashed_anew(tmp_path: Path) -> None:
     images, cache = {f"{n}.png": blurred(n) for n in range(3)}, tmp_path / "cache.jsonl"
     whole = of_images(tmp_path / "i", images, cache)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -539,3 +540,20 @@ def test_real_medr1_records() -> None:
         assert f"{record.question} {options}" == line["problem"]
         assert f"<answer> {record.answer} </answer>" == line["solution"]
         assert record.specialties == (line["specialty"],)
+
+
+@pytest.mark.slow
+def test_what_was_changed_is_told_and_stands_in_the_manifest(tmp_path: Path) -> None:
+    rows = [{"file": f"{n}.png", "label": ["gone", "Gone", "here|gone"][n % 3], "patient": "n/a"} for n in range(24)]
+    root = image_set(tmp_path / "mine", rows, {**OWN, "distractors": ["Fracture", "Cyst", "Mass"]})
+    deep = np.random.default_rng(2).integers(0, 4096, (40, 40)).astype(np.uint16)
+    Image.fromarray(deep).save(root / "0.png")
+    done = run(tmp_path / "out", "stage=data", "data=labelled_images", f"data.root={root}", "data.limit=null")
+    (manifest,) = (json.loads(path.read_text()) for path in (tmp_path / "out/data").glob("*/manifest.json"))
+    assert manifest["changed"] == {
+        "images: deep grey, scaled by its bit depth": 1,
+        "labels: another spelling, folded": 8,
+        "labels: several findings, one of them asked": 8,
+        "rows whose patient or lesion is unknown: grouped by image alone": 24,
+    }
+    assert "labelled_images: 8 labels: several findings, one of them asked" in done.stderr

@@ -39,7 +39,9 @@ MAX_DISTANCE = 8
 MIN_GREY_STD = 4.0  # ours, of 0..255: the flattest of those images has 8.4; what is flatter hashes to its noise
 # ours: on VQA-RAD 0.7 pairs wordings ("Are the kidneys normal?", "Is/Are the kidneys normal?"), 0.6 air with fluid
 MIN_JACCARD = 0.7
-HEADER = json.dumps({"format": "mmedexpert image fingerprints 1", "hash": f"imagehash.phash {BITS} bits"})
+KIND = '{"format": "mmedexpert image fingerprints '
+# raise the number when `open_image` shows other pixels: a cache of an older number is made anew
+HEADER = f'{KIND}2", "hash": "imagehash.phash {BITS} bits"}}'
 CACHED = re.compile(r'{"file": "\w{64}", "pixels": "\w{64}", "phash": "[0-9a-f]{64}", "grey_std": \d+\.\d+}')
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # a Chinese character is a word: no blanks part them
 
@@ -291,6 +293,9 @@ def _read_cache(cache: Path) -> dict[str, Picture]:
         header, *lines = cache.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"the cache {cache} cannot be used ({error.strerror}): check path and permissions") from error
+    if header != HEADER and header.startswith(KIND):
+        write_atomic(cache, HEADER.encode())
+        return {}
     if header != HEADER:
         raise UserError(f"{cache} is no cache of image fingerprints of this version: delete it, or name another")
     rows = [json.loads(line) for line in filter(CACHED.fullmatch, lines)]  # what is damaged is hashed anew
