@@ -61,3 +61,24 @@ def outputs(tmp_path_factory) -> Path:
     done = run(folder, logger="wandb")
     assert "macro accuracy" in done.stdout and "expert: pediatric" in done.stdout
     return folder
+
+
+@pytest.fixture(scope="session")
+def answering_model(tmp_path_factory) -> Path:
+    """The folder of the tiny model that answers (see answering.py), taught once."""
+    from answering import teach
+
+    folder = tmp_path_factory.mktemp("answering") / "model"
+    teach(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answering(answering_model, tmp_path_factory):
+    """A function that composes the config of a command on the model that answers; all share one outputs folder, so
+    that what one test has trained serves the others."""
+    from functools import partial
+
+    from answering import composed
+
+    return partial(composed, answering_model, tmp_path_factory.mktemp("answers"))
