@@ -44,7 +44,7 @@ def untraced(tmp_path):
     for i, trace in zip(train, (None, Trace("intuitive", ()), Trace("intuitive", (" ",))), strict=False):
         records[i] = replace(records[i], trace=trace)
     save_records(records, data.folder, root)
-    return ["specialty=pediatrics", *SMALL[1:], outputs]
+    return ["specialty=pediatrics", *SMALL[1:], outputs, "dsa.allow_untraced=false"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,16 @@ def test_every_stage_that_trains_experts_stops_before_any_work(untraced, tmp_pat
     with pytest.raises(UserError, match=r"3 of 10 training records .* no reasoning trace.*dsa\.allow_untraced=true"):
         get_method(config.stage.target)(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_real_model_is_refused_and_the_tiny_one_told(untraced, capsys):
+    left_to_the_model = untraced[:-1]
+    with pytest.raises(UserError, match=r"3 of 10 training records"):
+        dsa.ready(composed(*left_to_the_model, "model=qwen2_5_vl_7b"), ["pediatrics"])
+    dsa.ready(composed(*left_to_the_model), ["pediatrics"])
+    assert "3 of 10 training records of data phantom have no reasoning trace" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_the_way_out_and_what_needs_no_trace(untraced, monkeypatch):
@@ -147,5 +157,5 @@ def test_a_shown_command_composes_and_can_be_typed(path, words, tmp_path):
     trains = config.stage.name in ("pipeline", "dsa", "caci") or (
         config.stage.name == "gba" and config.gba.init != "base"
     )
-    if trains and config.data.name != "phantom":  # no real source has traces
+    if trains and config.data.name != "phantom" and config.model.architecture is None:  # no real source has traces
         assert config.dsa.allow_untraced

@@ -92,7 +92,7 @@ class DsaConfig:
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
     checkpoint_every: int = MISSING
-    allow_untraced: bool = False
+    allow_untraced: bool | None = None
 
 
 @dataclass

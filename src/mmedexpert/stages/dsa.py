@@ -20,7 +20,7 @@ from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
 from mmedexpert.modules.fit import fit, trained_weights
 from mmedexpert.modules.sft import SftModule, sft_stream
 from mmedexpert.ranks import rank, ranks
-from mmedexpert.runs import Run
+from mmedexpert.runs import Run, console
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import (
     content_of,
@@ -36,6 +36,8 @@ from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.versions import text_of, versions
 
+_told: set[Path] = set()  # data sets without traces that this command has named
+
 
 def run(config: Config) -> dict[str, Run]:
     """One expert for each name in `specialty`."""
@@ -46,13 +48,19 @@ def run(config: Config) -> dict[str, Run]:
 def ready(config: Config, specialties: list[str]) -> None:
     """Build the data set and see that experts can be trained on it, before anything is trained or downloaded.
 
-    UserError for a specialty without training records, and for records without a reasoning trace, from which a model
-    would learn not to reason.
+    UserError for a specialty without training records, and for records without a reasoning trace, from which a real
+    model would learn not to reason; the tiny one, which has no reasoning to lose, goes on, and a line tells it.
     """
     data = dataset(config)
     records = {record.id: record for name in specialties for record in records_of(data, "train", [name])[0]}
     bare = sum(not (record.trace and any(map(str.strip, record.trace.steps))) for record in records.values())
-    if bare and not config.dsa.allow_untraced:
+    allowed = config.dsa.allow_untraced
+    if bare and allowed is None and config.model.architecture is not None:
+        if rank() == 0 and data.folder not in _told:
+            _told.add(data.folder)
+            line = f"{bare} of {len(records)} training records of data {data.name} have no reasoning trace"
+            console.print(f"[yellow]{line}: the experts learn answers alone[/yellow]", highlight=False, soft_wrap=True)
+    elif bare and not allowed:
         raise UserError(
             f"{bare} of {len(records)} training records of data {data.name} have no reasoning trace, and DSA would "
             "teach the model to answer without reasoning: give them traces, start RL from the base with stage=gba "
