@@ -157,23 +157,29 @@ def test_mistakes_are_one_line_and_code_2(outputs, overrides, words):
         assert word in errors[0]
 
 
-def test_a_pipeline_with_benchmarks_and_without_a_specialty_that_its_data_lack(outputs, tmp_path):
-    names = "specialty.names=[adult_medicine,pediatrics,astrology]"
+FEW = ["pretrain.looking_steps=2", "pretrain.reading_steps=1", "pretrain.images=8", "dsa.steps=1", "gba.steps=1"]
+
+
+def test_a_pipeline_with_benchmarks_and_without_a_specialty_that_its_data_lack(tmp_path):
     root = f"benchmark.pmc_vqa.root={pmc(tmp_path / 'pmc', 4)}"
-    line = [names, "specialty.on_missing=skip", "benchmark=pmc_vqa", root, "eval.models=[caci,majority]"]
-    done = run(outputs, *line, "eval.num_resamples=50")
+    line = ["specialty.names=[adult_medicine,pediatrics,astrology]", "specialty.on_missing=skip", "benchmark=pmc_vqa"]
+    line += [root, "eval.models=[caci,majority]", "model.max_new_tokens=8", "data.limit=2", *FEW]
+    done = run(tmp_path, *line)
     assert "left out astrology (no train and no test record)" in done.stderr
     assert "Left out, with too few records in data phantom: astrology." in done.stdout
     assert "Models" in done.stdout and "Benchmarks" in done.stdout and "expert:" not in done.stdout
-    summary = json.loads((outputs / "latest" / "summary.json").read_text())
+    told = done.stderr
+    assert 0 < told.index("pmc_vqa-") < told.index("pretrain")  # a benchmark is read before anything is trained
+    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
     assert summary["missing_specialties"] == ["astrology"] and set(summary["models"]) == {"experts", "caci", "majority"}
     assert set(summary["models"]["caci"]["per_specialty"]) == {"adult_medicine", "pediatrics"}
     asked = summary["benchmarks"]["pmc_vqa"]
     assert set(asked) == {"caci"} and asked["caci"]["protocol"] == "medevalkit" and asked["caci"]["robust"]["n"] == 4
+    assert "Benchmarks" in run(tmp_path, *line, "-m", "seed=0").stdout  # all of it is reused
 
 
-def test_options_of_other_stages_are_told_once(outputs):
-    done = run(outputs, "-m", "stage=data", "gba.steps=5", "seed=0,1")
+def test_options_of_other_stages_are_told_once(tmp_path):
+    done = run(tmp_path, "-m", "stage=data", "data.limit=1", "gba.steps=5", "seed=0,1")
     assert done.stderr.count("note: stage=data does not read") == 1 and "gba.steps" in done.stderr
 
 
