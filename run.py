@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which tells them in one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from mmedexpert.privacy import redacted
 from mmedexpert.quiet import one_line, silence
 
 TRACEBACK = "debug.traceback=true" in sys.argv
@@ -31,7 +33,9 @@ def speaks() -> bool:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(composed: DictConfig) -> None:
     """One job of the command; its error is told in one line."""
-    overrides = " ".join(HydraConfig.get().overrides.task)
+    overrides = " ".join(redacted(HydraConfig.get().overrides.task))
+    # Hydra's own note of a sweep: every option as it was typed, passwords too
+    Path(HydraConfig.get().sweep.dir, "multirun.yaml").unlink(missing_ok=True)
     try:
         from mmedexpert.checks import typed
 
