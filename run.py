@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which tells them in one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from mmedexpert.privacy import redacted
 from mmedexpert.quiet import one_line, silence
 
 TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
@@ -41,13 +43,16 @@ def tell(line: str) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(composed: DictConfig) -> None:
     """One job of the command; its error is told in one line."""
-    overrides = list(HydraConfig.get().overrides.task)
+    given = list(HydraConfig.get().overrides.task)
+    overrides = redacted(given)  # as they are shown
+    # Hydra's own note of a sweep: every option as it was typed, passwords too
+    Path(HydraConfig.get().sweep.dir, "multirun.yaml").unlink(missing_ok=True)
     try:
         from mmedexpert.checks import typed
         from mmedexpert.unread import notes, swept_keys
 
-        config = typed(composed, overrides)  # before torch is imported: a mistake is told in a second
-        unread = notes(config, overrides, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
+        config = typed(composed, given)  # before torch is imported: a mistake is told in a second
+        unread = notes(config, given, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
         tell(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
         import lightning
         import torch

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+from commands import ROOT
 
 from mmedexpert.privacy import redacted, without_password
+from mmedexpert.quiet import one_line
+from mmedexpert.runs import execute
 
 
 @pytest.mark.parametrize(
@@ -37,3 +43,29 @@ def test_addresses_lose_their_secrets(text, told):
 )
 def test_a_command_line_loses_its_secrets(word, told):
     assert redacted([word]) == [told]
+
+
+def test_a_sweep_tells_and_keeps_no_secret(tmp_path):
+    """Hydra would keep every option of a sweep as it was typed, in multirun.yaml."""
+    secret = "engine.endpoint.base_url=http://me:hunter2@host/v1"
+    served = ["engine=openai", "engine.endpoint.model=x", secret]
+    command = [sys.executable, "run.py", "-m", "seed=0,1", *served, "gba.beta=-1", f"paths.outputs={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("gba.beta=-1") >= 2
+    assert "hunter2" not in done.stderr + done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_failure_and_a_manifest_hide_passwords(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "engine.endpoint.base_url=http://me:hunter2@host/v1"])
+
+    def work(run):
+        raise ValueError("no server answers at http://me:hunter2@host/v1")
+
+    with pytest.raises(ValueError) as caught:
+        execute("eval", "x", {}, work, outputs=tmp_path, seed=0)
+    assert "hunter2" not in one_line(caught.value) and "***@host/v1" in one_line(caught.value)
+    done = execute("eval", "y", {}, lambda run: {}, outputs=tmp_path, seed=0)
+    assert done.manifest["command"][1].endswith("http://***@host/v1")
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(texts) >= 5 and not any("hunter2" in text for text in texts)

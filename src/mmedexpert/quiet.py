@@ -8,6 +8,7 @@ import re
 import warnings
 
 from mmedexpert.errors import UserError
+from mmedexpert.privacy import without_password
 
 NOISY = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "httpx", "huggingface_hub")
 
@@ -26,11 +27,15 @@ def silence(*, traceback: bool) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line that names the key, option, file or record and the fix.
+    """An error in one line that names the key, option, file or record and the fix; passwords in addresses are hidden.
 
     Ours say so themselves; Hydra's and OmegaConf's are shortened, with the closest known name; anything else is a
     defect and says where its traceback lies.
     """
+    return without_password(_one_line(error))
+
+
+def _one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     module = type(error).__module__
@@ -43,7 +48,7 @@ def one_line(error: BaseException) -> str:
     if cause is not None and (isinstance(cause, UserError) or type(error).__name__ == "InstantiationException"):
         # `build` unpacks these where the project calls Hydra; what else calls it is told by its cause, too
         at = re.search(r"full_key: (\S+)", str(error))
-        return f"{at[1]}: {one_line(cause)}" if at else one_line(cause)
+        return f"{at[1]}: {_one_line(cause)}" if at else _one_line(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     option = re.search(r"Could not find '([\w-]+)/([\w-]+)'", str(error))
     if option:
