@@ -9,9 +9,11 @@ import json
 import shutil
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ from mmedexpert.benchmarks.unpack import lettered, unpack_images, write_image
 from mmedexpert.data.images import check_image
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
+from mmedexpert.stages.benchmark import askable
 
 CONF = Path(__file__).parents[1] / "conf" / "benchmark"
 NAMES = ("medxpertqa_mm", "omnimedvqa", "omnimedvqa_medr1", "pmc_vqa", "pmc_vqa_clean", "gmai_mmbench")
@@ -658,3 +661,22 @@ def test_a_config_names_its_loader_and_only_groups_that_it_gives(name):
     loader = {"medxpertqa": medxpertqa, "omnimedvqa": omnimedvqa, "pmc_vqa": pmc_vqa, "gmai": gmai}[target[1]]
     assert target[0] in module and target[2] == "load"
     assert set(config["load"]) <= set(loader.load.__annotations__)
+
+
+def test_what_cannot_be_asked_is_left_out_and_what_was_changed_is_counted(tmp_path):
+    """By the code that opens images for a model; a published question with its answer twice is asked, and counted."""
+    for number, size in enumerate([(40, 40), (900, 3), (40, 40), (40, 40)]):
+        values = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    Image.fromarray(np.arange(1600).reshape(40, 40).astype(np.uint16)).save(tmp_path / "2.png")
+    records = [record_of(f"{number}.png") for number in range(4)]
+    records[0] = replace(records[0], options={"A": "Mass", "B": "mass "})
+    records[3] = replace(records[3], question="half \ud800")
+    good, bad = askable(records, tmp_path)
+    assert [record.id for record in good] == ["0.png", "2.png"]
+    assert [name for name, _ in bad] == ["1.png", "3.png"]
+    assert "900 x 3 pixels, which Qwen-VL cannot patch" in bad[0][1] and "no Unicode" in bad[1][1]
+    assert bad.changed == {
+        "images: deep grey, scaled by its bit depth": 1,
+        "questions: the right answer stands under two letters": 1,
+    }

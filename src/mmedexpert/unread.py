@@ -31,6 +31,10 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.max_new_tokens": ("gba", "search", "eval"),
     "model.gradient_checkpointing": ("dsa", "gba"),
     "model.lora": ("dsa", "gba"),
+    "model.dsa_lr": ("dsa",),
+    "model.dsa_steps": ("dsa",),
+    "model.gba_lr": ("gba",),
+    "model.gba_steps": ("gba",),
     "pretrain": ("pretrain",),
     "data": ("data",),
     "dsa": ("dsa",),
@@ -53,6 +57,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "logger": (),  # logger=none is kept by a stage that logs nothing
     "logger.project": (*TRAINED, "caci", "eval"),
     "logger.log_completions_every": ("gba",),
+    "logger.log_images": ("gba",),
+    "runs": (),
     "paths": (),
     "debug": (),
     "seed": (*TRAINED, "caci", "eval", "report"),
@@ -141,7 +147,7 @@ RULES = (
         "eval.protocol={config.eval.protocol} stands in its place: give one of them", ("eval.protocol",),
     ),
     Rule(
-        ("eval.llm_judge.api_key_env", "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s",
+        ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s",
          "eval.llm_judge.retries"), lambda c, _: c.eval.llm_judge.base_url is None,
         "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
     ),
@@ -158,8 +164,8 @@ RULES = (
         "one device needs none: add trainer.devices=<number>", ("trainer",),
     ),
     Rule(
-        ("logger.project",), lambda c, _: c.logger.name != "wandb",
-        "it is a project of Weights & Biases, and logger={config.logger.name}", ("logger",),
+        ("logger.project", "logger.log_images"), lambda c, _: c.logger.name != "wandb",
+        "it is an option of Weights & Biases, and logger={config.logger.name}", ("logger",),
     ),
     Rule(("reward.name", "debug.name"), lambda c, _: True, "it is the option's own name, which nothing reads", ()),
 )  # fmt: skip

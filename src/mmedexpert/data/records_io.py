@@ -270,10 +270,15 @@ def _wrong(record: Record) -> str | None:
         return f"it has {len(record.options)} option(s), a choice needs two or more {where}"
     if record.answer not in record.options:
         return f"answer {record.answer!r} is none of the options {', '.join(record.options)} {where}"
-    gold = record.options[record.answer]
-    if twins := [letter for letter, text in record.options.items() if letter != record.answer and alike(text, gold)]:
-        return f"the text of answer {record.answer} stands under another letter, too ({', '.join(twins)}) {where}"
+    if found := twins(record):
+        return f"the text of answer {record.answer} stands under another letter, too ({', '.join(found)}) {where}"
     return None
+
+
+def twins(record: Record) -> list[str]:
+    """The letters under which the right answer's text stands a second time."""
+    options = record.options or {}
+    return [x for x, text in options.items() if x != record.answer and alike(text, options[record.answer])]
 
 
 def not_text(record: Record) -> str | None:
