@@ -41,7 +41,7 @@ ARMS = {
         "gba.weights=[0,3,1,0]", "gba.scale=0.4", "gba.gate=none", "gba.init=sft_all", "gba.conditioning=free",
         "gba.scale_rewards=batch", "gba.loss_type=dr_grpo", "gba.steps=3", "gba.num_generations=4",
         "gba.temperature=0.8", "gba.top_p=0.95", "gba.top_k=3", "gba.mask_truncated_completions=false",
-        "model.max_new_tokens=20", "gba.lr=0.002", "gba.warmup_ratio=0", "gba.max_grad_norm=100",
+        "model.max_new_tokens=14", "gba.lr=0.002", "gba.warmup_ratio=0", "gba.max_grad_norm=100",
         "trainer.micro_batch_tokens=null", "specialty.names=[pediatrics,oncology_surgery]",
     ],
 }  # fmt: skip
@@ -186,7 +186,7 @@ def test_completions_are_sampled_from_the_policy_at_the_temperature(arm):
         vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
         assert sorted(one.asked["banned_ids"]) == sorted(arm.plain.tokenizer.convert_tokens_to_ids(vision))
         assert (one.asked["top_p"], one.asked["top_k"]) == (settings.top_p, settings.top_k)
-        assert max(map(len, one.rollout.completions)) == one.asked["max_new_tokens"] == 20
+        assert max(map(len, one.rollout.completions)) == one.asked["max_new_tokens"] == arm.config.model.max_new_tokens
         ended = ["<|im_end|>" in arm.plain.tokenizer.decode(ids) for ids in one.rollout.completions]
         assert one.rollout.finished.tolist() == ended and not all(ended)
 
@@ -215,11 +215,13 @@ def paid(arm: Arm, one: Sampled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_rewards_are_those_of_the_config(arm):
+    found = []
     for one in arm.sampled:
         outcome, style, right = paid(arm, one)
-        assert 0 < right.mean() < 1
+        found.append(right.mean())
         np.testing.assert_allclose(one.rollout.outcome.numpy(), outcome, rtol=1e-5)
         np.testing.assert_allclose(one.rollout.adherence.numpy(), style, rtol=1e-5)
+    assert 0.1 < np.mean(found) < 0.9
 
 
 def test_advantages_are_the_formula_of_the_config(arm):
