@@ -220,7 +220,7 @@ class _FrozenHead(torch.autograd.Function):
         logps = all_logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         likeliest = logps >= all_logps.amax(-1)
         chances = torch.exp(all_logps, out=logits)
-        entropy = -torch.linalg.vecdot(chances, all_logps)
+        entropy = -(chances * all_logps).sum(-1)  # not vecdot, which autocast would do in 16 bits
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((weight[ids] - chances.to(weight.dtype) @ weight).div_(temperature))
         ctx.mark_non_differentiable(entropy, likeliest)
