@@ -147,8 +147,8 @@ RULES = (
         "eval.protocol={config.eval.protocol} stands in its place: give one of them", ("eval.protocol",),
     ),
     Rule(
-        ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s",
-         "eval.llm_judge.retries"), lambda c, _: c.eval.llm_judge.base_url is None,
+        ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency",
+         "eval.llm_judge.timeout_s", "eval.llm_judge.retries"), lambda c, _: c.eval.llm_judge.base_url is None,
         "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
     ),
     Rule(
