@@ -15,22 +15,22 @@ from importlib.resources import files
 VERSIONS: dict[str, int] = {
     # data
     "data.phantom.source.phantom": 1,  # drawings, questions, traces
-    "data.labelled.labelled_images": 1,
-    "data.medr1.medr1": 1,
+    "data.labelled.labelled_images": 2,
+    "data.medr1.medr1": 2,
     "splits": 1,
-    "images": 1,  # what an image file becomes
+    "images": 2,  # what an image file becomes
     # training
-    "prompts": 1,  # layout of question, options and instruction; what SFT trains
+    "prompts": 2,  # layout of question, options and instruction; what SFT trains
     "lessons": 1,  # of the tiny base, and its first weights
     "batches": 1,  # order of records, seeds of steps
-    "optimiser": 1,  # schedule, clipping, AdamW, Muon
+    "optimiser": 2,  # schedule, clipping, AdamW, Muon; 1: Muon in bf16
     "sft": 1,
-    "sampling": 1,
-    "rewards": 1,
+    "sampling": 2,
+    "rewards": 2,
     "rubrics": 1,
     "advantages": 2,  # 1: weights divided by their sum, not centred behind the gate
     "losses": 1,
-    "gba": 1,  # how an update uses a rollout
+    "gba": 2,  # how an update uses a rollout
     # merging
     "start": 1,
     "merging.methods.breadcrumbs": 1,
@@ -48,7 +48,7 @@ VERSIONS: dict[str, int] = {
     # evaluation
     "rotate": 1,  # the perspective a question is asked under
     "majority": 1,
-    "robust": 1,
+    "robust": 2,
     "medevalkit": 1,
     "metrics": 1,
     "stats": 1,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import _muon
 
 from mmedexpert.data.encode import Encoder, Prompt
 from mmedexpert.data.record import Record
@@ -86,6 +87,22 @@ class PretrainModule(SftModule):
             hidden = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             (matrices if hidden else rest).append(parameter)
         return MuonWithAdamW(matrices, rest, muon_lr=self.muon_lr, lr=self.lr, weight_decay=self.weight_decay)
+
+
+def _orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """torch's Newton-Schulz iteration in fp32: its bf16 takes 38 times as long on a CPU that emulates bf16, and then
+    the base would depend on the machine."""
+    a, b, c = coefficients
+    wide = gradient.T if gradient.size(0) > gradient.size(1) else gradient
+    wide = wide.float() / wide.float().norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if gradient.size(0) > gradient.size(1) else wide
+
+
+# torch is pinned to one version, and the rest of its Muon stays
+_muon._zeropower_via_newtonschulz = _orthogonal  # type: ignore[assignment]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
