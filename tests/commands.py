@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=2"]
+SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=1"]
 
 
 def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none") -> subprocess.CompletedProcess[str]:

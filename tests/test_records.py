@@ -323,6 +323,7 @@ def test_the_files_are_plain_and_the_folder_can_move(folder: Path, tmp_path_fact
     dataset = json.loads((folder / "dataset.json").read_text())
     assert dataset == {
         "image_root": ".",
+        "source_root": None,
         "counts": {"train": {"pediatrics": 1}, "test": {"cardiology": 1, "adult_medicine": 1}},
         "skipped": [{"id": "r9", "reason": "broken"}],
     }

@@ -146,7 +146,10 @@ def print_result(runs: Mapping[str, Run], note: str = "") -> None:
 
 def print_explained() -> None:
     """The table of `runs.explain=true`: each run of this job, once, whether it would be reused, and why."""
-    rows = list({row["run_id"]: row for row in explained}.values())
+    first: dict[str, Row] = {}
+    for row in explained:
+        first.setdefault(row["run_id"], row)  # what was made to answer is asked for again
+    rows = list(first.values())
     explained.clear()
     print_table(
         rows,
