@@ -102,14 +102,15 @@ class Plain:
 
     def logps(
         self, weights: Weights, asked: Sequence[tuple[Record, str | None]], completions: Sequence[list[int]],
-        temperature: float = 1.0,
+        temperature: float = 1.0, banned: Sequence[int] = (),
     ) -> Tensor:  # fmt: skip
-        """[N, T] log-probabilities of the completions' tokens under `weights`, 0 where there is none."""
+        """[N, T] log-probabilities of the completions' tokens under `weights`, 0 where there is none; `banned` tokens
+        have no chance."""
         prompts = [self.ids(conversation(*one)) for one in asked]
         rows = [[*prompt, *said] for prompt, said in zip(prompts, completions, strict=True)]
         batch = self._batch(rows, [self.image_root / record.images[0] for record, _ in asked], left=False)
         logits = functional_call(self.model, weights, kwargs={**batch, "use_cache": False}).logits.float()
-        all_logps = (logits / temperature).log_softmax(-1)
+        all_logps = (logits.index_fill(2, torch.tensor(banned).long(), -torch.inf) / temperature).log_softmax(-1)
         found = torch.zeros(len(rows), max(map(len, completions)))
         for row, (prompt, said) in enumerate(zip(prompts, completions, strict=True)):
             places = torch.arange(len(prompt) - 1, len(prompt) + len(said) - 1)

@@ -17,6 +17,7 @@ from answering import OPTIONS
 from PIL import Image
 from plain import Plain, deltas, user_turn
 
+from mmedexpert import summary as numbers
 from mmedexpert.data.record import Record
 from mmedexpert.data.records_io import load_records
 from mmedexpert.engines import transformers as engine
@@ -207,13 +208,13 @@ def test_protocol_and_resamples_are_the_configs(answering):
     )  # fmt: skip
     drawn: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = evaluation.summary.cluster_bootstrap_ci
+        real = numbers.cluster_bootstrap_ci
 
         def watched(*args: Any, num_resamples: int, **rest: Any) -> Any:
             drawn.append(num_resamples)
             return real(*args, num_resamples=num_resamples, **rest)
 
-        patch.setattr(evaluation.summary, "cluster_bootstrap_ci", watched)
+        patch.setattr(numbers, "cluster_bootstrap_ci", watched)
         (run,) = evaluation.run(config).values()
     rows = [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
     assert set(drawn) == {7} and run.summary["protocol"] == "medevalkit"

@@ -76,15 +76,19 @@ def test_completions_are_sampled_from_the_policy_at_the_temperature(arm):
     for number, one in enumerate(arm.sampled):
         step = arm.steps[number * settings.num_iterations]
         asked = list(zip(np.repeat(one.records, settings.num_generations), one.rollout.perspectives, strict=True))
-        logps = arm.plain.logps(arm.policy(step.before), asked, one.rollout.completions, settings.temperature)
+        vision = arm.plain.tokenizer.convert_tokens_to_ids(
+            ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+        )
+        logps = arm.plain.logps(
+            arm.policy(step.before), asked, one.rollout.completions, settings.temperature, banned=vision
+        )
         assert len(set(map(tuple, one.rollout.completions))) > len(one.asked["prompts"])
         if settings.top_p == 1:
             torch.testing.assert_close(one.rollout.sampling_logps, logps, rtol=1e-3, atol=1e-3)
         else:  # the kept tokens have all of the chances
             assert (one.rollout.sampling_logps - logps >= -1e-3).all() and (one.rollout.sampling_logps <= 0).all()
         assert one.asked["temperature"] == settings.temperature
-        vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-        assert sorted(one.asked["banned_ids"]) == sorted(arm.plain.tokenizer.convert_tokens_to_ids(vision))
+        assert sorted(one.asked["banned_ids"]) == sorted(vision)
         assert (one.asked["top_p"], one.asked["top_k"]) == (settings.top_p, settings.top_k)
         assert max(map(len, one.rollout.completions)) <= one.asked["max_new_tokens"] == arm.config.model.max_new_tokens
         said = [arm.plain.tokenizer.decode(ids) for ids in one.rollout.completions]
