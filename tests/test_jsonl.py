@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mmedexpert.errors import UserError
 from mmedexpert.jsonl import read_lines
+from mmedexpert.schema import LoggerConfig
 from mmedexpert.stages.gba import _gain, _Watch
 
 
@@ -57,7 +58,7 @@ def test_the_curve_of_a_killed_training_is_cut_to_where_it_goes_on(tmp_path):
         outcome = adherence = None
 
     curve.write_text(text[:-9])  # the last line is cut
-    watch = _Watch(curve, tmp_path, None, 0)
+    watch = _Watch(curve, tmp_path, None, LoggerConfig("none", log_completions_every=0))
     with pytest.raises(AttributeError):  # after the curve was cut; nothing to add here
         watch(4, [], Nothing())
     assert curve.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:4])
