@@ -70,8 +70,8 @@ def test_the_next_try_cleans_what_was_being_written_and_keeps_the_checkpoint(tmp
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, dies)
 
-    def work(run):
-        return {"left": float(len([path for path in run.folder.rglob("*") if "part" in path.name]))}
+    def work(run):  # the clock may just be writing its note
+        return {"left": float(len([p for p in run.folder.rglob("*") if "part" in p.name and "clock" not in p.name]))}
 
     done = go(tmp_path, lambda run: work(run) | {"kept": float((run.folder / "last.ckpt").exists())})
     assert done.metrics == {"left": 0.0, "kept": 1.0}

@@ -54,8 +54,9 @@ def subjects_of(config: Config) -> list[Subject]:
     base = base_of(config)
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
     found = [_from_folder(Path(folder), base) for folder in folders]
+    taken = {"base", *BASELINES, *(name for name in wanted or [] if name in names)}
     for folder, subject, name in zip(
-        folders, found, distinct_names([s.name for s in found], folders, names), strict=True
+        folders, found, distinct_names([s.name for s in found], folders, taken), strict=True
     ):
         known[folder] = replace(subject, name=name)
     makers: list[tuple[list[str], Callable[[], dict[str, Run]]]] = [
