@@ -12,8 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from mmedexpert.privacy import redacted
-from mmedexpert.quiet import one_line, silence
+from mmedexpert.runtime.privacy import redacted
+from mmedexpert.runtime.quiet import one_line, silence
 
 TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
 finished: list = []  # (overrides, runs) of each job of this command
@@ -57,7 +57,7 @@ def job(composed: DictConfig) -> None:
         import lightning
         import torch
 
-        from mmedexpert import report
+        from mmedexpert.reporting import tables as report
         from mmedexpert.stages.before import check_inputs, missing_note
         from mmedexpert.stages.common import launch
 
@@ -101,11 +101,11 @@ def main() -> int:
         return 2 if speaks() else 0
     code = 2 if failed and speaks() else 0
     if len(finished) + len(failed) > 1 and speaks():
-        from mmedexpert import report
+        from mmedexpert.reporting import tables as report
 
         report.print_jobs(finished, failed)
     if finished or failed:
-        from mmedexpert.ranks import part
+        from mmedexpert.runtime.ranks import part
 
         part()
     return code

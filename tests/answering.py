@@ -15,14 +15,14 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from mmedexpert.checks import typed
-from mmedexpert.data.encode import Encoder, prompt_text
 from mmedexpert.data.record import SPLITS, Record, Trace
 from mmedexpert.guidelines import PERSPECTIVES, instructions
-from mmedexpert.modules import tiny
-from mmedexpert.modules.backbone import save_backbone
-from mmedexpert.modules.fit import batch_indices, fit
-from mmedexpert.modules.sft import Samples, SftModule
+from mmedexpert.models import tiny
+from mmedexpert.models.backbone import save_backbone
+from mmedexpert.models.encode import Encoder, prompt_text
 from mmedexpert.schema import Config
+from mmedexpert.training.fit import batch_indices, fit
+from mmedexpert.training.sft import Samples, SftModule
 
 CONF = Path(__file__).parents[1] / "conf"
 SPECIALTIES = ("adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery")

@@ -31,8 +31,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny():
     """(model, encoder) of a random Qwen2.5-VL with few channels, in eval mode."""
-    from mmedexpert.data.encode import Encoder
-    from mmedexpert.modules.tiny import build_image_processor, build_model, build_tokenizer
+    from mmedexpert.models.encode import Encoder
+    from mmedexpert.models.tiny import build_image_processor, build_model, build_tokenizer
 
     words = "the heart rate is low within high so a criterion of adult child 0 1 2 3 4 5 6 7 8 9 A B C D".split()
     tokenizer = build_tokenizer([" ".join(words)] * 4, 400)

@@ -11,14 +11,14 @@ import torch
 from plain import Plain, added, deltas, mean
 from recording import Step, watch_steps
 
-from mmedexpert import rollouts
-from mmedexpert.data.records_io import load_records
-from mmedexpert.modules import gba as gba_module
-from mmedexpert.modules.backbone import core_of
-from mmedexpert.runs import Run
+from mmedexpert.data.records import load_records
+from mmedexpert.models.backbone import core_of
+from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import dsa, gba
 from mmedexpert.stages.data import dataset
+from mmedexpert.training import gba as gba_module
+from mmedexpert.training import rollouts
 
 ARMS = {
     "guided": [

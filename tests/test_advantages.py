@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmedexpert.advantages import group_relative, guideline_based, perspective_terms
+from mmedexpert.training.advantages import group_relative, guideline_based, perspective_terms
 
 K = 4
 

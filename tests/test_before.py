@@ -9,8 +9,8 @@ from test_config import composed
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.quiet import one_line
-from mmedexpert.runs import Run
+from mmedexpert.runtime.quiet import one_line
+from mmedexpert.runtime.runs import Run
 from mmedexpert.stages import before
 from mmedexpert.stages.before import check_inputs, missing_note
 

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedexpert.benchmarks import gmai, medxpertqa, omnimedvqa, pmc_vqa, unpack
-from mmedexpert.benchmarks.unpack import lettered, unpack_images, write_image
 from mmedexpert.data.images import check_image
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
+from mmedexpert.sources import gmai, medxpertqa, omnimedvqa, pmc_vqa, unpack
+from mmedexpert.sources.unpack import lettered, unpack_images, write_image
 from mmedexpert.stages.benchmark import askable
 
 CONF = Path(__file__).parents[1] / "conf" / "benchmark"

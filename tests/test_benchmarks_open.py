@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedexpert.benchmarks import medevalkit, mmmu, path_vqa, slake, vqa_rad
-from mmedexpert.benchmarks.parquet import find_parquet, read_parquet
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import validate
+from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
+from mmedexpert.scoring import medevalkit
+from mmedexpert.sources import mmmu, path_vqa, slake, vqa_rad
+from mmedexpert.sources.parquet import find_parquet, read_parquet
 
 CONF = Path(__file__).parents[1] / "conf" / "benchmark"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -517,7 +518,7 @@ def test_the_config_names_functions_that_exist_and_groups_that_are_set(name: str
     assert config["name"] == name and len(config["revision"]) == 40 and config["root"] is None
     targets = [config["load"]["_target_"], config["ask"], config["judge"]]
     modules = {f"mmedexpert.benchmarks.{m.__name__.rpartition('.')[2]}": m for m in (vqa_rad, slake, path_vqa, mmmu)}
-    modules["mmedexpert.benchmarks.medevalkit"] = medevalkit
+    modules["mmedexpert.scoring.medevalkit"] = medevalkit
     assert all(callable(getattr(modules[module], function)) for module, _, function in map(_split, targets))
     groups = {
         "vqa_rad": {"question_type", "answer_type", "image_organ"},

@@ -11,9 +11,9 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from mmedexpert.build import build, method
 from mmedexpert.errors import UserError
-from mmedexpert.quiet import one_line
+from mmedexpert.runtime.build import build, method
+from mmedexpert.runtime.quiet import one_line
 
 HERE = __name__
 

@@ -13,7 +13,7 @@ import torch
 from plain import Plain, deltas
 from transformers import AutoModelForImageTextToText
 
-from mmedexpert.data.records_io import load_records
+from mmedexpert.data.records import load_records
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, dsa, gba
 from mmedexpert.stages.data import dataset

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.cards import write_card
+from mmedexpert.reporting.cards import write_card
 
 SHA = "ab" * 32
 SECTIONS = ["What it is", "Data and licences", "Method", "Metrics", "Limits", "How to load"]

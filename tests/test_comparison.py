@@ -13,11 +13,19 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from mmedexpert.checks import typed
-from mmedexpert.comparison import EvalRun, accuracies, aligned, paired, paired_over_seeds, read_runs, seed_rows
 from mmedexpert.errors import UserError
-from mmedexpert.report import csv_text, latex, markdown
+from mmedexpert.evaluation.comparison import (
+    EvalRun,
+    accuracies,
+    aligned,
+    paired,
+    paired_over_seeds,
+    read_runs,
+    seed_rows,
+)
+from mmedexpert.evaluation.stats import cluster_bootstrap_ci, holm, mcnemar_exact, paired_cluster_bootstrap
+from mmedexpert.reporting.tables import csv_text, latex, markdown
 from mmedexpert.stages import report
-from mmedexpert.stats import cluster_bootstrap_ci, holm, mcnemar_exact, paired_cluster_bootstrap
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from hydra.utils import get_method, instantiate
 
 from mmedexpert.checks import home, typed
 from mmedexpert.errors import UserError
-from mmedexpert.quiet import one_line
+from mmedexpert.runtime.quiet import one_line
 from mmedexpert.schema import Config, keys
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmedexpert import contamination
-from mmedexpert.contamination import (
+from mmedexpert.data import overlap as contamination
+from mmedexpert.data.images import open_image
+from mmedexpert.data.overlap import (
     Fingerprints,
     Picture,
     fingerprints,
@@ -25,10 +26,9 @@ from mmedexpert.contamination import (
     report,
     word_pairs,
 )
-from mmedexpert.data.images import open_image
-from mmedexpert.data.medr1 import parse_problem
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
+from mmedexpert.sources.medr1 import parse_problem
 
 
 def record(

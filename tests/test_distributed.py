@@ -22,12 +22,12 @@ from torch import multiprocessing
 from mmedexpert.checks import typed
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.modules.backbone import add_lora
-from mmedexpert.modules.fit import fit, share, trained_weights
-from mmedexpert.modules.gba import GbaModule, rollout_stream
-from mmedexpert.modules.sft import Samples, SftModule
-from mmedexpert.rollouts import Guidance, Rollout, Sampling, roll_out
+from mmedexpert.models.backbone import add_lora
 from mmedexpert.stages import common
+from mmedexpert.training.fit import fit, share, trained_weights
+from mmedexpert.training.gba import GbaModule, rollout_stream
+from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
+from mmedexpert.training.sft import Samples, SftModule
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 TRAINING = {"lr": 0.01, "weight_decay": 0.0, "seed": 0, "warmup_ratio": 0.0, "max_grad_norm": 1e9}
@@ -144,7 +144,7 @@ def sampled(tiny: Any, root: Path, rank: int = 0, **devices: Any) -> str:
         watch=lambda number, batch, rollout: said.extend([*rollout.texts, *(record.id for record in batch)]),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmedexpert.rewards.outcome", reward)
+        patch.setattr("mmedexpert.training.rewards.outcome", reward)
         folder = root / f"sampled-{devices.get('strategy')}"
         fit(module, stream, folder=folder, checkpoint_every=9, accelerator="cpu", **devices)
     return "\n".join(said)
@@ -234,7 +234,7 @@ def test_one_command_on_two_ranks_leaves_one_folder(tmp_path):
     failing = tmp_path / "failing.py"
     failing.write_text(
         "import os\n"
-        "from mmedexpert.modules.sft import SftModule\n"
+        "from mmedexpert.training.sft import SftModule\n"
         "step = SftModule.training_step\n"
         "def training_step(self, samples, batch_idx):\n"
         "    if batch_idx == 1 and os.environ['LOCAL_RANK'] == '1':\n"

@@ -12,8 +12,8 @@ from plain import Plain, conversation, cosine_schedule, deltas
 from recording import Step, adamw, norm, watch_steps
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import load_records
-from mmedexpert.runs import Run
+from mmedexpert.data.records import load_records
+from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import dsa
 from mmedexpert.stages.data import dataset

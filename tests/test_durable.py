@@ -15,13 +15,13 @@ from hydra import compose, initialize_config_dir
 from safetensors import SafetensorError
 
 from mmedexpert.checks import typed
-from mmedexpert.csv_log import CsvLogger, read_rows
 from mmedexpert.errors import UserError
-from mmedexpert.merging.checkpoint import new_folder
-from mmedexpert.modules import fit as fit_module
-from mmedexpert.modules.backbone import save_backbone
-from mmedexpert.runs import execute
+from mmedexpert.models.backbone import save_backbone
+from mmedexpert.models.checkpoint import new_folder
+from mmedexpert.reporting.csv_log import CsvLogger, read_rows
+from mmedexpert.runtime.runs import execute
 from mmedexpert.stages import dsa, gba
+from mmedexpert.training import fit as fit_module
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_lives_until_the_run_is_done(tmp_path, monkeypatch):
         (run.folder / "last.ckpt").write_text("all of the training")
         return {}
 
-    from mmedexpert import runs
+    from mmedexpert.runtime import runs
 
     seen = []
     original = runs.write_atomic
@@ -101,7 +101,8 @@ def test_wall_seconds_are_those_of_all_tries(tmp_path):
 def test_a_kill_loses_no_more_of_the_clock_than_one_note(tmp_path):
     script = f"""
         import os, signal, time
-        from mmedexpert import clock, runs
+        from mmedexpert.runtime import clock
+        from mmedexpert.runtime import runs
         clock.EVERY_SECONDS = 0.05
         def work(run):
             with run.phase("train"):
@@ -232,7 +233,7 @@ def test_a_try_that_dies_after_the_last_step_costs_no_step(config, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="disk"):
-        patch.setattr("mmedexpert.data.encode.Encoder.save_pretrained", full)
+        patch.setattr("mmedexpert.models.encode.Encoder.save_pretrained", full)
         run(config("cut"))
     assert len(steps) == 2 * trained
     folder = next((tmp_path / "cut" / stage).glob("*-*/"))

@@ -8,9 +8,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from mmedexpert.data.encode import IMAGE_TOKEN, TAGS, Encoder, target_text
-from mmedexpert.data.phantom.source import phantom
 from mmedexpert.guidelines import instructions
+from mmedexpert.models.encode import IMAGE_TOKEN, TAGS, Encoder, target_text
+from mmedexpert.sources.phantom.source import phantom
 
 # sha256 of the ids below, made before texts were searched for special tokens
 PHANTOM_IDS = "d0cc7f53b6da6ddfe500e266e729b591e1b99918ac742979a83113754fc522c4"

@@ -17,12 +17,12 @@ from answering import OPTIONS
 from PIL import Image
 from plain import Plain, deltas, user_turn
 
-from mmedexpert import summary as numbers
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import load_records
+from mmedexpert.data.records import load_records
 from mmedexpert.engines import transformers as engine
+from mmedexpert.evaluation import summary as numbers
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.runs import Run
+from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import dsa, evaluation
 from mmedexpert.stages.data import dataset

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedexpert.benchmarks import medevalkit
-from mmedexpert.data.encode import prompt_text
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Reply, refusal
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
-from mmedexpert.evaluate import (
+from mmedexpert.evaluation.predict import (
     REFUSED_FIRST,
     QuestionSet,
     judge_again,
@@ -24,9 +22,11 @@ from mmedexpert.evaluate import (
     read_predictions,
     vote,
 )
+from mmedexpert.evaluation.summary import Summary, majority_accuracy, random_accuracy
 from mmedexpert.guidelines import PERSPECTIVES, instructions
-from mmedexpert.report import unanswered
-from mmedexpert.summary import Summary, majority_accuracy, random_accuracy
+from mmedexpert.models.encode import prompt_text
+from mmedexpert.reporting.tables import unanswered
+from mmedexpert.scoring import medevalkit
 
 OPTIONS = {"A": "pneumonia", "B": "normal", "C": "fracture", "D": "effusion"}
 
@@ -241,7 +241,7 @@ def test_judging_again_follows_the_rubrics(tmp_path, monkeypatch):
         seen.append((response, options, perspective))
         return 0.75
 
-    monkeypatch.setattr("mmedexpert.evaluate.adherence", rubric)
+    monkeypatch.setattr("mmedexpert.evaluation.predict.adherence", rubric)
     rows = judge_again(path, asked)
     assert [row["adherence"] for row in rows] == [{before[row["id"]]: 0.75} for row in rows]
     assert seen == [("B", OPTIONS, before[row["id"]]) for row in rows] and read_predictions(path) == rows

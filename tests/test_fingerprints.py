@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mmedexpert import fingerprints
 from mmedexpert.errors import UserError
-from mmedexpert.fingerprints import SMALL, file_digest, folder_digest
+from mmedexpert.runtime import fingerprints
+from mmedexpert.runtime.fingerprints import SMALL, file_digest, folder_digest
 
 
 @pytest.fixture(autouse=True)

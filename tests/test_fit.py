@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmedexpert.csv_log import CsvLogger, read_rows
-from mmedexpert.modules.fit import Checkpoint, TrainingModule, batch_indices, damage, fit
-from mmedexpert.modules.sft import MuonWithAdamW
+from mmedexpert.reporting.csv_log import CsvLogger, read_rows
+from mmedexpert.training.fit import Checkpoint, TrainingModule, batch_indices, damage, fit
+from mmedexpert.training.sft import MuonWithAdamW
 
 
 class Toy(TrainingModule):

@@ -8,15 +8,15 @@ import itertools
 import pytest
 import torch
 
-from mmedexpert.advantages import group_relative, guideline_based
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora
-from mmedexpert.modules.backbone import add_lora, start_from_
-from mmedexpert.modules.fit import fit
-from mmedexpert.modules.gba import GbaModule, report, rollout_stream
-from mmedexpert.packing import pack, token_logps
-from mmedexpert.rollouts import Guidance, Sampling, assign_perspectives, roll_out
+from mmedexpert.models.adapters import LoraAdapter, concatenate_lora
+from mmedexpert.models.backbone import add_lora, start_from_
+from mmedexpert.models.packing import pack, token_logps
+from mmedexpert.training.advantages import group_relative, guideline_based
+from mmedexpert.training.fit import fit
+from mmedexpert.training.gba import GbaModule, report, rollout_stream
+from mmedexpert.training.rollouts import Guidance, Sampling, assign_perspectives, roll_out
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -133,8 +133,10 @@ def test_training_calls_the_published_function(parts, monkeypatch, gate):
         asked = torch.tensor([[p == name for name in PERSPECTIVES] for p in perspectives])
         return style.masked_fill(~asked, torch.nan).tolist()
 
-    monkeypatch.setattr("mmedexpert.rewards.outcome", lambda *_, **__: (right, {"accuracy": right, "format": right}))
-    monkeypatch.setattr("mmedexpert.rewards.adherence_matrix", scores)
+    monkeypatch.setattr(
+        "mmedexpert.training.rewards.outcome", lambda *_, **__: (right, {"accuracy": right, "format": right})
+    )
+    monkeypatch.setattr("mmedexpert.training.rewards.adherence_matrix", scores)
     weights = (1.0, 0.5, 0.0, 2.0)
     rollout = sample(parts, weights=weights, group=8, scale=0.7, gate=gate)
     outcome = torch.tensor(right).view(3, 8)
@@ -250,7 +252,7 @@ def test_it_learns_to_say_what_is_rewarded(parts, monkeypatch, tmp_path):
         ]
         return values, {"accuracy": values, "format": values}
 
-    monkeypatch.setattr("mmedexpert.rewards.outcome", share)
+    monkeypatch.setattr("mmedexpert.training.rewards.outcome", share)
     seen = []
 
     def draw(batch, generator):

@@ -10,11 +10,11 @@ import torch
 from plain import Plain, conversation, deltas
 from safetensors.torch import load_file
 
-from mmedexpert import rollouts
-from mmedexpert.data.records_io import load_records
-from mmedexpert.modules import gba as gba_module
+from mmedexpert.data.records import load_records
 from mmedexpert.stages import dsa, gba
 from mmedexpert.stages.data import dataset
+from mmedexpert.training import gba as gba_module
+from mmedexpert.training import rollouts
 
 
 def watch_rollouts(patch: pytest.MonkeyPatch) -> list[Any]:

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from mmedexpert.data.encode import Encoder
-from mmedexpert.engines.generate import generate, prefill
-from mmedexpert.packing import positions
+from mmedexpert.models.encode import Encoder
+from mmedexpert.models.generate import generate, prefill
+from mmedexpert.models.packing import positions
 
 
 def prompts(encoder, picture):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_config import composed
 
-from mmedexpert import runs, versions
-from mmedexpert.identity import differences, labels_of, why_anew
-from mmedexpert.runs import execute
+from mmedexpert.runtime import runs, versions
+from mmedexpert.runtime.identity import differences, labels_of, why_anew
+from mmedexpert.runtime.runs import execute
 from mmedexpert.stages import pipeline
 
 SMALL = ("data.source.train=8", "data.source.val=4", "data.source.test=4", "eval.contamination=false", "logger=none")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedexpert.errors import UserError
-from mmedexpert.jsonl import read_lines
+from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.schema import LoggerConfig
 from mmedexpert.stages.gba import _gain, _Watch
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.benchmarks.llm_judge import MAX_CHARACTERS, LLMJudge, verdict_of
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.errors import UserError
+from mmedexpert.evaluation.judge import MAX_CHARACTERS, LLMJudge, verdict_of
 
 RIGHT, WRONG = "<judge>0</judge>", "<judge>1</judge>"
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmedexpert.losses import kl_k3, masked_mean, policy_loss, selected_logps
+from mmedexpert.models.logps import selected_logps
+from mmedexpert.training.losses import kl_k3, masked_mean, policy_loss
 
 N, T = 5, 7
 LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "gspo"]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.benchmarks.judged import Judged
-from mmedexpert.benchmarks.medevalkit import ask, choice_texts, judge
 from mmedexpert.data.record import Record
+from mmedexpert.scoring.judged import Judged
+from mmedexpert.scoring.medevalkit import ask, choice_texts, judge
 
 ELBOW = {
     "A": "Lateral ligament", "B": "Capsular plication", "C": "Radial head replacement", "D": "ORIF",

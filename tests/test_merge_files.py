@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging.adapters import LoraAdapter, check_compatible, concatenate_lora, record_base
-from mmedexpert.merging.apply import apply_deltas_, merge_adapters, write_merged
-from mmedexpert.merging.checkpoint import fingerprint_base, fingerprint_model, read_checkpoint
+from mmedexpert.merging.apply import merge_adapters, write_merged
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.low_rank import core_space
 from mmedexpert.merging.methods import caci, dare_linear, linear, ties
+from mmedexpert.models.adapters import LoraAdapter, check_compatible, concatenate_lora, record_base
+from mmedexpert.models.checkpoint import fingerprint_base, fingerprint_model, read_checkpoint
+from mmedexpert.models.deltas import apply_deltas_
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64,

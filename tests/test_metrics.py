@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.metrics import bleu, open_scores, tokens
+from mmedexpert.scoring.text import bleu, open_scores, tokens
 
 NAMES = {
     "exact_match", "precision", "recall", "f1", "bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rouge2", "rougeL",

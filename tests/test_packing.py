@@ -12,10 +12,10 @@ from peft.tuners import lora
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmedexpert import attention
-from mmedexpert.attention import Tree, by_family, by_kernel
-from mmedexpert.modules.backbone import LeanLora, add_lora, core_of
-from mmedexpert.packing import micro_batches, pack, token_logps
+from mmedexpert.models import attention
+from mmedexpert.models.attention import Tree, by_family, by_kernel
+from mmedexpert.models.backbone import LeanLora, add_lora, core_of
+from mmedexpert.models.packing import micro_batches, pack, token_logps
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mmedexpert.stats import across_seeds, cluster_bootstrap_ci, holm, mcnemar_exact, paired_cluster_bootstrap
+from mmedexpert.evaluation.stats import (
+    across_seeds,
+    cluster_bootstrap_ci,
+    holm,
+    mcnemar_exact,
+    paired_cluster_bootstrap,
+)
 
 
 def simulated(seed: int, images: int, per_image: int, gap: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.data.phantom import lessons
-from mmedexpert.data.phantom.families import FAMILIES, SPECIALTIES_OF, draw_value, family_of, rules_of
-from mmedexpert.data.phantom.source import TOP, phantom
-from mmedexpert.data.phantom.text import LETTERS, options, question, trace
 from mmedexpert.guidelines import PERSPECTIVES, guidelines
+from mmedexpert.sources.phantom import lessons
+from mmedexpert.sources.phantom.families import FAMILIES, SPECIALTIES_OF, draw_value, family_of, rules_of
+from mmedexpert.sources.phantom.source import TOP, phantom
+from mmedexpert.sources.phantom.text import LETTERS, options, question, trace
 
 CASES = [(name, level) for name in SPECIALTIES_OF for level in range(len(guidelines()[name].labels))]
 NUMBER = r"\d+(?:\.\d+)?"

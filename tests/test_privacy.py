@@ -8,9 +8,9 @@ import sys
 import pytest
 from commands import ROOT
 
-from mmedexpert.privacy import redacted, without_password
-from mmedexpert.quiet import one_line
-from mmedexpert.runs import execute
+from mmedexpert.runtime.privacy import redacted, without_password
+from mmedexpert.runtime.quiet import one_line
+from mmedexpert.runtime.runs import execute
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from PIL import Image, ImageFile
 
 from mmedexpert.data.images import check_image, open_image
 from mmedexpert.data.record import SPLITS, Record, Trace
-from mmedexpert.data.records_io import fingerprint, load_records, save_records, validate
+from mmedexpert.data.records import fingerprint, load_records, save_records
 from mmedexpert.data.splits import assign_splits, join_groups
+from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -209,7 +210,7 @@ def test_a_text_chunk_that_is_a_bomb_is_still_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "fits"), [((900, 3), False), ((3, 900), False), ((600, 3), True), ((200, 1), True)])
 def test_a_shape_that_cannot_be_patched_is_found_by_the_check(tmp_path: Path, size: tuple, fits: bool) -> None:
     """By the rule of the image processor that will patch it: what the check passes, the encoder takes."""
-    from mmedexpert.modules.tiny import build_image_processor
+    from mmedexpert.models.tiny import build_image_processor
 
     noise(tmp_path / "strip.png", size=size)
     if fits:
@@ -383,7 +384,7 @@ def test_a_damaged_line_is_named(folder: Path, change: Callable[[dict], object],
 
 def test_good_records_pass_and_each_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: Counter[str] = Counter()
-    monkeypatch.setattr("mmedexpert.data.records_io.check_image", lambda path: seen.update([path.name]))
+    monkeypatch.setattr("mmedexpert.data.records.check_image", lambda path: seen.update([path.name]))
     records = [record(0), record(1, options=None, answer="in the left lobe"), record(2, images=("images/0.png",))]
     assert validate(records, folder) == (records, [])
     assert seen == {"0.png": 1, "1.png": 1}

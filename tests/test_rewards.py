@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
-from mmedexpert.rewards import accuracy, adherence_matrix, answer_format, outcome
+from mmedexpert.training.rewards import accuracy, adherence_matrix, answer_format, outcome
 
 OPTIONS = {"A": "Normal heart", "B": "Cardiomegaly"}
 GOOD = "<think>Pattern: wide heart shadow. So cardiomegaly B.</think><answer>B</answer>"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.benchmarks.judged import Judged
-from mmedexpert.benchmarks.robust import judge, read_text, read_yes_no
 from mmedexpert.data.record import Record
+from mmedexpert.scoring.judged import Judged
+from mmedexpert.scoring.robust import judge, read_text, read_yes_no
 
 WRAPPERS = [
     "{}",

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.data.phantom.families import SPECIALTIES_OF, draw_value, family_of
-from mmedexpert.data.phantom.text import options as draw_options
-from mmedexpert.data.phantom.text import trace
 from mmedexpert.guidelines import PERSPECTIVES, guidelines
 from mmedexpert.guidelines.rubrics import adherence, criteria
+from mmedexpert.sources.phantom.families import SPECIALTIES_OF, draw_value, family_of
+from mmedexpert.sources.phantom.text import options as draw_options
+from mmedexpert.sources.phantom.text import trace
 
 LUNG = {"A": "Pneumonia", "B": "Pulmonary edema", "C": "Pneumothorax", "D": "Pleural effusion"}
 HEART = {"A": "Normal heart", "B": "Cardiomegaly", "C": "Pericarditis", "D": "Dextrocardia"}

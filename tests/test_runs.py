@@ -8,7 +8,7 @@ import json
 import pytest
 
 from mmedexpert.errors import UserError
-from mmedexpert.runs import execute, run_id
+from mmedexpert.runtime.runs import execute, run_id
 
 
 def go(tmp_path, work, key=None, seed=0, inputs=None):
@@ -66,7 +66,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match=r"disk is full.*paths\.outputs"):
         go(tmp_path, full)
-    monkeypatch.setattr("mmedexpert.runs.FREE_BYTES", 10**18)
+    monkeypatch.setattr("mmedexpert.runtime.runs.FREE_BYTES", 10**18)
     with pytest.raises(UserError, match=r"MB are free.*paths\.outputs"):
         go(tmp_path, lambda run: {}, {"lr": 3.0})
     (tmp_path / "file").write_text("")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.scoring import Protocol, Verdict, has_format, score_choice
+from mmedexpert.scoring import Protocol, Verdict, score_choice
+from mmedexpert.scoring.choice import has_format
 
 ELBOW = [
     "A. Lateral ligament",

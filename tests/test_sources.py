@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmedexpert.data.images import open_image
-from mmedexpert.data.labelled import _who, labelled_images
-from mmedexpert.data.medr1 import gold_letter, medr1, parse_problem, parse_solution
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import validate
+from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
+from mmedexpert.sources.labelled import _who, labelled_images
+from mmedexpert.sources.medr1 import gold_letter, medr1, parse_problem, parse_solution
 
 SHARED = Path(os.environ.get("MMEDEXPERT_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real records at {SHARED} (set MMEDEXPERT_SHARED)")

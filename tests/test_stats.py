@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.stats import cluster_bootstrap_ci, macro_bootstrap_ci
+from mmedexpert.evaluation.stats import cluster_bootstrap_ci, macro_bootstrap_ci
 
 
 def questions(seed: int, images: int = 40, per_image: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from mmedexpert.errors import UserError
 from mmedexpert.merging import low_rank, methods
-from mmedexpert.merging.adapters import LoraAdapter
 from mmedexpert.merging.apply import low_rank_update, merge_adapters
-from mmedexpert.merging.checkpoint import read_checkpoint
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import kept_ranks
 from mmedexpert.merging.stream import Stream, load_update
+from mmedexpert.models.adapters import LoraAdapter
+from mmedexpert.models.checkpoint import read_checkpoint
 
 SHAPES = {"a.weight": (37, 24), "b.weight": (24, 37), "c.weight": (8, 24)}
 REST = {"norm.weight": (24,), "conv.weight": (6, 3, 2, 2)}

@@ -6,8 +6,8 @@ import json
 
 from test_config import composed
 
-from mmedexpert.report import job_rows, model_rows, print_jobs, short_names
-from mmedexpert.runs import Run
+from mmedexpert.reporting.tables import job_rows, model_rows, print_jobs, short_names
+from mmedexpert.runtime.runs import Run
 from mmedexpert.stages.pipeline import on_benchmarks, summarise
 
 

@@ -14,7 +14,7 @@ from hydra.utils import get_method
 
 from mmedexpert.checks import typed
 from mmedexpert.data.record import Trace
-from mmedexpert.data.records_io import load_records, save_records
+from mmedexpert.data.records import load_records, save_records
 from mmedexpert.errors import UserError
 from mmedexpert.stages import dsa
 from mmedexpert.stages.data import dataset

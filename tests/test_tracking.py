@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmedexpert import tracking
-from mmedexpert.runs import Run
-from mmedexpert.tracking import log_metrics, log_table, logger_for, public, wandb_mode
+from mmedexpert.reporting import tracking
+from mmedexpert.reporting.tracking import log_metrics, log_table, logger_for, public, wandb_mode
+from mmedexpert.runtime.runs import Run
 
 CONFIG = {
     "data": {"root": "/home/someone/patients", "name": "labelled_images"},

@@ -13,10 +13,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mmedexpert.advantages import group_relative
-from mmedexpert.losses import policy_loss
-from mmedexpert.modules.backbone import core_of
-from mmedexpert.packing import pack, token_logps
+from mmedexpert.models.backbone import core_of
+from mmedexpert.models.packing import pack, token_logps
+from mmedexpert.training.advantages import group_relative
+from mmedexpert.training.losses import policy_loss
 
 pytest.importorskip("trl", reason="TRL is not installed (requirements-bench.txt)")
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "speed"))

@@ -10,6 +10,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,28 +18,35 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_benchmarks_choice as choice
+import test_benchmarks_open as open_
 import torch
 import yaml
 from PIL import Image
 
-from mmedexpert import losses, metrics, rewards, stats
-from mmedexpert.advantages import group_relative, guideline_based
-from mmedexpert.benchmarks import medevalkit, robust
-from mmedexpert.data.encode import prompt_text, target_text
+from mmedexpert.data import overlap
 from mmedexpert.data.images import open_image
-from mmedexpert.data.phantom import lessons
 from mmedexpert.data.record import Record, Trace
 from mmedexpert.data.splits import assign_splits
-from mmedexpert.engines.asking import Ask
-from mmedexpert.engines.generate import _draw, _warp
-from mmedexpert.evaluate import majority_engine, perspectives_of
+from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.evaluation import stats
+from mmedexpert.evaluation.predict import QuestionSet, majority_engine, perspectives_of, predict
+from mmedexpert.evaluation.summary import Summary
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
-from mmedexpert.modules.fit import batch_indices, step_seed
-from mmedexpert.modules.sft import MuonWithAdamW
-from mmedexpert.rollouts import assign_perspectives
-from mmedexpert.versions import VERSIONS, source_of, text_of, version_of, versions
+from mmedexpert.models.encode import prompt_text, target_text
+from mmedexpert.models.generate import _draw, _warp
+from mmedexpert.runtime.versions import VERSIONS, rule_of, text_of, versions
+from mmedexpert.scoring import medevalkit, robust
+from mmedexpert.scoring import text as metrics
+from mmedexpert.sources import gmai, medxpertqa, mmmu, omnimedvqa, path_vqa, pmc_vqa, slake, vqa_rad
+from mmedexpert.sources.phantom import lessons
+from mmedexpert.training import losses, rewards
+from mmedexpert.training.advantages import group_relative, guideline_based
+from mmedexpert.training.fit import batch_indices, step_seed
+from mmedexpert.training.rollouts import assign_perspectives
+from mmedexpert.training.sft import MuonWithAdamW
 
 REFERENCES = Path(__file__).parent / "references" / "versions.json"
 CONF = Path(__file__).parents[1] / "conf"
@@ -80,7 +88,7 @@ def told(records: list[Record], root: Path) -> Any:
 
 
 def phantom(folder: Path) -> Any:
-    from mmedexpert.data.phantom.source import phantom
+    from mmedexpert.sources.phantom.source import phantom
 
     records, root, _ = phantom(None, folder, seed=0, train=8, val=1, test=2)
     return told(records, root)
@@ -93,7 +101,7 @@ def noise(path: Path, seed: int, mode: str = "RGB") -> None:
 
 
 def labelled(folder: Path) -> Any:
-    from mmedexpert.data.labelled import labelled_images
+    from mmedexpert.sources.labelled import labelled_images
 
     rows = ["file,label,patient,age,sex"]
     for i, label in enumerate(["mass", "cyst", "normal", "stone", "No Finding"] * 4):
@@ -106,7 +114,7 @@ def labelled(folder: Path) -> Any:
 
 
 def medr1(folder: Path) -> Any:
-    from mmedexpert.data.medr1 import medr1
+    from mmedexpert.sources.medr1 import medr1
 
     lines = []
     for i in range(12):
@@ -143,7 +151,7 @@ def optimiser(_: Path) -> Any:
     import lightning as L
     from torch import nn
 
-    from mmedexpert.modules.fit import TrainingModule
+    from mmedexpert.training.fit import TrainingModule
 
     class Line(TrainingModule):
         lr, weight_decay = 0.1, 0.01
@@ -172,8 +180,8 @@ def optimiser(_: Path) -> Any:
 
 
 def small_model() -> Any:
-    from mmedexpert.data.encode import Encoder
-    from mmedexpert.modules.tiny import build_image_processor, build_model, build_tokenizer
+    from mmedexpert.models.encode import Encoder
+    from mmedexpert.models.tiny import build_image_processor, build_model, build_tokenizer
 
     tokenizer = build_tokenizer(["the heart rate is low within high so A B C D 0 1 2 3"] * 4, 300)
     model = build_model(
@@ -184,7 +192,7 @@ def small_model() -> Any:
 
 
 def policy_of(model: Any) -> Any:
-    from mmedexpert.modules.backbone import add_lora
+    from mmedexpert.models.backbone import add_lora
 
     return add_lora(
         model, r=2, alpha=4, dropout=0.0, target_modules=r".*language_model.*(q_proj|v_proj|up_proj)",
@@ -194,12 +202,12 @@ def policy_of(model: Any) -> Any:
 
 def asked(folder: Path, encoder: Any, *texts: str) -> list[Any]:
     noise(folder / "a.png", 0)
-    return [encoder.ask(Ask("q", text, (folder / "a.png",))) for text in texts]
+    return [encoder.chat(text, [encoder.image(folder / "a.png")]) for text in texts]
 
 
 def curve(module: Any, stream: Any, folder: Path, *names: str) -> list[list[float]]:
     """What the module logs at each of its steps."""
-    from mmedexpert.modules.fit import fit
+    from mmedexpert.training.fit import fit
 
     seen: list[list[float]] = []
     step = module.training_step
@@ -215,7 +223,7 @@ def curve(module: Any, stream: Any, folder: Path, *names: str) -> list[list[floa
 
 def sft(folder: Path) -> Any:
     """Four steps on one batch: the loss, which falls, and its gradient's norm."""
-    from mmedexpert.modules.sft import Samples, SftModule
+    from mmedexpert.training.sft import Samples, SftModule
 
     model, encoder = small_model()
     samples = Samples(
@@ -230,8 +238,8 @@ def sft(folder: Path) -> Any:
 
 def gba(folder: Path) -> Any:
     """Four updates on one rollout with a cut-off completion and KL: loss, gradient, clipping, KL, entropy."""
-    from mmedexpert.modules.gba import GbaModule
-    from mmedexpert.rollouts import Rollout
+    from mmedexpert.training.gba import GbaModule
+    from mmedexpert.training.rollouts import Rollout
 
     model, encoder = small_model()
     prompts = [prompt for prompt in asked(folder, encoder, "the heart", "the heart rate is") for _ in range(2)]
@@ -302,31 +310,31 @@ def merged_factors(rule: Callable[..., Any], **options: Any) -> Any:
 def of_conf(rule: str) -> dict[str, Any]:
     for path in (CONF / "merge").glob("*.yaml"):
         method = yaml.safe_load(path.read_text())["method"] or {}
-        if method.get("_target_") == f"mmedexpert.{rule}":
+        if rule_of(method.get("_target_", "")).keys() == {rule}:
             return {key: value for key, value in method.items() if not key.startswith("_")}
     raise AssertionError(f"no file of conf/merge calls {rule}")
 
 
 def merge_rule(rule: str, _: Path) -> Any:
-    name, options = rule.rpartition(".")[2], of_conf(rule)
-    if rule.startswith("merging.low_rank"):
-        return merged_factors(getattr(low_rank, name), **options)
-    if name == "caci":
+    options = of_conf(rule)
+    if hasattr(low_rank, rule) and not hasattr(methods, rule):
+        return merged_factors(getattr(low_rank, rule), **options)
+    if rule == "caci":
         options.pop("scope", None)
         deltas = [randn(4, 6, seed=i) for i in range(3)]
         return methods.caci(deltas[:2], [0.1 * deltas[2]], **options).tolist()
     options.pop("scope", None)
-    if name in ("dare_linear", "dare_ties", "della"):
+    if rule in ("dare_linear", "dare_ties", "della"):
         options["name"] = "layer.weight"
-    return merged(getattr(methods, name), **options)
+    return merged(getattr(methods, rule), **options)
 
 
 def start(folder: Path) -> Any:
     """The mean of two adapters as one, as stages/gba.start makes it."""
     import copy
 
-    from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora
-    from mmedexpert.modules.backbone import add_lora
+    from mmedexpert.models.adapters import LoraAdapter, concatenate_lora
+    from mmedexpert.models.backbone import add_lora
 
     model, _ = small_model()
     for number in range(2):
@@ -371,10 +379,118 @@ def numbers(_: Path) -> Any:
     ]  # fmt: skip
 
 
+MERGING = tuple(
+    name for path in sorted((CONF / "merge").glob("*.yaml"))
+    for name in rule_of((yaml.safe_load(path.read_text())["method"] or {}).get("_target_", "none")) if name in VERSIONS
+)  # fmt: skip
+
+
+def read(make: Callable[[Path], Any], load: Callable[..., Any], folder: Path, **options: Any) -> Any:
+    """What a benchmark's reader makes of files in its published layout, the odd ones among them."""
+    root = make(folder / "root")
+    records, _, bad = load(root, folder / "out", **options)
+    return [[json.loads(json.dumps(asdict(one))) for one in records], sorted(reason[:40] for _, reason in bad)]
+
+
+def gmai_files(root: Path) -> Path:
+    rows = [choice.gmai_row(0, choice.picture(3)), choice.gmai_row(1, "0", D="d", answer="D"), choice.gmai_row(2, "x")]
+    choice.table(root / gmai.FILE, rows, "\t")
+    return root
+
+
+def medxpertqa_files(root: Path) -> Path:
+    rows = [choice.medxpert(0), choice.medxpert(1, label="Z"), choice.medxpert(2)]
+    choice.put(root / "MM" / "test.jsonl", "\n".join(json.dumps(row) for row in rows))
+    choice.zipped(root / "images.zip", choice.medxpert_images(2))
+    return root
+
+
+def omnimedvqa_files(root: Path) -> Path:
+    for name, data in choice.omni_files().items():
+        choice.put(root / name, data)
+    return root
+
+
+def pmc_vqa_files(root: Path) -> Path:
+    choice.table(root / "test_2.csv", [choice.pmc(0, 2), choice.pmc(1, 2, " D "), choice.pmc(2, 2)])
+    for n in range(2):
+        choice.put(root / "figures" / f"PMC{n}_F1.jpg", choice.picture(n, "JPEG"))
+    return root
+
+
+def path_vqa_files(root: Path) -> Path:
+    rows = open_.vqa_rows(("Is it big?", "Yes "), ("What is it?", "a cyst"), ("", "no"))
+    open_.write_parquet(root / "data/test-00000-of-00001.parquet", rows)
+    return root
+
+
+def vqa_rad_files(root: Path) -> Path:
+    rows = [open_.native(), open_.native(qid="2", answer=4), open_.native(qid=3, phrase_type="para", answer="No")]
+    return open_.native_folder(root, {vqa_rad.NATIVE: rows})
+
+
+def judged_by(module: Any, asked: list[Record]) -> Any:
+    answers = [*TEXTS, "B", "(C)", "The image shows a mass."]
+    verdicts = [[module.judge(one, text) for text in answers] for one in asked]
+    return [[module.ask(one) for one in asked], [[[v.correct, v.picked, v.parsed] for v in row] for row in verdicts]]
+
+
+def gmai_rule(folder: Path) -> Any:
+    return [read(gmai_files, gmai.load, folder), judged_by(gmai, [choice.GMAI])]
+
+
+def mmmu_rule(folder: Path) -> Any:
+    files = partial(open_.mmmu_folder, rows=[open_.mmmu_row(1, "Pharmacy"), open_.mmmu_row(2, "Pharmacy", answer="Z")])
+    return [read(files, mmmu.load, folder), judged_by(mmmu, [open_.choice(), open_.open_question()])]
+
+
+def summary(folder: Path) -> Any:
+    """Everything that is told of twelve questions, each asked under all perspectives."""
+    names = ("adult_medicine", "pediatrics")
+    asked = [
+        record(i, specialties=names[i % 2 :], image_group=f"{i // 2}", answer="ABCD"[i % 4], modality="CT" * (i % 3))
+        for i in range(12)
+    ]
+    for one in asked:
+        noise(folder / one.images[0], 0)
+    questions = QuestionSet("q", asked, folder, medevalkit.ask, medevalkit.judge)
+
+    def engine(asks: list[Ask]) -> Any:
+        for place, _ in enumerate(asks):
+            yield place, Reply(TEXTS[place % len(TEXTS)], 3, ("stop", "length")[place % 5 == 0], 0.0, -place / 9)
+
+    options: dict[str, Any] = {"protocol": "robust", "perspectives": "vote", "title": "q"}
+    rows = predict(engine, questions, folder / "predictions.jsonl", **options)
+    clean = {one.id for one in asked[::3]}
+    drawn = Summary(num_resamples=200, seed=0)
+    return drawn.of(rows, asked, protocol="robust", specialties=names, breakdowns=(), clean=clean)
+
+
+def seen_before(folder: Path) -> Any:
+    for i in range(6):
+        Image.fromarray(np.kron(np.random.default_rng(i % 4).integers(0, 255, (6, 6), np.uint8), np.ones((8, 8)))
+                        .astype(np.uint8)).save(folder / f"{i}.png")  # fmt: skip
+    questions = ["Is the heart of this adult wide?", "Which finding is seen in the left lung?"]
+    train, test = ([record(i, question=questions[i % 2]) for i in part] for part in ((0, 1, 2), (3, 4, 5)))
+    found = overlap.overlap(*(overlap.fingerprints(part, folder, None) for part in (train, test)))
+    return [overlap.report(found), sorted(found.clean)]
+
+
+BENCHMARKS: dict[str, Callable[[Path], Any]] = {
+    "gmai": gmai_rule,
+    "medxpertqa": partial(read, medxpertqa_files, medxpertqa.load),
+    "mmmu": mmmu_rule,
+    "omnimedvqa": partial(read, omnimedvqa_files, omnimedvqa.load),
+    "path_vqa": partial(read, path_vqa_files, path_vqa.load),
+    "pmc_vqa": partial(read, pmc_vqa_files, partial(pmc_vqa.load, file="test_2.csv")),
+    "slake": partial(read, open_.slake_folder, slake.load),
+    "vqa_rad": partial(read, vqa_rad_files, vqa_rad.load),
+}
+
 RULES: dict[str, Callable[[Path], Any]] = {
-    "data.phantom.source.phantom": phantom,
-    "data.labelled.labelled_images": labelled,
-    "data.medr1.medr1": medr1,
+    "phantom": phantom,
+    "labelled_images": labelled,
+    "medr1": medr1,
     "splits": lambda _: assign_splits(
         [f"g{i // 2}" for i in range(40)], seed=0, strata=["ab"[i % 2] for i in range(40)]
     ),
@@ -399,7 +515,10 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "medevalkit": partial(judged, medevalkit.judge),
     "metrics": lambda _: [metrics.open_scores(text, gold, "en") for gold, text in OPEN],
     "stats": numbers,
-    **{rule: partial(merge_rule, rule) for rule in VERSIONS if rule.startswith("merging.")},
+    "summary": summary,
+    "overlap": seen_before,
+    **{rule: partial(merge_rule, rule) for rule in MERGING},
+    **BENCHMARKS,
 }
 
 
@@ -435,21 +554,27 @@ def test_a_rule_that_changed_has_another_number(rule: str, tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize("path", [*CONF.glob("merge/*.yaml"), *CONF.glob("data/*.yaml")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*CONF.glob("merge/*.yaml"), *CONF.glob("data/*.yaml"), *CONF.glob("benchmark/*.yaml")],
+    ids=lambda p: p.stem,
+)
 def test_what_a_config_calls_has_a_number(path: Path) -> None:
     part = yaml.safe_load(path.read_text())
-    target = (part.get("method") or part.get("source") or {}).get("_target_")
-    assert target is None or isinstance(version_of(target), int), f"{target} needs a number in versions.py"
+    targets = [(part.get(key) or {}).get("_target_") for key in ("method", "source", "load")]
+    for target in [*targets, part.get("ask"), part.get("judge")]:
+        assert target is None or isinstance(*rule_of(target).values(), int), f"{target} needs a number in versions.py"
 
 
 def test_a_function_of_the_users_own_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_source_a.py").write_text("def load(): return 1\n")
     (tmp_path / "my_source_b.py").write_text("def load(): return 2\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert len(str(version_of("my_source_a.load"))) == 16
-    assert version_of("my_source_a.load") != version_of("my_source_b.load")
-    assert version_of("mmedexpert.merging.methods.ties") == VERSIONS["merging.methods.ties"]
-    assert source_of("mmedexpert.advantages") != source_of("mmedexpert.losses")
+    (known,) = rule_of("my_source_a.load").values()
+    assert len(str(known)) == 16 and rule_of("my_source_a.load").keys() == {"my_source_a.load"}
+    assert [*rule_of("my_source_b.load").values()] != [known]
+    assert rule_of("mmedexpert.merging.methods.ties") == {"ties": VERSIONS["ties"]}
+    assert rule_of("mmedexpert.sources.slake.load") == {"slake": VERSIONS["slake"]}
     assert text_of("perspectives.yaml") != text_of("guidelines.yaml")
     with pytest.raises(KeyError):
         versions("no such rule")

@@ -104,7 +104,7 @@ def rates(root: str) -> None:
 
 def compare(base: str, ours: str, theirs: str) -> None:
     """How far two merged models are apart: share of unequal entries, and of the update's L2 norm."""
-    from mmedexpert.merging.checkpoint import read_checkpoint
+    from mmedexpert.models.checkpoint import read_checkpoint
 
     models = [read_checkpoint(Path(folder)) for folder in (base, ours, theirs)]
     unequal, total, apart, norm = 0, 0, 0.0, 0.0

@@ -38,9 +38,9 @@ from tiny_vl import (
     write_images,
 )
 
-from mmedexpert.data.encode import Encoder
-from mmedexpert.modules.backbone import core_of, streamline
-from mmedexpert.packing import pack, token_logps
+from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.encode import Encoder
+from mmedexpert.models.packing import pack, token_logps
 
 try:
     import trl_peer

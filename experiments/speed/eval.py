@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmedexpert.data.encode import Encoder
 from mmedexpert.data.images import open_image
-from mmedexpert.data.phantom import lessons
 from mmedexpert.engines.asking import Ask
 from mmedexpert.engines.transformers import TransformersEngine
-from mmedexpert.modules import tiny
-from mmedexpert.quiet import silence
+from mmedexpert.models import tiny
+from mmedexpert.models.encode import Encoder
+from mmedexpert.runtime.quiet import silence
+from mmedexpert.sources.phantom import lessons
 from mmedexpert.stages.pretrain import corpus
 
 SIDE = 336

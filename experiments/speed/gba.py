@@ -38,12 +38,12 @@ from tiny_vl import (
     write_images,
 )
 
-from mmedexpert.advantages import group_relative
-from mmedexpert.data.encode import Encoder
-from mmedexpert.engines.generate import generate
-from mmedexpert.losses import policy_loss
-from mmedexpert.modules.backbone import core_of, streamline
-from mmedexpert.packing import pack, token_logps
+from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.encode import Encoder
+from mmedexpert.models.generate import generate
+from mmedexpert.models.packing import pack, token_logps
+from mmedexpert.training.advantages import group_relative
+from mmedexpert.training.losses import policy_loss
 
 try:
     import trl_peer

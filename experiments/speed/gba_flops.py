@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mmedexpert.attention import Tree
-from mmedexpert.data.encode import Encoder, Prompt
-from mmedexpert.packing import Pack
+from mmedexpert.models.attention import Tree
+from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.packing import Pack
 
 
 @dataclass(frozen=True)

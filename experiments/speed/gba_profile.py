@@ -59,12 +59,13 @@ from tiny_vl import (
     write_images,
 )
 
-import mmedexpert.engines.generate as sampler
-from mmedexpert.advantages import group_relative
-from mmedexpert.data.encode import Encoder, Prompt
-from mmedexpert.losses import policy_loss, selected_logps
-from mmedexpert.modules.backbone import core_of, streamline
-from mmedexpert.packing import Pack, pack
+import mmedexpert.models.generate as sampler
+from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.logps import selected_logps
+from mmedexpert.models.packing import Pack, pack
+from mmedexpert.training.advantages import group_relative
+from mmedexpert.training.losses import policy_loss
 
 WARMUP = 1
 UPDATE = ("packing", "forward", "head", "backward", "optimizer")

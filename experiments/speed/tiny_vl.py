@@ -27,8 +27,8 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
-from mmedexpert.data.encode import Encoder
-from mmedexpert.modules.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, build_image_processor, build_tokenizer
+from mmedexpert.models.encode import Encoder
+from mmedexpert.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, build_image_processor, build_tokenizer
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # peft and TRL
 

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmedexpert.errors import UserError
 from mmedexpert.names import BASELINES, known_names
-from mmedexpert.privacy import redacted
+from mmedexpert.runtime.privacy import redacted
 from mmedexpert.schema import Config
 
 TRAINED = ("pretrain", "dsa", "gba")

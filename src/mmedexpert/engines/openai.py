@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from mmedexpert.data.images import open_image
 from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.errors import UserError
-from mmedexpert.privacy import without_password
+from mmedexpert.runtime.privacy import without_password
 
 GONE = 20  # ours: this many questions in a row that the server could not take (and `concurrency` more): it is gone
 CONNECT_SECONDS = 5.0  # ours: the openai client's own default; a dead host is told apart from a slow answer

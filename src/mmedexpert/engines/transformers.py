@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmedexpert.data.encode import Encoder
 from mmedexpert.engines.asking import Ask, Reply, refusal
-from mmedexpert.engines.generate import generate
 from mmedexpert.errors import UserError
-from mmedexpert.modules.backbone import core_of
+from mmedexpert.models.backbone import core_of
+from mmedexpert.models.encode import Encoder
+from mmedexpert.models.generate import generate
 
 WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
 
@@ -35,7 +35,8 @@ class TransformersEngine:
             window = []
             for place in order[start : start + step]:
                 try:
-                    window.append((place, self.encoder.ask(asks[place])))
+                    images = [self.encoder.image(path) for path in asks[place].images]
+                    window.append((place, self.encoder.chat(asks[place].text, images)))
                 except (UserError, ValueError) as error:  # an image; what the image processor or the template refuses
                     yield place, refusal(" ".join(str(error).split())[:200])
             window.sort(key=lambda item: len(item[1].input_ids))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.guidelines.perspectives import PERSPECTIVES
 from mmedexpert.guidelines.reading import (
     AFTER_OPTION,
     BEFORE_OPTION,

@@ -1,4 +1,4 @@
-"""Put merged updates into a model, in memory or on disk, and drive a merge of adapters from end to end."""
+"""Merge adapters from end to end: into a model on disk, a block of rows at a time, or into one adapter."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging.adapters import PREFIX, LoraAdapter, check_compatible, save_lora
-from mmedexpert.merging.checkpoint import StoredTensor, check_room, new_folder, read_checkpoint
 from mmedexpert.merging.conflicts import Conflicts
-from mmedexpert.merging.stream import Method, Stream, call_method, load_update
-from mmedexpert.progress import Bar, track
-
-__all__ = ["add_delta", "apply_deltas_", "call_method", "merge_adapters", "write_merged"]
+from mmedexpert.merging.stream import Method, Stream, load_update
+from mmedexpert.models.adapters import PREFIX, LoraAdapter, check_compatible, save_lora
+from mmedexpert.models.checkpoint import StoredTensor, check_room, new_folder, read_checkpoint
+from mmedexpert.models.deltas import add_delta
+from mmedexpert.runtime.progress import Bar, track
 
 OVERSAMPLING, ITERATIONS = 8, 2  # ours: directions beyond the rank, and passes, of the randomised SVD
 COPIED = 8 * 2**20  # bytes copied at a time
@@ -30,33 +29,6 @@ SIDE_FILES = (  # copied from the base, by how their names start; not its card, 
     "special_tokens_map.json", "added_tokens.json", "chat_template", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "LICENSE", "NOTICE",
 )  # fmt: skip
-
-
-def add_delta(weight: Tensor, delta: Tensor, name: str) -> Tensor:
-    """weight + delta, summed in fp32 and rounded once to the weight's dtype.
-
-    ValueError for unequal shapes; UserError for a quantised weight or a sum its dtype cannot hold.
-    """
-    if weight.shape != delta.shape:
-        raise ValueError(f"{name} is {list(weight.shape)} and its delta {list(delta.shape)}")
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise UserError(f"{name} is stored as {weight.dtype}: merge into the base that is not quantised")
-    merged = (weight.float() + delta.to(weight.device, torch.float32)).to(weight.dtype)
-    if (
-        not math.isfinite(float(merged.sum(dtype=torch.float32))) and not torch.isfinite(merged).all()
-    ):  # a sum may overflow
-        raise UserError(f"{name} is not finite in {weight.dtype} after merging: lower the scaling or use a bf16 base")
-    return merged
-
-
-@torch.no_grad()
-def apply_deltas_(model: torch.nn.Module, deltas: Iterable[tuple[str, Tensor]]) -> None:
-    """Add each (parameter name, delta) to a model in place; ValueError for a name the model has not."""
-    parameters = dict(model.named_parameters())
-    for name, delta in deltas:
-        if name not in parameters:
-            raise ValueError(f"the model has no parameter {name}")
-        parameters[name].copy_(add_delta(parameters[name], delta, name))
 
 
 def write_merged(

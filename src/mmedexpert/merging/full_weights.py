@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmedexpert.errors import UserError
-from mmedexpert.fingerprints import file_digest
-from mmedexpert.merging.adapters import recorded_base
-from mmedexpert.merging.checkpoint import StoredTensor, read_checkpoint
+from mmedexpert.models.adapters import recorded_base
+from mmedexpert.models.checkpoint import StoredTensor, read_checkpoint
+from mmedexpert.runtime.fingerprints import file_digest
 
 COMPARED = 2**20  # entries compared at a time
 

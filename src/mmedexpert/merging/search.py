@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmedexpert.merging.apply import add_delta
 from mmedexpert.merging.sparsify import Threshold
 from mmedexpert.merging.stream import Method, Stream, Update
+from mmedexpert.models.deltas import add_delta
 
 Point = dict[str, Any]  # parameter of a rule to its value
 Found = dict[tuple[Any, ...], Threshold]

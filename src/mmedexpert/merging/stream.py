@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging.adapters import CONFIG, LoraAdapter, Trained
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.full_weights import FullWeights
 from mmedexpert.merging.methods import overlap_counts
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import Threshold, keep, kept_ranks
+from mmedexpert.models.adapters import CONFIG, LoraAdapter, Trained
 
 BLOCK = 2**19  # ours: entries of all deltas together in one block of rows, 2 MB in fp32
 

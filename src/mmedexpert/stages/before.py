@@ -16,15 +16,15 @@ from hydra.utils import get_method, instantiate
 
 from mmedexpert.checks import check
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import load_records
+from mmedexpert.data.records import load_records
 from mmedexpert.errors import UserError, suggestion
-from mmedexpert.merging.checkpoint import weight_files
 from mmedexpert.merging.search import grid_points
 from mmedexpert.merging.stream import call_method
-from mmedexpert.modules.backbone import resolve
+from mmedexpert.models.backbone import resolve
+from mmedexpert.models.checkpoint import weight_files
 from mmedexpert.names import known_names, reasoner_names
-from mmedexpert.ranks import rank
-from mmedexpert.runs import Run, console
+from mmedexpert.runtime.ranks import rank
+from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
 from mmedexpert.stages import benchmark
 from mmedexpert.stages.data import dataset

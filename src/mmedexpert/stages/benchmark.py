@@ -8,26 +8,18 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from mmedexpert.build import build, method
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import (
-    LeftOut,
-    fingerprint,
-    image_faults,
-    load_records,
-    move_root,
-    not_text,
-    save_records,
-    twins,
-)
+from mmedexpert.data.records import fingerprint, load_records, move_root, save_records
+from mmedexpert.data.validation import LeftOut, image_faults, not_text, twins
 from mmedexpert.errors import UserError
-from mmedexpert.evaluate import QuestionSet
-from mmedexpert.runs import Run
+from mmedexpert.evaluation.predict import QuestionSet
+from mmedexpert.runtime.build import build, method
+from mmedexpert.runtime.runs import Run
+from mmedexpert.runtime.versions import rule_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
 from mmedexpert.stages.common import stage_run
-from mmedexpert.stages.contamination import compare, counts
 from mmedexpert.stages.data import root_fingerprint
-from mmedexpert.versions import source_of, version_of, versions
+from mmedexpert.stages.overlap import compare, counts
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -68,10 +60,9 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
         }
         return {"questions": float(len(records)), "left_out": float(len(bad) + len(broken))}
 
-    target = benchmark.load["_target_"]
-    rules = {**versions("images"), target: version_of(target)}
-    rules |= {shared: source_of(f"mmedexpert.benchmarks.{shared}") for shared in ("parquet", "unpack")}
-    parts = {"load": benchmark.load, "train_split": benchmark.train_split, "rules": rules, **key}
+    load = {key: value for key, value in benchmark.load.items() if key != "_target_"}
+    rules = {**versions("images"), **rule_of(benchmark.load["_target_"])}
+    parts = {"load": load, "train_split": benchmark.train_split, "rules": rules, **key}
     run = stage_run(config, "benchmark", benchmark.name, parts, work, seed=0)
     move_root(run.folder, root)
     return run

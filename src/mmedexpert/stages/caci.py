@@ -7,29 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmedexpert.benchmarks import medevalkit
-from mmedexpert.build import build
-from mmedexpert.cards import write_card
-from mmedexpert.data.records_io import fingerprint, write_atomic
+from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.transformers import TransformersEngine
-from mmedexpert.evaluate import QuestionSet, predict
+from mmedexpert.evaluation.predict import QuestionSet, predict
+from mmedexpert.evaluation.summary import Summary
 from mmedexpert.merging.apply import merge_adapters
-from mmedexpert.merging.checkpoint import fingerprint_base
 from mmedexpert.merging.conflicts import COLUMNS, Conflicts
 from mmedexpert.merging.figures import conflict_figures
 from mmedexpert.merging.search import best_of, grid_points, merged_in_place
 from mmedexpert.merging.stream import load_update
-from mmedexpert.modules.backbone import load_encoder, load_model
-from mmedexpert.report import csv_text
-from mmedexpert.runs import Run, write_json
+from mmedexpert.models.backbone import load_encoder, load_model
+from mmedexpert.models.checkpoint import fingerprint_base
+from mmedexpert.reporting.cards import write_card
+from mmedexpert.reporting.tables import csv_text
+from mmedexpert.reporting.tracking import log_metrics, log_table
+from mmedexpert.runtime.build import build
+from mmedexpert.runtime.files import write_atomic
+from mmedexpert.runtime.runs import Run, write_json
+from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import Config
+from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import dsa, gba
 from mmedexpert.stages.common import loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.summary import Summary
-from mmedexpert.tracking import log_metrics, log_table
-from mmedexpert.versions import text_of, version_of, versions
 
 SEARCH_SPLIT = "val"  # never test, and never trained on
 
@@ -105,8 +106,8 @@ def merged(config: Config) -> Run:
                 )  # fmt: skip
         return metrics
 
-    target = str((settings.method or {}).get("_target_", ""))
-    key: dict[str, Any] = {"merge": settings.method, "rules": {target: version_of(target)}}
+    options = {key: value for key, value in (settings.method or {}).items() if key != "_target_"}
+    key: dict[str, Any] = {"merge": options, "rules": rule_of(str((settings.method or {}).get("_target_", "")))}
     inputs = {"base": base.identity, **{name: r.run_id for name, r in runs.items()}}
     if settings.lora_rank is not None:
         key["lora_rank"] = settings.lora_rank

@@ -14,13 +14,13 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
 
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import fingerprint, load_records
+from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError, suggestion
-from mmedexpert.modules.backbone import Loading, attention
-from mmedexpert.ranks import rank, ranks
-from mmedexpert.runs import Run, execute
+from mmedexpert.models.backbone import Loading, attention
+from mmedexpert.reporting.tracking import group_name, logger_for
+from mmedexpert.runtime.ranks import rank, ranks
+from mmedexpert.runtime.runs import Run, execute
 from mmedexpert.schema import Config
-from mmedexpert.tracking import group_name, logger_for
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,16 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from mmedexpert.build import build
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import fingerprint, move_root, save_records, validate
+from mmedexpert.data.records import fingerprint, move_root, save_records
+from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
-from mmedexpert.fingerprints import folder_digest
-from mmedexpert.runs import Run, console
+from mmedexpert.runtime.build import build
+from mmedexpert.runtime.fingerprints import folder_digest
+from mmedexpert.runtime.runs import Run, console
+from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import stage_run
-from mmedexpert.versions import text_of, version_of, versions
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -30,11 +31,11 @@ def dataset(config: Config) -> Run:
         raise UserError(f"data={settings.name} reads a folder: give data.root=<folder>")
     root = Path(settings.root) if settings.root else None
     key = {
-        "source": source,
+        "source": {key: value for key, value in source.items() if key != "_target_"},
         "on_bad_record": settings.on_bad_record,
         "limit": settings.limit,
         "root": root_fingerprint(root, Path(config.paths.outputs)),
-        "rules": {**versions("splits", "images"), source["_target_"]: version_of(source["_target_"])},
+        "rules": {**versions("splits", "images"), **rule_of(source["_target_"])},
     }
     if root is None:  # drawn by the guidelines
         key["guidelines"] = text_of("guidelines.yaml")

@@ -9,18 +9,17 @@ from typing import Any
 
 from peft import PeftModel
 
-from mmedexpert.cards import write_card
-from mmedexpert.data.encode import Encoder, Prompt, target_text
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import instructions
-from mmedexpert.merging.adapters import record_base
-from mmedexpert.merging.checkpoint import fingerprint_base, new_folder
-from mmedexpert.modules.backbone import add_lora, load_encoder, load_model
-from mmedexpert.modules.fit import fit, trained_weights
-from mmedexpert.modules.sft import SftModule, sft_stream
-from mmedexpert.ranks import rank, ranks
-from mmedexpert.runs import Run, console
+from mmedexpert.models.adapters import record_base
+from mmedexpert.models.backbone import add_lora, load_encoder, load_model
+from mmedexpert.models.checkpoint import fingerprint_base, new_folder
+from mmedexpert.models.encode import Encoder, Prompt, target_text
+from mmedexpert.reporting.cards import write_card
+from mmedexpert.runtime.ranks import rank, ranks
+from mmedexpert.runtime.runs import Run, console
+from mmedexpert.runtime.versions import text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import (
     content_of,
@@ -34,7 +33,8 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.versions import text_of, versions
+from mmedexpert.training.fit import fit, trained_weights
+from mmedexpert.training.sft import SftModule, sft_stream
 
 _told: set[Path] = set()  # data sets without traces that this command has named
 

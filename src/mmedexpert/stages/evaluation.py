@@ -12,27 +12,27 @@ from typing import Any
 from peft import PeftModel
 from PIL import Image
 
-from mmedexpert.benchmarks import medevalkit
-from mmedexpert.benchmarks.llm_judge import LLMJudge
-from mmedexpert.data.records_io import fingerprint
+from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.asking import Engine
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
-from mmedexpert.evaluate import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
-from mmedexpert.modules.backbone import load_encoder, load_model, streamline
-from mmedexpert.privacy import without_password
-from mmedexpert.ranks import rank
-from mmedexpert.runs import Run, console, write_json
+from mmedexpert.evaluation.judge import LLMJudge
+from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
+from mmedexpert.evaluation.summary import Summary
+from mmedexpert.models.backbone import load_encoder, load_model, streamline
+from mmedexpert.reporting.tracking import log_metrics
+from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.ranks import rank
+from mmedexpert.runtime.runs import Run, console, write_json
+from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
+from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import benchmark
 from mmedexpert.stages.common import content_of, loading, model_key, records_of, stage_logger, stage_run
-from mmedexpert.stages.contamination import clean_part
 from mmedexpert.stages.data import dataset
+from mmedexpert.stages.overlap import clean_part
 from mmedexpert.stages.subjects import Subject, subjects_of
-from mmedexpert.summary import Summary
-from mmedexpert.tracking import log_metrics
-from mmedexpert.versions import source_of, text_of, version_of, versions
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,8 @@ def _rules(config: Config, questions: QuestionSet) -> str:
     judge = f"{questions.judge.__module__}.{questions.judge.__name__}"
     settings = {**asdict(config.eval), "llm_judge": _without_secrets(config.eval.llm_judge)}
     told = {
-        "rules": {**versions("robust", "medevalkit", "metrics", "stats", "rubrics"), judge: version_of(judge)},
+        "rules": {**versions("robust", "medevalkit", "metrics", "stats", "rubrics", "summary"), **rule_of(judge)},
         "guidelines": text_of("guidelines.yaml"),
-        "summary": source_of("mmedexpert.summary"),
         "settings": {k: settings[k] for k in ("num_resamples", "contamination", "llm_judge", "protocol")},
         "seed": config.seed,
     }

@@ -11,20 +11,19 @@ from typing import Any, cast
 
 import torch
 
-from mmedexpert.cards import write_card
 from mmedexpert.data.record import Record
-from mmedexpert.data.records_io import write_atomic
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.jsonl import read_lines
-from mmedexpert.merging.adapters import LoraAdapter, concatenate_lora, record_base
-from mmedexpert.merging.checkpoint import fingerprint_base
-from mmedexpert.modules.backbone import add_lora, load_encoder, load_model, start_from_
-from mmedexpert.modules.fit import fit
-from mmedexpert.modules.gba import GbaModule, completion_rows, rollout_stream
-from mmedexpert.ranks import gather, rank, ranks
-from mmedexpert.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
-from mmedexpert.runs import Run
+from mmedexpert.models.adapters import LoraAdapter, concatenate_lora, record_base
+from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start_from_
+from mmedexpert.models.checkpoint import fingerprint_base
+from mmedexpert.reporting.cards import write_card
+from mmedexpert.reporting.tracking import log_table
+from mmedexpert.runtime.files import write_atomic
+from mmedexpert.runtime.jsonl import read_lines
+from mmedexpert.runtime.ranks import gather, rank, ranks
+from mmedexpert.runtime.runs import Run
+from mmedexpert.runtime.versions import text_of, versions
 from mmedexpert.schema import Config, LoggerConfig
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
@@ -40,8 +39,9 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.tracking import log_table
-from mmedexpert.versions import text_of, versions
+from mmedexpert.training.fit import fit
+from mmedexpert.training.gba import GbaModule, completion_rows, rollout_stream
+from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
 
 RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "rubrics", "advantages", "losses", "gba")
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmedexpert import report
 from mmedexpert.data.images import open_image
 from mmedexpert.names import reasoner_names
-from mmedexpert.runs import Run, console, write_json
+from mmedexpert.reporting import tables as report
+from mmedexpert.reporting.tracking import log_metrics, log_table
+from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
 from mmedexpert.stages.common import records_of, stage_logger, stage_run
 from mmedexpert.stages.evaluation import flatten
-from mmedexpert.tracking import log_metrics, log_table
 
 
 def run(config: Config) -> dict[str, Run]:

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmedexpert.cards import write_card
-from mmedexpert.data.encode import Encoder, Prompt
-from mmedexpert.data.phantom import lessons
-from mmedexpert.merging.checkpoint import fingerprint_model, new_folder
-from mmedexpert.modules import tiny
-from mmedexpert.modules.backbone import resolve, save_backbone
-from mmedexpert.modules.fit import Stream, batch_indices, fit
-from mmedexpert.modules.sft import PretrainModule, Samples
-from mmedexpert.progress import track
-from mmedexpert.runs import Run
+from mmedexpert.models import tiny
+from mmedexpert.models.backbone import resolve, save_backbone
+from mmedexpert.models.checkpoint import fingerprint_model, new_folder
+from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.reporting.cards import write_card
+from mmedexpert.runtime.progress import track
+from mmedexpert.runtime.runs import Run
+from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import ArchitectureConfig, Config, PretrainConfig
+from mmedexpert.sources.phantom import lessons
 from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
-from mmedexpert.versions import versions
+from mmedexpert.training.fit import Stream, batch_indices, fit
+from mmedexpert.training.sft import PretrainModule, Samples
 
 
 def base_of(config: Config) -> Base:

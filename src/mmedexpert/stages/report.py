@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from mmedexpert.comparison import (
+from mmedexpert.errors import UserError
+from mmedexpert.evaluation.comparison import (
     PROTOCOLS,
     EvalRun,
     Number,
@@ -21,10 +22,9 @@ from mmedexpert.comparison import (
     read_runs,
     seed_rows,
 )
-from mmedexpert.data.records_io import write_atomic
-from mmedexpert.errors import UserError
-from mmedexpert.report import Row, csv_text, latex, markdown, print_table
-from mmedexpert.runs import Run, run_id, write_json
+from mmedexpert.reporting.tables import Row, csv_text, latex, markdown, print_table
+from mmedexpert.runtime.files import write_atomic
+from mmedexpert.runtime.runs import Run, run_id, write_json
 from mmedexpert.schema import Config
 
 TABLES = ("accuracy", "seeds", "paired", "paired_seeds", "breakdown")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmedexpert.errors import UserError
-from mmedexpert.merging.adapters import LoraAdapter, check_compatible
-from mmedexpert.merging.checkpoint import fingerprint_model
+from mmedexpert.models.adapters import LoraAdapter, check_compatible
+from mmedexpert.models.checkpoint import fingerprint_model
 from mmedexpert.names import (
     BASELINES,
     CONTROL,
@@ -19,8 +19,8 @@ from mmedexpert.names import (
     reasoner_names,
     start_names,
 )
-from mmedexpert.privacy import without_password
-from mmedexpert.runs import Run
+from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, dsa, gba
 from mmedexpert.stages.common import Base

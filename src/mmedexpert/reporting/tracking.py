@@ -1,0 +1,220 @@
+"""Where metrics go: Weights & Biases (online when logged in and reachable, else offline), CSV files, or nowhere.
+
+What leaves the machine: numbers, the config without paths and passwords, texts of completions; images only if asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from mmedexpert.data.images import open_image
+from mmedexpert.reporting.csv_log import CsvLogger
+from mmedexpert.runtime.files import write_atomic
+from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.runs import Run, console
+
+ANSWER_SECONDS = 5.0  # ours: in which the W&B server must answer, else runs are logged offline
+START_SECONDS, UPLOAD_SECONDS = 30.0, 300.0  # ours: waited for W&B at a run's start and end; the rest stays on disk
+TRUE = ("1", "on", "yes", "true")
+Mode = Literal["online", "shared", "offline", "disabled"]
+_told: set[str] = set()
+
+
+@contextmanager
+def logger_for(run: Run, *, kind: str, project: str, group: str, config: Mapping[str, Any]) -> Iterator[Logger | None]:
+    """The logger of one stage's run, finished when the block ends, also by an error (else job 2 of a multirun breaks).
+
+    W&B: group = pipeline, job_type = stage, id = run_id with resume, so that a continued run continues its curves. No
+    error of a logger stops the run: it is told once.
+    """
+    shown = public(config)
+    if kind == "csv":
+        folder = run.folder / "csv"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / "hparams.yaml", yaml.safe_dump(shown, sort_keys=False).encode())
+        yield _Csv(folder / "metrics.csv")
+        return
+    mode = wandb_mode() if kind == "wandb" else "disabled"
+    started = _start(run, mode, project=project, group=group, config=shown) if mode != "disabled" else None
+    if started is None:
+        yield None
+        return
+    code = 1
+    try:
+        yield _Wandb(experiment=started)
+        code = 0
+    finally:
+        with _no_stop("W&B"):
+            started.finish(exit_code=code)
+
+
+def wandb_mode() -> Mode:
+    """`online`, `shared`, `offline` or `disabled`: what WANDB_MODE and WANDB_DISABLED ask for, as far as it goes.
+
+    Without a login, or without an answer of the server in five seconds, offline, without a question.
+    """
+    asked = os.environ.get("WANDB_MODE", "").strip().lower()
+    if asked == "disabled" or os.environ.get("WANDB_DISABLED", "").strip().lower() in TRUE:
+        return "disabled"
+    if asked in ("offline", "dryrun"):
+        return "offline"
+    if asked not in ("", "online", "run", "shared"):
+        _tell(f"WANDB_MODE={asked} is not known: W&B works offline; use online, offline, shared or disabled")
+        return "offline"
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")  # before its session starts
+    server = str(wandb.setup().settings.base_url)
+    if not _logged_in(server):
+        if asked:
+            _tell(f"WANDB_MODE={asked} needs an account: W&B works offline until you call wandb login")
+        return "offline"
+    if not answers(server):
+        _tell(f"no answer from {without_password(server)}: W&B works offline; wandb sync uploads its folders later")
+        return "offline"
+    return "shared" if asked == "shared" else "online"
+
+
+def _logged_in(server: str) -> bool:
+    """A key in the environment or in the netrc file; asked without a request and without a question."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    from wandb.sdk.lib import wbauth
+
+    try:
+        return wbauth.read_netrc_auth(host=server) is not None
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@cache  # once a command, not at each of its stages
+def answers(url: str) -> bool:
+    """Whether a web server answers in five seconds, whatever it says; in a thread: a name look-up has no time-out."""
+    found: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # W&B may know its certificate
+                return
+        found.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return bool(found)
+
+
+def _start(run: Run, mode: Mode, *, project: str, group: str, config: Mapping[str, Any]) -> Any:
+    """A started W&B run, offline where the mode fails (a wrong key, a server that refuses); None if that fails, too."""
+    import wandb
+
+    modes: tuple[Mode, Mode] = (mode, "offline")
+    for attempt in dict.fromkeys(modes):
+        with _no_stop(f"W&B ({attempt})"):
+            settings = wandb.Settings(
+                console="off", x_disable_stats=attempt == "offline", init_timeout=START_SECONDS,
+                finish_timeout=UPLOAD_SECONDS,
+                # the command line, paths, user and host names of this machine are nobody's business
+                x_disable_meta=True, x_disable_machine_info=True, disable_git=True, disable_code=True, save_code=False,
+                host="hidden",
+            )  # fmt: skip
+            return wandb.init(
+                project=project, group=group, job_type=run.stage, name=f"{run.stage}-{run.name}",
+                id=f"{run.stage}-{run.run_id}", resume="allow", config=dict(config), dir=run.folder, tags=[run.stage],
+                settings=settings, mode=attempt,
+            )  # fmt: skip
+    return None
+
+
+class _Wandb(WandbLogger):
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with _no_stop("W&B"):
+            super().log_metrics(metrics, step)
+
+
+class _Csv(CsvLogger):
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        with _no_stop(str(self.path)):
+            super().log_metrics(metrics, step)
+
+
+@contextmanager
+def _no_stop(what: str) -> Iterator[None]:
+    """An error of a logger is told, once, and training goes on."""
+    try:
+        yield
+    except Exception as error:
+        reason = without_password(" ".join(str(error).split()))[:200]
+        _tell(f"{what} fails, and the run goes on without it ({type(error).__name__}: {reason})")
+
+
+def _tell(line: str) -> None:
+    if line not in _told:
+        console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
+        _told.add(line)
+
+
+def public(value: Any) -> Any:
+    """A config as it may leave the machine: folders outside the working one and passwords in addresses are hidden."""
+    if isinstance(value, Mapping):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    if not isinstance(value, str | Path):
+        return value
+    path = Path(value)
+    if path.is_absolute() or path.parts[:1] in (("~",), ("..",)) or str(value).startswith("file:"):
+        return "<folder>"
+    return without_password(str(value))
+
+
+def log_metrics(logger: Logger | None, metrics: Mapping[str, float]) -> None:
+    """Numbers outside a training loop."""
+    if logger is not None:
+        logger.log_metrics(dict(metrics))
+        logger.save()
+
+
+def log_table(logger: Logger | None, key: str, rows: Sequence[Mapping[str, Any]], *, images: bool = False) -> None:
+    """A table of rows with equal keys (W&B only).
+
+    A cell `image` is the path of an image: with `images` its pixels are sent, never its name, else nothing of it. A
+    cell `record` is an id, which may hold a file name: it is sent as a hash.
+    """
+    if not isinstance(logger, WandbLogger) or not rows:
+        return
+    import wandb
+
+    def cell(column: str, value: Any) -> Any:
+        if column == "image" and value:
+            return wandb.Image(np.asarray(open_image(Path(value))))
+        return hashlib.sha256(str(value).encode()).hexdigest()[:10] if column == "record" else value
+
+    columns: list[str | int] = [column for column in rows[0] if column != "image" or images]
+    with _no_stop("W&B"):
+        data = [[cell(str(column), row[str(column)]) for column in columns] for row in rows]
+        logger.experiment.log({key: wandb.Table(columns=columns, data=data)})
+
+
+def group_name(model: str, data: str, seed: int) -> str:
+    """The W&B group of one pipeline."""
+    return f"{model}-{data}-s{seed}"

@@ -1,0 +1,100 @@
+"""Versions of the rules and losses that make results: part of the identity of every run that they make.
+
+A rule that gives other results gets another number, so that nothing it made before is reused as its own;
+`tests/test_versions.py` holds each to reference outputs, and fails where these change and the number does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
+
+VERSIONS: dict[str, int] = {
+    # data
+    "phantom": 1,  # drawings, questions, traces
+    "labelled_images": 2,
+    "medr1": 2,
+    "gmai": 1,  # what is read, asked and how it is judged
+    "medxpertqa": 1,
+    "mmmu": 1,
+    "omnimedvqa": 1,
+    "path_vqa": 1,
+    "pmc_vqa": 1,
+    "slake": 1,
+    "vqa_rad": 1,
+    "splits": 1,
+    "images": 2,  # what an image file becomes
+    # training
+    "prompts": 2,  # layout of question, options and instruction; what SFT trains
+    "lessons": 1,  # of the tiny base, and its first weights
+    "batches": 1,  # order of records, seeds of steps
+    "optimiser": 2,  # schedule, clipping, AdamW, Muon; 1: Muon in bf16
+    "sft": 1,
+    "sampling": 2,
+    "rewards": 2,
+    "rubrics": 1,
+    "advantages": 2,  # 1: weights divided by their sum, not centred behind the gate
+    "losses": 1,
+    "gba": 2,  # how an update uses a rollout
+    # merging
+    "start": 1,
+    "breadcrumbs": 1,
+    "caci": 1,
+    "dare_linear": 1,
+    "dare_ties": 1,
+    "della": 1,
+    "linear": 1,
+    "ram": 1,
+    "task_arithmetic": 1,
+    "ties": 1,
+    "core_space": 1,
+    "knots": 1,
+    "wudi": 1,
+    # evaluation
+    "rotate": 1,  # the perspective a question is asked under
+    "majority": 1,
+    "robust": 2,
+    "medevalkit": 1,
+    "metrics": 1,
+    "stats": 1,
+    "summary": 1,
+    "overlap": 1,  # which test questions count as seen in training
+}
+PACKAGE = "mmedexpert."
+PARTS = ("load", "ask", "judge")  # of a benchmark: what a module does has one number
+
+
+def versions(*rules: str) -> dict[str, int]:
+    """The numbers of these rules, for a run's key. KeyError for a rule without one."""
+    return {rule: VERSIONS[rule] for rule in rules}
+
+
+def rule_of(target: str) -> dict[str, int | str]:
+    """The rule that a config names by a dotted path, and its number, for a run's key: wherever the code stands.
+
+    A function without a number (a user's own) is known by its path and the sha256 of its module's source: any change
+    of it counts.
+    """
+    module, _, name = target.rpartition(".")
+    rule = module.rpartition(".")[2] if name in PARTS else name
+    if target.startswith(PACKAGE) and rule in VERSIONS:
+        return versions(rule)
+    return {target: _source_of(module)}
+
+
+@cache
+def _source_of(module: str) -> str:
+    try:
+        text = inspect.getsource(import_module(module))
+    except (ImportError, OSError, TypeError, ValueError):
+        text = module
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def text_of(name: str) -> str:
+    """16 hex digits of the content of `guidelines/<name>`: guidelines and instructions are data that decide results."""
+    return hashlib.sha256(files("mmedexpert.guidelines").joinpath(name).read_bytes()).hexdigest()[:16]

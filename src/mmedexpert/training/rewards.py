@@ -1,0 +1,89 @@
+"""Outcome rewards, in the signature of TRL's reward functions, and the adherence scores of the four perspectives.
+
+Source: DESIGN section 7; the paper does not state its rewards. # ours
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmedexpert.errors import UserError
+from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.guidelines.rubrics import adherence
+from mmedexpert.scoring import Protocol, score_choice
+from mmedexpert.scoring.choice import has_format
+from mmedexpert.scoring.robust import read_text
+from mmedexpert.scoring.text import tokens
+
+Options = Mapping[str, str] | None
+
+
+def accuracy(
+    completions: Sequence[str],
+    *,
+    options: Sequence[Options],
+    answer: Sequence[str],
+    protocol: Protocol = "robust",
+    **_: Any,
+) -> list[float | None]:
+    """1.0 where the completion picks the gold answer, else 0.0; the columns are aligned with `completions`.
+
+    With options, `answer` is a letter and `protocol` reads the pick (`scoring.score_choice`). For an open question
+    (None) the text read as in evaluation must equal the answer after normalisation (`benchmarks.robust`). # ours
+    Raises ValueError where columns differ in length or an answer is not the letter of an option.
+    """
+    return [
+        float(_right(text, choices, gold, protocol))
+        for text, choices, gold in zip(completions, options, answer, strict=True)
+    ]
+
+
+def _right(completion: str, options: Options, gold: str, protocol: Protocol) -> bool:
+    if options:
+        choices = [f"{letter}. {text}" for letter, text in options.items()]
+        return score_choice(completion, choices, gold, protocol).correct
+    return read_text(completion, "en") == " ".join(tokens(gold, "en"))
+
+
+def answer_format(completions: Sequence[str], **_: Any) -> list[float | None]:
+    """1.0 where the completion is `<think>...</think><answer>...</answer>` and nothing else, else 0.0."""
+    return [float(has_format(text)) for text in completions]
+
+
+def outcome(
+    completions: Sequence[str],
+    *,
+    options: Sequence[Options],
+    answer: Sequence[str],
+    weights: Mapping[str, float],
+    protocol: Protocol = "robust",
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The outcome reward r_i = sum of weight * part over accuracy and format, `[N]`, and its unweighted parts by name.
+
+    DESIGN section 7. Every part is returned, also one without weight. Raises UserError for a weight of no part.
+    """
+    columns = {"options": options, "answer": answer, "protocol": protocol}
+    rewards = {"accuracy": accuracy(completions, **columns), "format": answer_format(completions)}  # type: ignore[arg-type]
+    if unknown := sorted(set(weights) - set(rewards)):
+        raise UserError(f"reward: no reward is called {unknown[0]!r}; give weights to {', '.join(rewards)} only")
+    parts = {name: [float(value or 0.0) for value in values] for name, values in rewards.items()}
+    total = [sum(weights[name] * parts[name][i] for name in weights) for i in range(len(completions))]
+    return total, parts
+
+
+def adherence_matrix(
+    completions: Sequence[str], options: Sequence[Options], perspectives: Sequence[str | None]
+) -> list[list[float]]:
+    """Adherence scores `[N, K]` in [0, 1], K in the order of `PERSPECTIVES`.
+
+    A completion prompted for one perspective is scored on that alone, NaN elsewhere; one prompted for none (None), on
+    all (DESIGN section 7, `gba.conditioning`). Raises ValueError for an unknown perspective or unequal lengths.
+    """
+    if unknown := set(perspectives) - {None, *PERSPECTIVES}:
+        raise ValueError(f"perspectives must be None or one of {', '.join(PERSPECTIVES)}, got {unknown.pop()!r}")
+    return [
+        [adherence(text, choices, name) if asked in (None, name) else math.nan for name in PERSPECTIVES]
+        for text, choices, asked in zip(completions, options, perspectives, strict=True)
+    ]

@@ -1,0 +1,186 @@
+"""Group rollouts for GBA: prompts by perspective, sampled completions, rewards, advantages (DESIGN section 7)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmedexpert.data.record import Record
+from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.models.backbone import core_of
+from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.generate import generate
+from mmedexpert.scoring import Protocol
+from mmedexpert.training import rewards
+from mmedexpert.training.advantages import RewardScale, guideline_based, perspective_terms
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled."""
+
+    num_generations: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """GBA's own settings: perspective `weights`, their `scale`, `gate` none|correct, and `conditioning` (see
+    `assign_perspectives`)."""
+
+    weights: tuple[float, ...]
+    scale: float
+    gate: str
+    conditioning: str
+    scale_rewards: RewardScale
+
+
+@dataclass
+class Rollout:
+    """B groups of G completions: everything the update needs, and what is logged. Rows are b*G+g."""
+
+    prompts: list[Prompt]
+    completions: list[list[int]]
+    texts: list[str]
+    perspectives: list[str | None]
+    sampling_logps: Tensor  # [B*G, T], of the distribution sampled from
+    mask: Tensor  # [B*G, T]
+    finished: Tensor  # [B*G]
+    outcome: Tensor  # [B, G]
+    parts: dict[str, list[float]]  # each reward function's values [B*G]
+    adherence: Tensor  # [B, G, K], NaN where another perspective was asked for
+    terms: Tensor  # [B, G, K] each perspective's share of the advantage
+    advantages: Tensor  # [B, G]
+    seconds: dict[str, float]  # wall seconds of `gen` and `reward`
+    old_logps: Tensor | None = None  # [B*G, T], kept by the first update for the later ones
+
+    def informative(self) -> list[int]:
+        """The groups that move the policy: those in which not every advantage is zero."""
+        return self.advantages.bool().any(1).nonzero().flatten().tolist()
+
+    def take(self, groups: Sequence[int]) -> Rollout:
+        """Some of the groups."""
+        size = self.outcome.shape[1]
+        rows = [b * size + g for b in groups for g in range(size)]
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                changed[name] = value[groups if len(value) == len(self.outcome) else rows]
+            elif isinstance(value, list):
+                changed[name] = [value[row] for row in rows]
+        changed["parts"] = {name: [values[row] for row in rows] for name, values in self.parts.items()}
+        return replace(self, **changed)
+
+    def join(self, other: Rollout) -> Rollout:
+        """The groups of both; completions are padded to the longer of the two."""
+        joined: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            more = getattr(other, name)
+            if isinstance(value, list):
+                joined[name] = value + more
+            elif isinstance(value, Tensor):
+                width = max(value.shape[-1], more.shape[-1]) if name in ("mask", "sampling_logps") else None
+                pair = [F.pad(x, (0, width - x.shape[-1])) if width else x for x in (value, more)]
+                joined[name] = torch.cat(pair)
+        joined["parts"] = {name: values + other.parts[name] for name, values in self.parts.items()}
+        joined["seconds"] = {name: seconds + other.seconds[name] for name, seconds in self.seconds.items()}
+        return replace(self, **joined)
+
+
+def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
+    """The perspective each of the G completions is prompted with (None: the prompt stays as it is). # ours
+
+    `prompted` spreads them evenly over all four whatever the weights, so that every arm of an ablation is asked the
+    same; `prompted_weighted` over those with weight > 0 alone, without any over none; `free` over none.
+    """
+    asked = list(PERSPECTIVES) if conditioning == "prompted" else []
+    if conditioning == "prompted_weighted":
+        asked = [name for name, weight in zip(PERSPECTIVES, weights, strict=True) if weight > 0]
+    if not asked:
+        return [None] * num_generations
+    return [asked[i * len(asked) // num_generations] for i in range(num_generations)]
+
+
+def advantages(outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """GBA advantages [B, G] by `guideline_based`, and each perspective's term [B, G, K] of them."""
+    options: dict[str, Any] = {
+        "scale": guidance.scale,
+        "gate": correct if guidance.gate == "correct" else None,
+        "reward_scale": guidance.scale_rewards,
+    }
+    terms = perspective_terms(adherence, guidance.weights, **options)
+    return guideline_based(outcome, adherence, guidance.weights, **options), terms
+
+
+def roll_out(
+    model: Any,
+    encoder: Encoder,
+    records: Sequence[Record],
+    image_root: Path,
+    *,
+    sampling: Sampling,
+    guidance: Guidance,
+    reward_weights: dict[str, float],
+    protocol: Protocol,
+    generator: torch.Generator,
+) -> Rollout:
+    """Sample a group per record, score it and compute its advantages.
+
+    Completions of one record that share an instruction share its prefill; images are patched once per record.
+    """
+    asked = assign_perspectives(guidance.weights, sampling.num_generations, guidance.conditioning)
+    distinct = list(dict.fromkeys(asked))
+    per_prompt = asked.count(distinct[0]) if len({asked.count(name) for name in distinct}) == 1 else 1
+    layout = distinct if per_prompt > 1 else asked
+    prompts = [
+        encoder.prompt(record, image_root, instructions()[name] if name else "")
+        for record in records
+        for name in layout
+    ]
+    start = time.perf_counter()
+    encoder.see(core_of(model), prompts)
+    sampled = generate(
+        model,
+        encoder,
+        prompts,
+        banned_ids=encoder.banned_ids,
+        max_new_tokens=sampling.max_new_tokens,
+        num_generations=per_prompt,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        generator=generator,
+    )
+    rows = sampled.rows()
+    sampling_ended = time.perf_counter()
+    texts = [encoder.decode(row) for row in rows]
+    group = sampling.num_generations
+    repeated = [record for record in records for _ in range(group)]
+    perspectives = asked * len(records)
+    outcome, parts = rewards.outcome(
+        texts,
+        options=[record.options for record in repeated],
+        answer=[record.answer for record in repeated],
+        weights=reward_weights,
+        protocol=protocol,
+    )
+    adherence = rewards.adherence_matrix(texts, [record.options for record in repeated], perspectives)
+    scores = torch.tensor(outcome).view(-1, group)
+    followed = torch.tensor(adherence).view(-1, group, len(PERSPECTIVES))
+    correct = torch.tensor(parts["accuracy"]).view(-1, group) == 1.0
+    total, terms = advantages(scores, followed, guidance, correct)
+    seconds = {"gen": sampling_ended - start, "reward": time.perf_counter() - sampling_ended}
+    return Rollout(
+        [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
+        sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total, seconds,
+    )  # fmt: skip
