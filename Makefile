@@ -5,7 +5,7 @@ PYTHON ?= python
 help:
 	@echo "make install   packages for running and developing"
 	@echo "make test      all tests"
-	@echo "make lint      ruff, formatting, mypy"
+	@echo "make lint      ruff, formatting, mypy, who may import whom"
 	@echo "make smoke     every stage in about a minute, on the CPU"
 	@echo "make clean     caches and build leftovers; outputs/ stays"
 
@@ -19,6 +19,7 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	lint-imports
 
 smoke:
 	$(PYTHON) run.py debug=smoke
