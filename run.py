@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which tells them in one line
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that leaves is told by us
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that leaves is reported by us
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,12 +18,12 @@ from mmedexpert.runtime.quiet import one_line, silence
 TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
 finished: list = []  # (overrides, runs) of each job of this command
 failed: list[list[str]] = []
-told: set[str] = set()
+noted: set[str] = set()
 # a sweep's folder is made by Hydra itself, before any key is checked
 OmegaConf.register_new_resolver("home", os.path.expanduser)
 
 
-def speaks() -> bool:
+def is_first_process() -> bool:
     """Of several processes rank 0 tells results and errors; of those that have not met yet, a machine's first."""
     if "torch" in sys.modules:
         from torch import distributed
@@ -33,16 +33,16 @@ def speaks() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0"
 
 
-def tell(line: str) -> None:
+def note(line: str) -> None:
     """A dim line on stderr, once in a command."""
-    if line and line not in told and speaks():
-        told.add(line)
+    if line and line not in noted and is_first_process():
+        noted.add(line)
         print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(composed: DictConfig) -> None:
-    """One job of the command; its error is told in one line."""
+    """One job of the command; its error is printed in one line."""
     given = list(HydraConfig.get().overrides.task)
     overrides = redacted(given)  # as they are shown
     # Hydra's own note of a sweep: every option as it was typed, passwords too
@@ -51,9 +51,9 @@ def job(composed: DictConfig) -> None:
         from mmedexpert.checks import typed
         from mmedexpert.unread import notes, swept_keys
 
-        config = typed(composed, given)  # before torch is imported: a mistake is told in a second
+        config = typed(composed, given)  # before torch is imported: a mistake is reported within a second
         unread = notes(config, given, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
-        tell(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
+        note(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
         import lightning
         import torch
 
@@ -68,10 +68,10 @@ def job(composed: DictConfig) -> None:
         if config.stage.name != "report":  # it only reads
             launch(config)
             config = check_inputs(config)
-        elif not speaks():
+        elif not is_first_process():
             return
         runs = hydra.utils.get_method(config.stage.target)(config)
-        if speaks():
+        if is_first_process():
             if config.runs.explain:
                 report.print_explained()
             else:
@@ -80,9 +80,9 @@ def job(composed: DictConfig) -> None:
     except Exception as error:
         if TRACEBACK:
             raise
-        # told and kept here, so that the other jobs of a sweep still run
+        # reported and kept here, so that the other jobs of a sweep still run
         failed.append(overrides)
-        if speaks():
+        if is_first_process():
             print(f"error: {one_line(error)}", file=sys.stderr)
 
 
@@ -96,18 +96,18 @@ def main() -> int:
     except Exception as error:
         if TRACEBACK:
             raise
-        if speaks():
+        if is_first_process():
             print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2 if speaks() else 0
-    code = 2 if failed and speaks() else 0
-    if len(finished) + len(failed) > 1 and speaks():
+        return 2 if is_first_process() else 0
+    code = 2 if failed and is_first_process() else 0
+    if len(finished) + len(failed) > 1 and is_first_process():
         from mmedexpert.reporting import tables as report
 
         report.print_jobs(finished, failed)
     if finished or failed:
-        from mmedexpert.runtime.ranks import part
+        from mmedexpert.runtime.ranks import shutdown
 
-        part()
+        shutdown()
     return code
 
 

@@ -46,8 +46,8 @@ def test_an_image_is_encoded_once_and_its_features_change_nothing(tiny, picture,
     calls = []
     original = model.model.visual.forward
     monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
-    encoder.see(model, chosen)
-    encoder.see(model, chosen)
+    encoder.encode_images(model, chosen)
+    encoder.encode_images(model, chosen)
     assert len(calls) == 2 and all(image.patches is None for prompt in chosen for image in prompt.images)
     batch, _ = encoder.collate(chosen, [encoder.completion("low"), encoder.completion("high")] * 2)
     assert "pixel_values" not in batch
@@ -55,7 +55,7 @@ def test_an_image_is_encoded_once_and_its_features_change_nothing(tiny, picture,
         assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
     assert len(calls) == 2
     again = prompts(encoder, picture)
-    encoder.see(model, again, patches_together=10_000)  # both images in one call
+    encoder.encode_images(model, again, patches_together=10_000)  # both images in one call
     assert len(calls) == 3
     for one, other in zip(again[2].images, chosen[2].images, strict=True):
         assert torch.allclose(one.seen.pooler_output[0], other.seen.pooler_output[0], atol=1e-5)
@@ -68,7 +68,7 @@ def test_a_trained_vision_tower_is_never_cached(tiny, picture):
     model, encoder = copy.deepcopy(tiny[0]), tiny[1]
     chosen = prompts(encoder, picture)
     model.model.visual.requires_grad_(True)
-    encoder.see(model, chosen)
+    encoder.encode_images(model, chosen)
     assert all(image.seen is None for prompt in chosen for image in prompt.images)
 
 
@@ -81,8 +81,8 @@ def test_images_are_kept_up_to_a_number_of_bytes(tiny, picture, tmp_path):
     assert images[3] is images[0]
     assert encoder.image(tmp_path / "0.png") is images[0] and encoder.image(tmp_path / "1.png") is not images[1]
     frozen = copy.deepcopy(tiny[0]).requires_grad_(False)
-    encoder.see(frozen, [encoder.chat("heart", [encoder.patches(picture(seed))]) for seed in range(20)])
-    encoder.see(frozen, [encoder.chat("heart", [images[1]])])
+    encoder.encode_images(frozen, [encoder.chat("heart", [encoder.patches(picture(seed))]) for seed in range(20)])
+    encoder.encode_images(frozen, [encoder.chat("heart", [images[1]])])
     names = [tmp_path / f"{seed}.png" for seed in (0, 1, 2, 3)]
     first = encoder.image(names[0])
     for name in names[1:]:

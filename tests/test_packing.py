@@ -69,7 +69,7 @@ def test_packed_equals_whole_sequences(policy, tiny, picture, max_tokens):
     encoder = tiny[1]
     prompts = asked(encoder, picture)
     completions = said(encoder, len(prompts))
-    encoder.see(core_of(policy), prompts)
+    encoder.encode_images(core_of(policy), prompts)
     weights = torch.linspace(-1, 2, sum(map(len, completions)))
     expected = whole_sequences(policy, encoder, prompts, completions)
     (expected * weights).sum().backward()
@@ -119,7 +119,7 @@ def test_every_shared_token_is_read_once(tiny, picture):
     one = encoder.patches(picture(1))
     prompts = [encoder.chat("heart rate is low within", [one]) for _ in range(4)]  # equal, and four objects
     other = encoder.chat("heart rate is low within", [encoder.patches(picture(2))])
-    encoder.see(copy.deepcopy(model).requires_grad_(False), [*prompts, other])
+    encoder.encode_images(copy.deepcopy(model).requires_grad_(False), [*prompts, other])
     packed = pack(model, encoder, [*prompts, other], [[5, 6, 7]] * 5)
     length = len(prompts[0].input_ids)
     assert packed.inputs["input_ids"].shape[1] == 2 * length + 5 * 2

@@ -97,7 +97,7 @@ class Parity:
         return logps, entropy
 
     def our_logps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.encoder.see(core_of(self.ours), self.prompts)
+        self.encoder.encode_images(core_of(self.ours), self.prompts)
         packed = pack(self.ours, self.encoder, self.prompts, self.completions)
         logps, entropy, _ = token_logps(self.ours, packed)
         width = max(map(len, self.completions))

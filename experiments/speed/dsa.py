@@ -59,7 +59,7 @@ def sft_step(model: Any, encoder: Encoder, optimizer: torch.optim.Optimizer, sam
     prompts = [encoder.chat(sample.text, [encoder.image(sample.image)]) for sample in samples]
     # TRL trains on the template's line break after the end of the turn too
     answers = [encoder.tokenizer(f"{sample.answer}<|im_end|>\n")["input_ids"] for sample in samples]
-    encoder.see(core_of(model), prompts)
+    encoder.encode_images(core_of(model), prompts)
     logps, _, _ = token_logps(model, pack(model, encoder, prompts, answers))
     (-logps.mean()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

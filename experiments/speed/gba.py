@@ -68,7 +68,7 @@ def grpo_step(
 ) -> list[Row]:
     """Rollout, reward, advantages and update; returns each row's prompt ids and number of trained tokens."""
     prompts = [encoder.chat(question.text, [encoder.image(question.image)]) for question in questions]
-    encoder.see(core_of(model), prompts)
+    encoder.encode_images(core_of(model), prompts)
     sampled = generate(
         model,
         encoder,

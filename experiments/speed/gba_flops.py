@@ -125,5 +125,5 @@ def vision_flops(core: Any, encoder: Encoder, image: Path) -> float:
     }
     prompt = encoder.chat("", [encoder.image(image)])
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
-        encoder.see(core, [prompt])
+        encoder.encode_images(core, [prompt])
     return counter.get_total_flops()

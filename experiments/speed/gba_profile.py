@@ -121,7 +121,7 @@ def step(
             images = [encoder.image(question.image) for question in questions]
         prompts = [encoder.chat(question.text, [image]) for question, image in zip(questions, images, strict=True)]
         with clock.part("vision tower"):
-            encoder.see(core, prompts)
+            encoder.encode_images(core, prompts)
         with clock.part("decoding"), patch.object(sampler, "prefill", clock.timed("prefill", sampler.prefill)):
             sampled = sampler.generate(
                 model,

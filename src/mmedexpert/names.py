@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmedexpert.schema import Config
 
-BASELINES = ("majority", "blank_image")
+MAJORITY, BLANK_IMAGE = BASELINES = ("majority", "blank_image")  # who never looks; who is shown a grey image
 START = "start"  # what the reasoner was trained from
 # asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
 # the same prompts without perspectives, what GBA must pass

@@ -46,7 +46,7 @@ class TransformersEngine:
 
     def _answer(self, prompts: Sequence[Any]) -> list[Reply]:
         start = time.perf_counter()
-        self.encoder.see(core_of(self.model), prompts, patches_together=PATCHES)
+        self.encoder.encode_images(core_of(self.model), prompts, patches_together=PATCHES)
         out = generate(
             self.model, self.encoder, prompts, banned_ids=self.encoder.banned_ids, max_new_tokens=self.max_new_tokens
         )  # fmt: skip

@@ -93,7 +93,7 @@ class Encoder:
         return self._images[key]
 
     @torch.no_grad()
-    def see(self, core: Any, prompts: Sequence[Prompt], *, patches_together: int = 0) -> None:
+    def encode_images(self, core: Any, prompts: Sequence[Prompt], *, patches_together: int = 0) -> None:
         """Run the vision tower once for every image of the prompts that it has not seen; later batches reuse it.
 
         One image a call, so that its features do not depend on its company and a resumed training repeats them to the
@@ -107,13 +107,13 @@ class Encoder:
         group: list[EncodedImage] = []
         for image in images.values():
             if group and sum(int(one.grid.prod()) for one in [*group, image]) > patches_together:
-                self._see(core, group)
+                self._encode(core, group)
                 group = []
             group.append(image)
         if group:
-            self._see(core, group)
+            self._encode(core, group)
 
-    def _see(self, core: Any, images: Sequence[EncodedImage]) -> None:
+    def _encode(self, core: Any, images: Sequence[EncodedImage]) -> None:
         device = next(core.model.visual.parameters()).device
         patches = torch.cat([patches for image in images if (patches := image.patches) is not None]).to(device)
         grids = torch.stack([image.grid for image in images]).to(device)

@@ -47,7 +47,7 @@ def _row(name: str, model: Mapping[str, Any]) -> Row:
     row["macro accuracy [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
     row["unparsed"] = f"{100 * model['parse_failure_rate']:.0f}%"
     return row | {
-        name[:5]: f"{model['adherence'][name]:.2f}" if name in model["adherence"] else "-" for name in PERSPECTIVES
+        name: f"{model['adherence'][name]:.2f}" if name in model["adherence"] else "-" for name in PERSPECTIVES
     }
 
 
@@ -219,7 +219,7 @@ def vote_rows(name: str, one: Mapping[str, Any]) -> list[Row]:
     return [
         {
             "model": name, "protocol": protocol,
-            **{p[:5]: f"{found[p]['accuracy']:.2f}" for p in PERSPECTIVES},
+            **{p: f"{found[p]['accuracy']:.2f}" for p in PERSPECTIVES},
             "vote [95% CI]": interval(one["protocols"][protocol]), "gain [95% CI]": interval(found["gain"], "mean"),
         }
         for protocol, found in one["vote"].items()
@@ -248,7 +248,7 @@ def job_rows(jobs: Sequence[tuple[Sequence[str], Mapping[str, Run]]]) -> list[Ro
                 if name not in ("base", *BASELINES):
                     row[f"{name} [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
                     if name == "reasoner":
-                        row |= {p[:5]: f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
+                        row |= {p: f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
             rows.append(row)
         else:
             rows += [{**row, "stage": run.stage, "name": name, **_main_numbers(run)} for name, run in runs.items()]

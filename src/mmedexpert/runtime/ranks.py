@@ -45,7 +45,7 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def part() -> None:
+def shutdown() -> None:
     """The end of a command: ranks wait for the last of them, and leave each other."""
     if ranks() > 1:
         with suppress(RuntimeError):  # one has gone already

@@ -21,6 +21,7 @@ from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.models.backbone import load_encoder, load_model, streamline
+from mmedexpert.names import BLANK_IMAGE, MAJORITY
 from mmedexpert.reporting.tracking import log_metrics
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
@@ -36,7 +37,7 @@ from mmedexpert.stages.subjects import Subject, subjects_of
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionSource:
     """A question set, the run it comes from, and its identity (which follows its content)."""
 
     questions: QuestionSet
@@ -58,42 +59,42 @@ def run(config: Config) -> dict[str, Run]:
         source = benchmark.prepared(config, one)
         questions, left_out = benchmark.question_set(one, source), len(source.manifest["left_out"])
         identity = fingerprint(questions.records, questions.image_root)
-        sets.append(Asked(questions, source, identity, left_out, ["all"], public=True))
+        sets.append(QuestionSource(questions, source, identity, left_out, ["all"], public=True))
     return {f"{asked.questions.name}/{s.name}": _evaluate(config, s, asked) for asked in sets for s in subjects}
 
 
-def _own(config: Config) -> Asked:
+def _own(config: Config) -> QuestionSource:
     data, names = dataset(config), config.specialty.names
     records, image_root = records_of(data, config.eval.split, names)
     name = f"{data.name}-{config.eval.split}"
     questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
-    return Asked(questions, data, fingerprint(records, image_root), 0, names, public=False)
+    return QuestionSource(questions, data, fingerprint(records, image_root), 0, names, public=False)
 
 
-def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
+def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
     settings, questions = config.eval, asked.questions
     protocol = settings.protocol if settings.protocol != "auto" else ("medevalkit" if asked.public else "robust")
-    perspectives = "none" if subject.name == "majority" else settings.perspectives
+    perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
     asks = asks_of(questions, protocol=protocol, perspectives=perspectives)
     words = json.dumps([(record.id, perspective, ask.text) for record, perspective, ask in asks])
     key: dict[str, Any] = {
         "asked": hashlib.sha256(words.encode()).hexdigest()[:16],
         "specialties": asked.specialties,
         "engine": config.engine.name,
-        "blank": subject.blank,
+        "blank": subject.baseline == BLANK_IMAGE,
     }
     inputs = {"questions": asked.identity, "model": subject.identity}
-    if subject.name == "majority":
+    if subject.baseline == MAJORITY:
         key["rules"] = versions("majority")
         inputs["train"] = content_of(dataset(config), "train", config.specialty.names)
     else:
         system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
         key["model"] = {"system_prompt": system_prompt, "max_new_tokens": config.model.max_new_tokens}
-        if subject.folder is not None:  # not served elsewhere
+        if not subject.served:
             key["model"] = {**model_key(config), **key["model"]}
             key["rules"] = versions("prompts", "sampling", "images")
-    data = dataset(config) if settings.contamination or subject.name == "majority" else None
+    data = dataset(config) if settings.contamination or subject.baseline == MAJORITY else None
 
     def summarise(run: Run, rows: list[Prediction]) -> dict[str, float]:
         overlap = clean_part(config, data, questions, asked.identity) if data and settings.contamination else None
@@ -115,7 +116,7 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
         return flatten(found)
 
     def work(run: Run) -> dict[str, float]:
-        blank = run.folder / "blank.png" if subject.blank else None
+        blank = run.folder / "blank.png" if subject.baseline == BLANK_IMAGE else None
         if blank is not None:
             Image.new("RGB", (112, 112), (128, 128, 128)).save(blank)
         with run.phase("ask"):
@@ -132,7 +133,7 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
         return flat
 
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs)
-    if done.reused and subject.folder is None and subject.name != "majority":
+    if done.reused and subject.served:
         console.print(
             f"[yellow]{subject.name}: the server was not asked, its answers are kept from {done.manifest['finished']}; "
             "if it has another model by now, engine.endpoint.revision=<any new name> asks again[/yellow]",
@@ -145,12 +146,13 @@ def _evaluate(config: Config, subject: Subject, asked: Asked) -> Run:
 
 
 def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: str) -> Engine:
-    if subject.name == "majority":
+    if subject.baseline == MAJORITY:
         train, _ = records_of(dataset(config), "train", config.specialty.names)
         return majority_engine(train, questions.records)
     system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
-    if subject.folder is None:
+    if subject.served:
         return _served(config.engine.endpoint, system_prompt or "", config.model.max_new_tokens)
+    assert subject.folder is not None
     encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
     encoder.system_prompt = system_prompt
     answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model

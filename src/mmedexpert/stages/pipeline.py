@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedexpert.data.images import open_image
-from mmedexpert.names import reasoner_names
+from mmedexpert.names import MAJORITY, reasoner_names
 from mmedexpert.reporting import tables as report
 from mmedexpert.reporting.tracking import log_metrics, log_table
 from mmedexpert.runtime.runs import Run, console, write_json
@@ -58,7 +58,7 @@ def on_benchmarks(config: Config) -> list[str]:
     """Which models a pipeline asks benchmarks of: those of `eval.models`, else base and the pipeline's last."""
     if config.eval.models is None:
         return ["base", *([config.merge.name] if config.merge.method is not None else reasoner_names(config))]
-    return [name for name in config.eval.models if name != "majority"] or ["base"]  # it is a column of their table
+    return [name for name in config.eval.models if name != MAJORITY] or ["base"]  # it is a column of their table
 
 
 def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from mmedexpert.models.adapters import LoraAdapter, check_compatible
 from mmedexpert.models.checkpoint import fingerprint_model
 from mmedexpert.names import (
     BASELINES,
+    BLANK_IMAGE,
     CONTROL,
+    MAJORITY,
     MULTI_TASK,
     START,
     distinct_names,
@@ -29,13 +31,18 @@ from mmedexpert.stages.pretrain import base_of
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked: a model folder with or without an adapter, a served model, or a baseline."""
+    """What is asked: a model folder with or without an adapter, a served model, or a baseline of `names.BASELINES`."""
 
     name: str
     identity: str
     folder: Path | None = None
     adapter: Path | None = None
-    blank: bool = False
+    baseline: str | None = None
+
+    @property
+    def served(self) -> bool:
+        """Whether a server answers, whose model may change behind its name."""
+        return self.folder is None and self.baseline is None
 
 
 def subjects_of(config: Config) -> list[Subject]:
@@ -45,7 +52,7 @@ def subjects_of(config: Config) -> list[Subject]:
     wanted = config.eval.models
     if wanted is None and config.benchmark:
         wanted = ["base"]
-    if config.benchmark and "majority" in (wanted or []):
+    if config.benchmark and MAJORITY in (wanted or []):
         raise UserError("eval.models: majority is a column of every benchmark table; leave it out")
     names = known_names(config)
     folders = [name for name in wanted or [] if name not in names]  # `before.py` has seen that they are
@@ -75,10 +82,10 @@ def subjects_of(config: Config) -> list[Subject]:
         known[CONTROL] = _adapted(CONTROL, gba.control(config), base)
     subjects = [known[name] for name in wanted or known if name not in BASELINES]
     last = (subjects or [known["base"]])[-1]
-    if wanted is None or "majority" in wanted:
-        subjects.append(Subject("majority", "majority"))
-    if wanted is None or "blank_image" in wanted:
-        subjects.append(Subject("blank_image", last.identity, last.folder, last.adapter, blank=True))
+    if wanted is None or MAJORITY in wanted:
+        subjects.append(Subject(MAJORITY, MAJORITY, baseline=MAJORITY))
+    if wanted is None or BLANK_IMAGE in wanted:
+        subjects.append(replace(last, name=BLANK_IMAGE, baseline=BLANK_IMAGE))
     return subjects
 
 

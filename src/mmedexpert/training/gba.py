@@ -114,7 +114,7 @@ class GbaModule(TrainingModule):
             self.log(name, self.over_ranks(value, extreme) if extreme else self.over_ranks(value * tokens))
         self.log("loss", self.over_ranks(total))
         self.log_dict(self.pace(rollout))
-        reported = report(together(rollout))
+        reported = report(gather_rollout(rollout))
         self.log_dict({key: reported.pop(key) for key in ("reward", "adherence")}, prog_bar=True)
         self.log_dict(reported)
 
@@ -145,7 +145,7 @@ class GbaModule(TrainingModule):
         self.num_tokens = checkpoint["num_tokens"]
 
 
-def together(rollout: Rollout) -> Rollout:
+def gather_rollout(rollout: Rollout) -> Rollout:
     """The shares of all ranks as one rollout in the order of the batch, for what is logged: without prompts and ids."""
     logged = {name: getattr(rollout, name).cpu() for name in ("sampling_logps", "mask", "finished")}
     return reduce(Rollout.join, gather(replace(rollout, prompts=[], completions=[], old_logps=None, **logged)))
@@ -231,7 +231,7 @@ def rollout_stream(
             if settle is not None:
                 settle(rollout)
             if watch is not None:
-                watch(number, [record for part in gather(batch) for record in part], together(rollout))
+                watch(number, [record for part in gather(batch) for record in part], gather_rollout(rollout))
             for _ in range(num_iterations):
                 yield rollout
 

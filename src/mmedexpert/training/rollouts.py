@@ -148,7 +148,7 @@ def roll_out(
         for name in layout
     ]
     start = time.perf_counter()
-    encoder.see(core_of(model), prompts)
+    encoder.encode_images(core_of(model), prompts)
     sampled = generate(
         model,
         encoder,

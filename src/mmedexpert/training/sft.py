@@ -48,7 +48,7 @@ class SftModule(TrainingModule):
         self.micro_batch_tokens = micro_batch_tokens
 
     def training_step(self, samples: Samples, batch_idx: int) -> None:
-        self.encoder.see(core_of(self.model), samples.prompts)
+        self.encoder.encode_images(core_of(self.model), samples.prompts)
         parts = self.weighted(
             micro_batches(self.encoder, samples.prompts, samples.completions, self.micro_batch_tokens)
         )
