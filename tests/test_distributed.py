@@ -24,8 +24,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import add_lora
 from mmedexpert.stages import common
-from mmedexpert.training.fit import fit, share, trained_weights
-from mmedexpert.training.gba import GbaModule, rollout_stream
+from mmedexpert.training.fit import fit, gathered, share, trained_weights
+from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
 from mmedexpert.training.sft import Samples, SftModule
 
@@ -69,10 +69,11 @@ def given_rollout(encoder: Any, pictures: list[Any]) -> Rollout:
 
 
 def gba_module(policy: Any, encoder: Any, loss_type: Any) -> GbaModule:
-    return GbaModule(
-        policy, encoder, steps=2, micro_batch_tokens=BUDGET, loss_type=loss_type, epsilon=0.2, epsilon_high=None,
-        beta=0.1, temperature=1.0, max_completion_length=7, mask_truncated_completions=True, **TRAINING,
+    objective = Objective(
+        loss_type, epsilon=0.2, epsilon_high=None, beta=0.1, temperature=1.0, max_completion_length=7,
+        mask_truncated_completions=True,
     )  # fmt: skip
+    return GbaModule(policy, encoder, objective, steps=2, micro_batch_tokens=BUDGET, **TRAINING)
 
 
 def update(case: str, tiny: Any, pictures: list[Any], folder: Path, rank: int = 0, **devices: Any) -> dict[str, Any]:
@@ -116,9 +117,9 @@ def resumed(tiny: Any, pictures: list[Any], folder: Path, rank: int, **devices: 
     return [whole, train(None, "b")]
 
 
-def sampled(tiny: Any, root: Path, rank: int = 0, **devices: Any) -> str:
+def sampled(tiny: Any, root: Path, **devices: Any) -> str:
     """What the completions of three prompts say, before and after an update."""
-    policy, encoder, said, ranks = policy_of(tiny), tiny[1], [], devices.get("devices", 1)
+    policy, encoder, said = policy_of(tiny), tiny[1], []
     records = [
         Record(
             id=str(n), images=(f"{n}.png",), question="heart rate" + " is low" * n, options={"A": "high", "B": "low"},
@@ -127,12 +128,13 @@ def sampled(tiny: Any, root: Path, rank: int = 0, **devices: Any) -> str:
         for n in range(3)
     ]  # fmt: skip
 
-    def sample(batch: list[Record], generator: torch.Generator) -> Rollout:
-        return roll_out(
-            policy, encoder, batch, root, sampling=Sampling(4, 6, 1.0, 1.0, 0), protocol="robust",
-            guidance=Guidance((0.0,) * 4, 1.0, "none", "free", "group"),
-            reward_weights={"accuracy": 1.0, "format": 0.2}, generator=generator,
-        )  # fmt: skip
+    def sample(batch: list[Record], seeds: list[int]) -> Rollout:
+        with gathered(policy):
+            return roll_out(
+                policy, encoder, batch, root, sampling=Sampling(4, 6, 1.0, 1.0, 0), protocol="robust",
+                guidance=Guidance((0.0,) * 4, 1.0, "none", "free", "group"),
+                reward_weights={"accuracy": 1.0, "format": 0.2}, seeds=seeds,
+            )  # fmt: skip
 
     def reward(texts: list[str], **_: Any) -> tuple[list[float], dict[str, list[float]]]:
         scores = [float(len(text) % 7) for text in texts]
@@ -140,7 +142,7 @@ def sampled(tiny: Any, root: Path, rank: int = 0, **devices: Any) -> str:
 
     module = gba_module(policy, encoder, "grpo")
     stream = rollout_stream(
-        records, sample, prompts_per_step=3, num_iterations=1, seed=0, rank=rank, ranks=ranks, draws=24, policy=policy,
+        records, sample, prompts_per_step=3, num_iterations=1, seed=0,
         watch=lambda number, batch, rollout: said.extend([*rollout.texts, *(record.id for record in batch)]),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +164,7 @@ def work(rank: int, port: int, folder: Path, tiny: Any, pictures: list[Any]) -> 
             save_file(found, folder / f"{case}-{strategy}-{rank}.safetensors")
         whole, again = resumed(tiny, pictures, folder / strategy, rank, **devices)
         assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
-        texts = sampled(tiny, folder, rank, **devices)
+        texts = sampled(tiny, folder, **devices)
         (folder / f"texts-{strategy}-{rank}").write_text(texts, encoding="utf-8")
 
 

@@ -15,8 +15,8 @@ from mmedexpert.models.backbone import add_lora, start_from_
 from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.advantages import group_relative, guideline_based
 from mmedexpert.training.fit import fit
-from mmedexpert.training.gba import GbaModule, report, rollout_stream
-from mmedexpert.training.rollouts import Guidance, Sampling, assign_perspectives, roll_out
+from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
+from mmedexpert.training.rollouts import Guidance, Sampling, assign_perspectives, report, roll_out
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -55,17 +55,19 @@ def sample(
         policy, encoder, records, root, sampling=Sampling(group, tokens, 1.0, 1.0, 0),
         guidance=Guidance(weights, scale, gate, conditioning, "group"),
         reward_weights={"accuracy": 1.0, "format": 0.2},
-        protocol="robust", generator=torch.Generator().manual_seed(seed),
+        protocol="robust", seeds=[100 * seed + place for place in range(len(records))],
     )  # fmt: skip
 
 
 def module(parts, **changes):
-    settings = {
-        "lr": 0.01, "weight_decay": 0.0, "loss_type": "grpo", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0,
-        "temperature": 1.0, "max_completion_length": 6, "mask_truncated_completions": False, "seed": 0, "steps": 10,
-        "warmup_ratio": 0.0, "max_grad_norm": 1.0,
+    objective = {
+        "loss_type": "grpo", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "temperature": 1.0,
+        "max_completion_length": 6, "mask_truncated_completions": False,
     }  # fmt: skip
-    return GbaModule(parts[0], parts[1], **{**settings, **changes})
+    training = {"lr": 0.01, "weight_decay": 0.0, "seed": 0, "steps": 10, "warmup_ratio": 0.0, "max_grad_norm": 1.0}
+    objective |= {name: value for name, value in changes.items() if name in objective}
+    training |= {name: value for name, value in changes.items() if name not in objective}
+    return GbaModule(parts[0], parts[1], Objective(**objective), **training)
 
 
 @pytest.mark.parametrize("weights", [(0.0,) * 4, (1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)])
@@ -255,8 +257,8 @@ def test_it_learns_to_say_what_is_rewarded(parts, monkeypatch, tmp_path):
     monkeypatch.setattr("mmedexpert.training.rewards.outcome", share)
     seen = []
 
-    def draw(batch, generator):
-        rollout = sample(parts, seed=int(generator.initial_seed() % 2**31), group=16)
+    def draw(batch, seeds):
+        rollout = sample(parts, seed=seeds[0] % 2**31, group=16)
         seen.append(float(rollout.outcome.mean()))
         return rollout
 
@@ -268,7 +270,7 @@ def test_it_learns_to_say_what_is_rewarded(parts, monkeypatch, tmp_path):
 def test_each_rollout_serves_num_iterations_updates(parts):
     calls = []
     stream = rollout_stream(
-        parts[2], lambda batch, generator: calls.append([r.id for r in batch]) or len(calls), prompts_per_step=2,
+        parts[2], lambda batch, seeds: calls.append([r.id for r in batch]) or len(calls), prompts_per_step=2,
         num_iterations=3, seed=0,
     )  # fmt: skip
     assert list(itertools.islice(stream(0), 7)) == [1, 1, 1, 2, 2, 2, 3]
@@ -284,7 +286,7 @@ def test_groups_without_signal_are_replaced_by_other_records(parts):
     whole.advantages = torch.tensor([[0.0] * 4, [1.0, -1.0, 0.5, -0.5], [0.0] * 4])
     drawn = []
 
-    def draw(batch, generator):
+    def draw(batch, seeds):
         drawn.append([record.id for record in batch])
         if len(drawn) == 1:
             return whole
@@ -315,7 +317,7 @@ def test_the_modules_update_is_of_the_distribution_that_was_sampled(parts, tmp_p
     rollout = roll_out(
         policy, encoder, records, root, sampling=Sampling(8, 6, temperature, 1.0, 0),
         guidance=Guidance((1.0,) * 4, 1.0, "correct", "prompted", "group"), reward_weights={"accuracy": 1.0},
-        protocol="robust", generator=torch.Generator().manual_seed(0),
+        protocol="robust", seeds=range(len(records)),
     )  # fmt: skip
     packed = pack(policy, encoder, rollout.prompts, rollout.completions)
     plain = packed.matrix(token_logps(policy, packed, temperature)[0], rollout.mask.shape[1])

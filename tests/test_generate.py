@@ -96,7 +96,7 @@ def test_logps_are_those_of_a_plain_forward_pass(tiny, picture, temperature):
     chosen = prompts(encoder, picture)[:3]
     out = generate(
         model, encoder, chosen, max_new_tokens=10, num_generations=3, temperature=temperature,
-        generator=torch.Generator().manual_seed(0),
+        seeds=[0, 1, 2],
     )  # fmt: skip
     rows = out.rows()
     assert len(rows) == 9 and len({tuple(r) for r in rows[:3]}) > 1
@@ -127,9 +127,24 @@ def test_top_k_one_is_greedy_and_top_p_bounds_the_choice(tiny, picture):
     chosen = prompts(encoder, picture)
     greedy = generate(model, encoder, chosen, max_new_tokens=6)
     for warp in ({"top_k": 1}, {"top_p": 1e-6}):
-        generator = torch.Generator().manual_seed(3)
-        sampled = generate(model, encoder, chosen, max_new_tokens=6, temperature=1.0, generator=generator, **warp)
+        seeds = range(len(chosen))
+        sampled = generate(model, encoder, chosen, max_new_tokens=6, temperature=1.0, seeds=seeds, **warp)
         assert sampled.rows() == greedy.rows()
+
+
+def test_what_a_prompt_says_follows_from_its_seed_alone(tiny, picture):
+    """Not from its company, nor from its place: so it is the same on any number of devices."""
+    model, encoder = tiny
+    chosen = prompts(encoder, picture)
+    options = {"max_new_tokens": 6, "temperature": 1.0, "num_generations": 2}
+    together = generate(model, encoder, chosen, seeds=range(len(chosen)), **options).rows()
+    for place in range(len(chosen)):
+        alone = generate(model, encoder, chosen[place : place + 1], seeds=[place], **options).rows()
+        assert alone == together[2 * place : 2 * place + 2]
+    other = generate(model, encoder, chosen, seeds=range(9, 9 + len(chosen)), **options).rows()
+    assert other != together
+    with pytest.raises(ValueError, match="a seed for each"):
+        generate(model, encoder, chosen, seeds=[0], **options)
 
 
 def test_sampling_leaves_training_mode_as_it_was(tiny, picture):
@@ -157,7 +172,8 @@ def test_banned_tokens_are_never_chosen(tiny, picture):
     banned = {"banned_ids": sorted(said), "max_new_tokens": 8}
     again = generate(model, encoder, chosen, **banned)
     assert not said & {token for row in again.rows() for token in row}
-    sampled = generate(model, encoder, chosen, temperature=1.0, num_generations=4, **banned)
+    seeds = range(len(chosen))
+    sampled = generate(model, encoder, chosen, temperature=1.0, num_generations=4, seeds=seeds, **banned)
     assert not said & {token for row in sampled.rows() for token in row}
 
 
@@ -183,7 +199,7 @@ def test_banned_tokens_are_banned_before_top_p(tiny, picture, warp):
 
     out = generate(
         model, encoder, chosen, max_new_tokens=1, banned_ids=banned, temperature=1.0, num_generations=2000,
-        generator=torch.Generator().manual_seed(0), **warp,
+        seeds=[0], **warp,
     )  # fmt: skip
     drawn = out.ids[:, 0].tolist()
     assert set(drawn) <= {*expected} - {*banned}

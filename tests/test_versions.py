@@ -36,7 +36,7 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
 from mmedexpert.models.encode import prompt_text, target_text
-from mmedexpert.models.generate import _draw, _warp
+from mmedexpert.models.generate import _chances, _draw, _warp
 from mmedexpert.runtime.versions import VERSIONS, rule_of, text_of, versions
 from mmedexpert.scoring import medevalkit, robust
 from mmedexpert.scoring import text as metrics
@@ -238,7 +238,7 @@ def sft(folder: Path) -> Any:
 
 def gba(folder: Path) -> Any:
     """Four updates on one rollout with a cut-off completion and KL: loss, gradient, clipping, KL, entropy."""
-    from mmedexpert.training.gba import GbaModule
+    from mmedexpert.training.gba import GbaModule, Objective
     from mmedexpert.training.rollouts import Rollout
 
     model, encoder = small_model()
@@ -253,11 +253,12 @@ def gba(folder: Path) -> Any:
         {"accuracy": [1.0, 0.0, 0.0, 1.0]}, torch.full((2, 2, 4), torch.nan), torch.zeros(2, 2, 4),
         torch.tensor([[1.0, -1.0], [2.0, -0.5]]), {"gen": 0.0, "reward": 0.0},
     )  # fmt: skip
-    module = GbaModule(
-        policy_of(model), encoder, lr=0.02, weight_decay=0.0, loss_type="grpo", epsilon=0.01, epsilon_high=0.02,
-        beta=0.1, temperature=0.8, max_completion_length=8, mask_truncated_completions=True, seed=0, steps=4,
-        warmup_ratio=0.0, max_grad_norm=1.0,
+    objective = Objective(
+        "grpo", epsilon=0.01, epsilon_high=0.02, beta=0.1, temperature=0.8, max_completion_length=8,
+        mask_truncated_completions=True,
     )  # fmt: skip
+    training: dict[str, Any] = {"seed": 0, "steps": 4, "warmup_ratio": 0.0, "max_grad_norm": 1.0}
+    module = GbaModule(policy_of(model), encoder, objective, lr=0.02, weight_decay=0.0, **training)
     names = ("loss", "grad_norm", "clip_ratio/region_mean", "kl", "entropy", "reward")
     return curve(module, lambda step: iter([rollout] * 4), folder, *names)
 
@@ -268,7 +269,8 @@ def sampling(_: Path) -> Any:
     for name, (temperature, top_p, top_k) in {"plain": (1.0, 1.0, 0), "p": (0.7, 0.8, 0), "k": (1.3, 1.0, 7)}.items():
         chances = _warp(logits, temperature, top_p, top_k)
         drawn[name] = [_draw(chances, chance).tolist(), chances.max(1).values.tolist()]
-    return [drawn, step_seed(3, 7), assign_perspectives([1, 0, 0, 1], 8, "prompted")]
+    seeds = [step_seed(3, 7), step_seed(3, 7, 1, 0)]
+    return [drawn, seeds, _chances([3, 4], 2, 3).tolist(), assign_perspectives([1, 0, 0, 1], 8, "prompted")]
 
 
 def advantages(_: Path) -> Any:

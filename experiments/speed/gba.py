@@ -64,7 +64,7 @@ def grpo_step(
     *,
     num_generations: int,
     max_new_tokens: int,
-    generator: torch.Generator,
+    seed: int,
 ) -> list[Row]:
     """Rollout, reward, advantages and update; returns each row's prompt ids and number of trained tokens."""
     prompts = [encoder.chat(question.text, [encoder.image(question.image)]) for question in questions]
@@ -78,7 +78,7 @@ def grpo_step(
         temperature=1.0,
         end_ids=(),
         banned_ids=encoder.banned_ids,
-        generator=generator,
+        seeds=range(seed, seed + len(prompts)),
     )
     completions = sampled.rows()
     rewards = torch.tensor(reward([encoder.decode(row) for row in completions]), device=model.device)
@@ -112,15 +112,15 @@ def compare(
         policy = get_peft_model(build_model(size, tokenizer, dtype=dtype, device=device), lora_config()).train()
         streamline(policy)  # as load_model and add_lora do
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=LR, fused=True)
-        generator = torch.Generator().manual_seed(0)  # generate draws on the CPU
-        batches = iter([questions[start : start + PROMPTS] for start in range(0, len(questions), PROMPTS)])
+        starts = iter(range(0, len(questions), PROMPTS))
 
         def turn(peer_rows: list[Row]) -> None:
-            batch = next(batches)
+            start = next(starts)
+            batch = questions[start : start + PROMPTS]
             with ours.lap():
                 rows = grpo_step(
                     policy, encoder, optimizer, batch,
-                    num_generations=num_generations, max_new_tokens=max_new_tokens, generator=generator,
+                    num_generations=num_generations, max_new_tokens=max_new_tokens, seed=start,
                 )  # fmt: skip
             expected = [(prompt_tokens, max_new_tokens)] * PROMPTS * num_generations
             assert [(len(ids), count) for ids, count in rows] == expected, "our side trained on other numbers of tokens"

@@ -108,7 +108,7 @@ def step(
     encoder: Encoder,
     optimizer: torch.optim.Optimizer,
     questions: Sequence[Question],
-    generator: torch.Generator,
+    seed: int,
     clock: Clock,
     *,
     num_generations: int,
@@ -132,7 +132,7 @@ def step(
                 temperature=1.0,
                 end_ids=(),
                 banned_ids=encoder.banned_ids,
-                generator=generator,
+                seeds=range(seed, seed + len(prompts)),
             )
         completions = sampled.rows()
         rewards = torch.tensor(reward([encoder.decode(row) for row in completions]), device=model.device)
@@ -174,7 +174,6 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
         if options.gradient_checkpointing:
             core.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
-        generator = torch.Generator().manual_seed(0)
         vision = vision_flops(core, other, images[0])
         before = rates(dtype, device)
         for number in range(steps):
@@ -182,7 +181,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
             batch = questions[number * options.prompts : (number + 1) * options.prompts]
             with watch.lap():
                 prompts, packed = step(
-                    model, encoder, optimizer, batch, generator, clock,
+                    model, encoder, optimizer, batch, number * options.prompts, clock,
                     num_generations=num_generations, max_new_tokens=max_new_tokens,
                 )  # fmt: skip
             laps.append(clock.seconds)

@@ -114,6 +114,13 @@ def prefill(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> tuple[Pr
     return prefix, last, packed.following
 
 
+def _chances(seeds: Sequence[int], num_generations: int, max_new_tokens: int) -> Tensor:
+    """Uniform numbers [prompts * num_generations, max_new_tokens], each prompt's by its seed."""
+    drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+    rows = [torch.rand(num_generations, max_new_tokens, generator=one, dtype=torch.float64) for one in drawn]
+    return torch.cat(rows)
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -127,9 +134,9 @@ def generate(
     top_k: int = 0,
     end_ids: Sequence[int] | None = None,
     banned_ids: Sequence[int] = (),
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] = (),
 ) -> Completions:
-    """Sample `num_generations` completions per prompt; temperature 0 is greedy.
+    """Sample `num_generations` completions per prompt, by the prompt's seed; temperature 0 is greedy.
 
     The model runs in eval mode (no dropout while sampling). `logps` are those of the distribution sampled from (when
     greedy of the softmax). A row ends with a token of `end_ids` (None: the encoder's); finished rows leave the batch,
@@ -137,6 +144,8 @@ def generate(
     completion would ask the next forward pass for an image that is not there. The distribution is that of the allowed
     tokens, here and in the update (`packing.token_logps`).
     """
+    if temperature and len(seeds) != len(prompts):
+        raise ValueError(f"sampling needs a seed for each of {len(prompts)} prompts, got {len(seeds)}")
     core = core_of(model)
     was_training = model.training
     model.eval()
@@ -155,14 +164,14 @@ def generate(
     finished = torch.zeros(total, dtype=torch.bool, device=device)
     ends = torch.tensor(list(encoder.end_ids if end_ids is None else end_ids), dtype=torch.long, device=device)
     banned = torch.tensor(list(banned_ids), dtype=torch.long, device=device)
-    # drawn at once: what a row says does not depend on which others are still in the batch
-    chances = torch.rand(total, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
+    # drawn at once: what a row says does not depend on its company, nor on who is still in the batch
+    chances = _chances(seeds, num_generations, max_new_tokens).to(device) if temperature else None
     alive = torch.arange(total, device=device)  # rows in the batch
     over = torch.zeros(total, dtype=torch.bool, device=device)  # of these, finished
     for step in range(max_new_tokens):
         logits = logits.index_fill_(1, banned, -torch.inf)
         probabilities = _warp(logits, temperature or 1.0, top_p if temperature else 1.0, top_k if temperature else 0)
-        token = _draw(probabilities, chances[alive, step]) if temperature else probabilities.argmax(-1)
+        token = probabilities.argmax(-1) if chances is None else _draw(probabilities, chances[alive, step])
         going = ~over
         ids[alive[going], step] = token[going]
         logps[alive[going], step] = probabilities.gather(1, token[:, None]).squeeze(1).log()[going]

@@ -33,7 +33,7 @@ VERSIONS: dict[str, int] = {
     "batches": 1,  # order of records, seeds of steps
     "optimiser": 2,  # schedule, clipping, AdamW, Muon; 1: Muon in bf16
     "sft": 1,
-    "sampling": 2,
+    "sampling": 3,  # 2: random numbers by the batch instead of by the prompt
     "rewards": 2,
     "rubrics": 1,
     "advantages": 2,  # 1: weights divided by their sum, not centred behind the gate

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
@@ -17,17 +18,19 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.models.adapters import LoraAdapter, concatenate_lora, record_base
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start_from_
 from mmedexpert.models.checkpoint import fingerprint_base
+from mmedexpert.models.encode import Encoder
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
-from mmedexpert.runtime.ranks import gather, rank, ranks
+from mmedexpert.runtime.ranks import gather, rank
 from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import text_of, versions
 from mmedexpert.schema import Config, LoggerConfig
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
 from mmedexpert.stages.common import (
+    Base,
     content_of,
     fit_options,
     loading,
@@ -39,9 +42,11 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.training.fit import fit
-from mmedexpert.training.gba import GbaModule, completion_rows, rollout_stream
-from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
+from mmedexpert.training.advantages import RewardScale
+from mmedexpert.training.fit import fit, gathered
+from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
+from mmedexpert.training.losses import LossType
+from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, roll_out
 
 RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "rubrics", "advantages", "losses", "gba")
 
@@ -95,70 +100,25 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
     `<folder>/update` is the RL update alone, relative to its start; `<folder>/adapter` is start and update as one LoRA
     on the base: the policy that was trained.
     """
-    base, data = base_of(config), dataset(config)
-    settings, lora = config.gba, config.model.lora
-    plain = {k: v for k, v in asdict(settings).items() if k not in ("name", "checkpoint_every")}
-    if not settings.scale or not any(settings.weights):  # what then acts on nothing makes no other run
-        plain |= {"weights": [0.0] * len(PERSPECTIVES), "scale": 0.0, "gate": "none"}
-    key = {
-        "specialties": specialties,
-        "gba": plain,
-        "lora": asdict(lora),
-        "reward": {k: v for k, v in asdict(config.reward).items() if k != "name"},
-        "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "trainer": training_key(config),
-        "rules": versions(*RULES, config.reward.protocol),
-        "instructions": text_of("perspectives.yaml"),
-        "guidelines": text_of("guidelines.yaml"),
-    }
+    base, data, settings = base_of(config), dataset(config), config.gba
     inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
     if start:
         inputs["start"] = start.run_id
 
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, "train", specialties)
-        encoder, model = load_encoder(base.folder, loading(config)), load_model(base.folder, loading(config))
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
-        for adapter in starts:
-            start_from_(model, adapter)
-        policy = add_lora(
-            model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-            seed=config.seed,
-        )  # fmt: skip
-        module = GbaModule(
-            policy, encoder, lr=settings.lr, weight_decay=settings.weight_decay, loss_type=settings.loss_type,  # type: ignore[arg-type]
-            epsilon=settings.epsilon, epsilon_high=settings.epsilon_high, beta=settings.beta,
-            temperature=settings.temperature, max_completion_length=config.model.max_new_tokens,
-            mask_truncated_completions=settings.mask_truncated_completions,
-            micro_batch_tokens=config.trainer.micro_batch_tokens, seed=config.seed, steps=settings.steps,
-            warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
-        )  # fmt: skip
-        guidance = Guidance(
-            tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, settings.scale_rewards,  # type: ignore[arg-type]
-        )  # fmt: skip
-        sampling = Sampling(
-            settings.num_generations, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k
-        )
-
-        def sample(batch: list[Record], generator: torch.Generator) -> Rollout:
-            return roll_out(
-                policy, encoder, batch, image_root, sampling=sampling, guidance=guidance,
-                reward_weights={"accuracy": config.reward.accuracy, "format": config.reward.format},
-                protocol=cast(Protocol, config.reward.protocol), generator=generator,
-            )  # fmt: skip
-
+        encoder, policy = load_encoder(base.folder, loading(config)), _policy(config, base, starts)
         curve = run.folder / "curve.jsonl"
         with run.phase("train"), stage_logger(config, run) as logger:
-            watch = _Watch(curve, image_root, logger, config.logger)
             stream = rollout_stream(
-                records, sample, prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations,
-                seed=config.seed, dynamic_sampling=settings.dynamic_sampling, watch=watch, policy=policy,
-                settle=partial(_scale_by_batch, guidance) if settings.scale_rewards == "batch" else None,
-                rank=rank(), ranks=ranks(), draws=settings.num_generations * config.model.max_new_tokens,
+                records, _sampler(config, policy, encoder, image_root), prompts_per_step=settings.prompts_per_step,
+                num_iterations=settings.num_iterations, seed=config.seed, dynamic_sampling=settings.dynamic_sampling,
+                settle=partial(_scale_by_batch, _guidance(config)) if settings.scale_rewards == "batch" else None,
+                watch=_Watch(curve, image_root, logger, config.logger),
             )  # fmt: skip
             metrics = fit(
-                module, stream, folder=run.folder, title=f"gba {name}",
+                _module(config, policy, encoder), stream, folder=run.folder, title=f"gba {name}",
                 checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
             )  # fmt: skip
         dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
@@ -166,19 +126,99 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
             return metrics
         parts = [*starts, LoraAdapter.load(run.folder / "update")]
         _save_sum(run.folder / "adapter", parts, [1.0] * len(parts), base.folder, config)
-        for part, title in (("adapter", "reasoner (GBA)"), ("update", "reasoner's RL update alone (GBA)")):
-            write_card(
-                run.folder / part, kind="adapter", title=title, base_model=config.model.name_or_path,
-                base_fingerprint=fingerprint_base(base.folder), specialty=None,
-                method="GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in plain.items())
-                + ("; relative to its start" if part == "update" else ""),
-                data={f"{data.name} ({len(records)} training records)": dsa.licences(records)},
-                ingredients={f"start ({settings.init})": adapter.fingerprint for adapter in starts},
-                metrics=None, library_name="peft",
-            )  # fmt: skip
+        _write_cards(
+            config, run, base, {f"{data.name} ({len(records)} training records)": dsa.licences(records)}, starts
+        )
         return {**metrics, **_gain(curve)}
 
-    return stage_run(config, "gba", name, key, work, inputs, every_rank=True)
+    return stage_run(config, "gba", name, _key(config, specialties), work, inputs, every_rank=True)
+
+
+def _key(config: Config, specialties: list[str]) -> dict[str, Any]:
+    """The settings and rules that decide a reasoner."""
+    return {
+        "specialties": specialties,
+        "gba": _settings(config),
+        "lora": asdict(config.model.lora),
+        "reward": {k: v for k, v in asdict(config.reward).items() if k != "name"},
+        "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
+        "trainer": training_key(config),
+        "rules": versions(*RULES, config.reward.protocol),
+        "instructions": text_of("perspectives.yaml"),
+        "guidelines": text_of("guidelines.yaml"),
+    }
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings of GBA that act: where no perspective has weight, scale and gate act on nothing."""
+    settings = {k: v for k, v in asdict(config.gba).items() if k not in ("name", "checkpoint_every")}
+    if not config.gba.scale or not any(config.gba.weights):
+        settings |= {"weights": [0.0] * len(PERSPECTIVES), "scale": 0.0, "gate": "none"}
+    return settings
+
+
+def _policy(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> PeftModel:
+    """The base with the start inside it, frozen, and a fresh LoRA on top."""
+    model, lora = load_model(base.folder, loading(config)), config.model.lora
+    for adapter in starts:
+        start_from_(model, adapter)
+    return add_lora(
+        model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:
+    settings = config.gba
+    objective = Objective(
+        cast(LossType, settings.loss_type), settings.epsilon, settings.epsilon_high, settings.beta,
+        settings.temperature, config.model.max_new_tokens, settings.mask_truncated_completions,
+    )  # fmt: skip
+    return GbaModule(
+        policy, encoder, objective, lr=settings.lr, weight_decay=settings.weight_decay,
+        micro_batch_tokens=config.trainer.micro_batch_tokens, seed=config.seed, steps=settings.steps,
+        warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
+    )  # fmt: skip
+
+
+def _guidance(config: Config) -> Guidance:
+    settings = config.gba
+    scale_rewards = cast(RewardScale, settings.scale_rewards)
+    return Guidance(tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, scale_rewards)
+
+
+def _sampler(
+    config: Config, policy: PeftModel, encoder: Encoder, image_root: Path
+) -> Callable[[list[Record], list[int]], Rollout]:
+    """What samples and scores a group for each record, by the record's seed."""
+    settings, guidance = config.gba, _guidance(config)
+    sampling = Sampling(
+        settings.num_generations, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k
+    )
+    weights = {"accuracy": config.reward.accuracy, "format": config.reward.format}
+
+    def sample(records: list[Record], seeds: list[int]) -> Rollout:
+        with gathered(policy):
+            return roll_out(
+                policy, encoder, records, image_root, sampling=sampling, guidance=guidance, reward_weights=weights,
+                protocol=cast(Protocol, config.reward.protocol), seeds=seeds,
+            )  # fmt: skip
+
+    return sample
+
+
+def _write_cards(config: Config, run: Run, base: Base, data: Mapping[str, Any], starts: Sequence[LoraAdapter]) -> None:
+    told = "GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in _settings(config).items())
+    titles = {"adapter": "reasoner (GBA)", "update": "reasoner's RL update alone (GBA)"}
+    for part, title in titles.items():
+        write_card(
+            run.folder / part, kind="adapter", title=title, base_model=config.model.name_or_path,
+            base_fingerprint=fingerprint_base(base.folder), specialty=None,
+            method=told + ("; relative to its start" if part == "update" else ""), data=data,
+            ingredients={f"start ({config.gba.init})": adapter.fingerprint for adapter in starts},
+            metrics=None, library_name="peft",
+        )  # fmt: skip
 
 
 class _Watch:

@@ -122,9 +122,9 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps, self.metrics = checkpoint["skipped_steps"], checkpoint["metrics"]
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed for one step of one run."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def step_seed(seed: int, step: int, *place: int) -> int:
+    """A 63-bit seed for one step of one run, or for one place in it."""
+    return int(np.random.SeedSequence([seed, step, *place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:

@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmedexpert.data.record import Record
-from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.packing import micro_batches, pack, token_logps
-from mmedexpert.runtime.ranks import gather
-from mmedexpert.training.fit import Stream, TrainingModule, batch_indices, gathered, share, step_seed
+from mmedexpert.runtime.ranks import gather, rank, ranks
+from mmedexpert.training.fit import Stream, TrainingModule, batch_indices, share, step_seed
 from mmedexpert.training.losses import LossType, masked_mean, policy_loss
-from mmedexpert.training.rollouts import Rollout
+from mmedexpert.training.rollouts import Rollout, report
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an update minimises (`losses.policy_loss`), and the temperature that completions were sampled at."""
+
+    loss_type: LossType
+    epsilon: float
+    epsilon_high: float | None
+    beta: float
+    temperature: float
+    max_completion_length: int
+    mask_truncated_completions: bool
+
+
+@dataclass
+class _Batch:
+    """The N completions of one update, T tokens at most; micro-batches fill in what the policy says of them."""
+
+    mask: Tensor  # [N, T], the tokens that are trained
+    advantages: Tensor  # [N]
+    old: Tensor | None  # [N, T]; None at the first update, when the policy is the one that sampled
+    normalisers: dict[str, Tensor]  # of the whole batch, over all ranks
+    logps: Tensor  # [N, T]
+    entropy: Tensor  # [N, T]
+    reference: Tensor | None  # [N, T], None without a KL term
 
 
 class GbaModule(TrainingModule):
@@ -29,94 +54,89 @@ class GbaModule(TrainingModule):
         self,
         model: PeftModel,
         encoder: Encoder,
+        objective: Objective,
         *,
         lr: float,
         weight_decay: float,
-        loss_type: LossType,
-        epsilon: float,
-        epsilon_high: float | None,
-        beta: float,
-        temperature: float,
-        max_completion_length: int,
-        mask_truncated_completions: bool,
         micro_batch_tokens: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        self.model, self.encoder, self.lr, self.weight_decay = model, encoder, lr, weight_decay
-        self.loss_type: LossType = loss_type
-        self.epsilon, self.epsilon_high, self.beta = epsilon, epsilon_high, beta
-        self.temperature, self.max_completion_length = temperature, max_completion_length
-        self.mask_truncated_completions = mask_truncated_completions
-        self.micro_batch_tokens = micro_batch_tokens
+        self.model, self.encoder, self.objective = model, encoder, objective
+        self.lr, self.weight_decay, self.micro_batch_tokens = lr, weight_decay, micro_batch_tokens
         self.num_tokens, self.clock = 0, 0.0
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> None:
-        mask = rollout.mask.to(self.device)
-        if self.mask_truncated_completions:
-            mask = mask * rollout.finished[:, None].to(self.device)
         parts = self.weighted(
             micro_batches(self.encoder, rollout.prompts, rollout.completions, self.micro_batch_tokens)
         )
-        whole = {
-            "num_completions": self.over_ranks(torch.tensor(len(mask), device=self.device)),
-            "num_items": self.over_ranks(mask.sum()),
-        }
-        logps, entropy = torch.zeros(2, *mask.shape, device=self.device)
-        reference = torch.zeros_like(logps) if self.beta > 0 else None
-        advantages = rollout.advantages.flatten().to(self.device)
-        old = rollout.old_logps
-
-        def loss(logps: Tensor, rows: Any, **normalisers: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            return policy_loss(
-                logps,
-                # at the first update the policy is the one that sampled: its log-probabilities are these, detached
-                logps.detach() if old is None else old[rows],
-                advantages[rows],
-                mask[rows],
-                loss_type=self.loss_type,
-                epsilon=self.epsilon,
-                epsilon_high=self.epsilon_high,
-                beta=self.beta,
-                ref_per_token_logps=None if reference is None else reference[rows],
-                max_completion_length=self.max_completion_length,
-                **normalisers,
-            )
-
-        def losses() -> Iterator[Tensor]:
-            width, banned = mask.shape[1], self.encoder.banned_ids
-            for rows, weight in parts:
-                packed = pack(
-                    self.model, self.encoder, [rollout.prompts[row] for row in rows],
-                    [rollout.completions[row] for row in rows],
-                )  # fmt: skip
-                if reference is not None:
-                    with torch.no_grad(), self.model.disable_adapter():
-                        frozen, _, _ = token_logps(self.model, packed, self.temperature, banned_ids=banned)
-                    reference[rows] = packed.matrix(frozen, width)
-                values, spread, _ = token_logps(self.model, packed, self.temperature, banned_ids=banned)
-                now = packed.matrix(values, width)
-                if weight:
-                    logps[rows], entropy[rows] = now.detach(), packed.matrix(spread, width)
-                yield weight * loss(now, rows, **whole)[0]
-
-        self.descend(losses(), len(parts))
-        total, metrics = loss(logps, slice(None), **whole)
-        rollout.old_logps = logps if old is None else old
-        difference = (logps - rollout.sampling_logps.to(self.device)).abs() * rollout.mask.to(self.device)
-        drawn = self.over_ranks(rollout.mask.sum().to(self.device))
-        self.log("sampling/sampling_logp_difference/mean", self.over_ranks(difference.sum()) / drawn)
-        metrics["sampling/sampling_logp_difference/max"] = difference.max()
-        metrics["entropy"] = masked_mean(entropy, mask)
-        tokens = mask.sum() / whole["num_items"].clamp(min=1)  # of this rank, as a share of the mean
-        for name, value in metrics.items():
-            extreme = name[-3:] if name.endswith(("min", "max")) else None
-            self.log(name, self.over_ranks(value, extreme) if extreme else self.over_ranks(value * tokens))
-        self.log("loss", self.over_ranks(total))
+        batch = self._batch(rollout)
+        self.descend((self._micro_batch_loss(rollout, batch, *part) for part in parts), len(parts))
+        loss, metrics = self._loss(batch, batch.logps, slice(None))
+        rollout.old_logps = batch.logps if batch.old is None else batch.old
+        self._log_update(rollout, batch, loss, metrics)
         self.log_dict(self.pace(rollout))
         reported = report(gather_rollout(rollout))
         self.log_dict({key: reported.pop(key) for key in ("reward", "adherence")}, prog_bar=True)
         self.log_dict(reported)
+
+    def _batch(self, rollout: Rollout) -> _Batch:
+        mask = rollout.mask.to(self.device)
+        if self.objective.mask_truncated_completions:
+            mask = mask * rollout.finished[:, None].to(self.device)
+        normalisers = {
+            "num_completions": self.over_ranks(torch.tensor(len(mask), device=self.device)),
+            "num_items": self.over_ranks(mask.sum()),
+        }
+        logps, entropy, reference = torch.zeros(3, *mask.shape, device=self.device)
+        advantages = rollout.advantages.flatten().to(self.device)
+        compared = reference if self.objective.beta > 0 else None
+        return _Batch(mask, advantages, rollout.old_logps, normalisers, logps, entropy, compared)
+
+    def _micro_batch_loss(self, rollout: Rollout, batch: _Batch, rows: list[int], weight: float) -> Tensor:
+        """The loss of some completions, with its graph; a part of weight 0 only keeps step with other ranks."""
+        temperature, banned = self.objective.temperature, self.encoder.banned_ids
+        prompts, completions = [rollout.prompts[row] for row in rows], [rollout.completions[row] for row in rows]
+        packed, width = pack(self.model, self.encoder, prompts, completions), batch.mask.shape[1]
+        if batch.reference is not None:
+            with torch.no_grad(), self.model.disable_adapter():
+                frozen, _, _ = token_logps(self.model, packed, temperature, banned_ids=banned)
+            batch.reference[rows] = packed.matrix(frozen, width)
+        values, entropies, _ = token_logps(self.model, packed, temperature, banned_ids=banned)
+        logps = packed.matrix(values, width)
+        if weight:
+            batch.logps[rows], batch.entropy[rows] = logps.detach(), packed.matrix(entropies, width)
+        return weight * self._loss(batch, logps, rows)[0]
+
+    def _loss(self, batch: _Batch, logps: Tensor, rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        objective = self.objective
+        return policy_loss(
+            logps,
+            # at the first update the policy is the one that sampled: its log-probabilities are these, detached
+            logps.detach() if batch.old is None else batch.old[rows],
+            batch.advantages[rows],
+            batch.mask[rows],
+            loss_type=objective.loss_type,
+            epsilon=objective.epsilon,
+            epsilon_high=objective.epsilon_high,
+            beta=objective.beta,
+            ref_per_token_logps=None if batch.reference is None else batch.reference[rows],
+            max_completion_length=objective.max_completion_length,
+            **batch.normalisers,
+        )
+
+    def _log_update(self, rollout: Rollout, batch: _Batch, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        sampled = rollout.mask.to(self.device)
+        difference = (batch.logps - rollout.sampling_logps.to(self.device)).abs() * sampled
+        mean = self.over_ranks(difference.sum()) / self.over_ranks(sampled.sum())
+        self.log("sampling/sampling_logp_difference/mean", mean)
+        metrics["sampling/sampling_logp_difference/max"] = difference.max()
+        metrics["entropy"] = masked_mean(batch.entropy, batch.mask)
+        tokens = batch.mask.sum() / batch.normalisers["num_items"].clamp(min=1)  # this rank's share of the mean
+        for name, value in metrics.items():
+            extreme = name[-3:] if name.endswith(("min", "max")) else None
+            self.log(name, self.over_ranks(value, extreme) if extreme else self.over_ranks(value * tokens))
+        self.log("loss", self.over_ranks(loss))
 
     def pace(self, rollout: Rollout) -> dict[str, float]:
         """TRL's `step_time` and `num_tokens`, and verl's `timing_s/` and `perf/`: rollout and update together."""
@@ -151,44 +171,9 @@ def gather_rollout(rollout: Rollout) -> Rollout:
     return reduce(Rollout.join, gather(replace(rollout, prompts=[], completions=[], old_logps=None, **logged)))
 
 
-def report(rollout: Rollout) -> dict[str, float]:
-    """TRL's metric names, and ours under `advantages/` and `adherence/`.
-
-    `reward_std` is the deviation of all rewards, as in TRL; `reward_std_group` the mean of those within groups.
-    """
-    lengths = rollout.mask.sum(1).float()
-    ended = lengths[rollout.finished] if rollout.finished.any() else torch.zeros(1)
-    rewards = rollout.outcome
-    metrics = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(),
-        "reward_std_group": rewards.std(dim=1).mean(),
-        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean(),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - rollout.finished.float().mean(),
-        "completions/mean_terminated_length": ended.mean(),
-        "completions/min_terminated_length": ended.min(),
-        "completions/max_terminated_length": ended.max(),
-        "advantages/std": rollout.advantages.std(),
-        "adherence": rollout.adherence.nanmean().nan_to_num(),
-    }
-    for name, values in rollout.parts.items():
-        metrics[f"rewards/{name}/mean"] = torch.tensor(values).mean()
-        metrics[f"rewards/{name}/std"] = torch.tensor(values).std()
-    for k, name in enumerate(PERSPECTIVES):
-        if not rollout.adherence[..., k].isnan().all():
-            metrics[f"adherence/{name}"] = rollout.adherence[..., k].nanmean()
-            # the mean of centred terms says little: their mean size says how much a perspective steers
-            metrics[f"advantages/{name}/mean"] = rollout.terms[..., k].mean()
-            metrics[f"advantages/{name}/mean_abs"] = rollout.terms[..., k].abs().mean()
-    return {key: float(value) for key, value in metrics.items()}
-
-
 def rollout_stream(
     records: Sequence[Record],
-    sample: Callable[[list[Record], torch.Generator], Rollout],
+    sample: Callable[[list[Record], list[int]], Rollout],
     *,
     prompts_per_step: int,
     num_iterations: int,
@@ -196,58 +181,38 @@ def rollout_stream(
     dynamic_sampling: int = 0,
     settle: Callable[[Rollout], None] | None = None,
     watch: Callable[[int, list[Record], Rollout], None] | None = None,
-    policy: nn.Module | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-    draws: int = 0,
 ) -> Stream:
     """Rollouts of the current policy, each used for `num_iterations` updates; starts at a rollout boundary.
 
-    With `dynamic_sampling` (DAPO, arXiv 2503.14476, 3.2), groups whose advantages are all zero are replaced by those of
-    other records, at most so many times for a rollout. `settle` gets the complete rollout before it is used.
-
-    Of several ranks each samples for its share of the prompts, with the weights of `policy` whole; `watch` gets the
-    rollout of all, on each. `draws`: the random numbers a prompt takes; those of the prompts of the ranks before are
-    passed over, so that completions do not depend on the number of ranks.
+    `sample` gets records and a seed for each. With `dynamic_sampling` (DAPO, arXiv 2503.14476, 3.2), groups whose
+    advantages are all zero are replaced by those of other records, at most so many times for a rollout. `settle` gets
+    the complete rollout before it is used. Of several ranks each samples for its share of the prompts, and `watch` gets
+    the rollout of all, on each. A record's seed follows from `seed`, the rollout and its place in the batch: what is
+    sampled does not depend on the number of ranks.
     """
 
+    def draw(places: Sequence[int], number: int, attempt: int, chosen: Sequence[int]) -> Rollout:
+        return sample([records[i] for i in chosen], [step_seed(seed, number, place, attempt) for place in places])
+
     def stream(step: int) -> Iterator[Rollout]:
-        for number, chosen in enumerate(
-            batch_indices(len(records), prompts_per_step, seed, step // num_iterations), step // num_iterations
-        ):
-            generator = torch.Generator().manual_seed(step_seed(seed, number))
-            batch = [records[i] for i in share(chosen, rank, ranks)]
-            torch.rand(len(chosen) * rank // ranks * draws, generator=generator, dtype=torch.float64)
-            with gathered(policy):
-                rollout = sample(batch, generator)
-                for _ in range(dynamic_sampling):
-                    kept = rollout.informative()
-                    missing = len(batch) - len(kept)
-                    if not missing:
-                        break
-                    other = [records[int(i)] for i in torch.randint(len(records), (missing,), generator=generator)]
-                    batch = [batch[b] for b in kept] + other
-                    rollout = rollout.take(kept).join(sample(other, generator))
+        first = step // num_iterations
+        for number, whole in enumerate(batch_indices(len(records), prompts_per_step, seed, first), first):
+            places, chosen = zip(*share(list(enumerate(whole)), rank(), ranks()), strict=True)
+            rollout = draw(places, number, 0, chosen)
+            for attempt in range(1, dynamic_sampling + 1):
+                kept = rollout.informative()
+                empty = [b for b in range(len(chosen)) if b not in kept]
+                if not empty:
+                    break
+                again = [places[b] for b in empty]
+                other = [step_seed(seed, number, place, attempt, 1) % len(records) for place in again]
+                rollout = rollout.take(kept).join(draw(again, number, attempt, other))
+                places, chosen = (*(places[b] for b in kept), *again), (*(chosen[b] for b in kept), *other)
             if settle is not None:
                 settle(rollout)
             if watch is not None:
-                watch(number, [record for part in gather(batch) for record in part], gather_rollout(rollout))
+                watch(number, [records[i] for part in gather(chosen) for i in part], gather_rollout(rollout))
             for _ in range(num_iterations):
                 yield rollout
 
     return stream
-
-
-def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, image_root: Any) -> list[dict[str, Any]]:
-    """The completions table: one row per completion, with its image, rewards, adherence and advantage."""
-    group = rollout.outcome.shape[1]
-    rows = []
-    for i, text in enumerate(rollout.texts):
-        record, b, g = records[i // group], i // group, i % group
-        row: dict[str, Any] = {"step": step, "record": record.id, "image": str(image_root / record.images[0])}
-        row["question"] = record.question
-        row |= {"perspective": rollout.perspectives[i] or "none", "completion": text, "answer": record.answer}
-        row |= {name: values[i] for name, values in rollout.parts.items()}
-        row |= {f"adherence_{name}": float(rollout.adherence[b, g, k]) for k, name in enumerate(PERSPECTIVES)}
-        rows.append({**row, "advantage": float(rollout.advantages[b, g])})
-    return rows

@@ -20,6 +20,7 @@ from mmedexpert.models.generate import generate
 from mmedexpert.scoring import Protocol
 from mmedexpert.training import rewards
 from mmedexpert.training.advantages import RewardScale, guideline_based, perspective_terms
+from mmedexpert.training.fit import step_seed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Guidance:
     scale_rewards: RewardScale
 
 
+PER_GROUP = ("outcome", "adherence", "terms", "advantages")  # fields of a Rollout with a row per group
+PADDED = ("sampling_logps", "mask", "old_logps")  # those with a column per token, as many as the longest completion has
+
+
 @dataclass
 class Rollout:
     """B groups of G completions: everything the update needs, and what is logged. Rows are b*G+g."""
@@ -62,7 +67,7 @@ class Rollout:
     terms: Tensor  # [B, G, K] each perspective's share of the advantage
     advantages: Tensor  # [B, G]
     seconds: dict[str, float]  # wall seconds of `gen` and `reward`
-    old_logps: Tensor | None = None  # [B*G, T], kept by the first update for the later ones
+    old_logps: Tensor | None = None  # [B*G, T], of the first update, for the later ones
 
     def informative(self) -> list[int]:
         """The groups that move the policy: those in which not every advantage is zero."""
@@ -72,29 +77,33 @@ class Rollout:
         """Some of the groups."""
         size = self.outcome.shape[1]
         rows = [b * size + g for b in groups for g in range(size)]
-        changed: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                changed[name] = value[groups if len(value) == len(self.outcome) else rows]
-            elif isinstance(value, list):
-                changed[name] = [value[row] for row in rows]
-        changed["parts"] = {name: [values[row] for row in rows] for name, values in self.parts.items()}
-        return replace(self, **changed)
+
+        def chosen(name: str, value: Any) -> Any:
+            places = list(groups) if name in PER_GROUP else rows
+            return value[places] if isinstance(value, Tensor) else [value[place] for place in places]
+
+        values = {name: value for name, value in vars(self).items() if name not in ("parts", "seconds", "old_logps")}
+        taken = {name: chosen(name, value) for name, value in values.items()}
+        parts = {name: chosen(name, value) for name, value in self.parts.items()}
+        old = None if self.old_logps is None else self.old_logps[rows]
+        return replace(self, **taken, parts=parts, old_logps=old)
 
     def join(self, other: Rollout) -> Rollout:
-        """The groups of both; completions are padded to the longer of the two."""
-        joined: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            more = getattr(other, name)
-            if isinstance(value, list):
-                joined[name] = value + more
-            elif isinstance(value, Tensor):
-                width = max(value.shape[-1], more.shape[-1]) if name in ("mask", "sampling_logps") else None
-                pair = [F.pad(x, (0, width - x.shape[-1])) if width else x for x in (value, more)]
-                joined[name] = torch.cat(pair)
-        joined["parts"] = {name: values + other.parts[name] for name, values in self.parts.items()}
-        joined["seconds"] = {name: seconds + other.seconds[name] for name, seconds in self.seconds.items()}
-        return replace(self, **joined)
+        """The groups of both; completions are padded to the longer of the two, seconds add up."""
+
+        def both(name: str, one: Any, more: Any) -> Any:
+            if not isinstance(one, Tensor):
+                return None if one is None else one + more
+            if name in PADDED:
+                width = max(one.shape[1], more.shape[1])
+                one, more = (F.pad(part, (0, width - part.shape[1])) for part in (one, more))
+            return torch.cat([one, more])
+
+        values = {name: value for name, value in vars(self).items() if name not in ("parts", "seconds")}
+        joined = {name: both(name, value, getattr(other, name)) for name, value in values.items()}
+        parts = {name: values + other.parts[name] for name, values in self.parts.items()}
+        seconds = {name: value + other.seconds[name] for name, value in self.seconds.items()}
+        return replace(self, **joined, parts=parts, seconds=seconds)
 
 
 def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
@@ -132,9 +141,9 @@ def roll_out(
     guidance: Guidance,
     reward_weights: dict[str, float],
     protocol: Protocol,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> Rollout:
-    """Sample a group per record, score it and compute its advantages.
+    """Sample a group per record, each by its own seed, score it and compute its advantages.
 
     Completions of one record that share an instruction share its prefill; images are patched once per record.
     """
@@ -159,7 +168,7 @@ def roll_out(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        generator=generator,
+        seeds=[step_seed(seed, place) for seed in seeds for place in range(len(layout))],
     )
     rows = sampled.rows()
     sampling_ended = time.perf_counter()
@@ -184,3 +193,53 @@ def roll_out(
         [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
         sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total, seconds,
     )  # fmt: skip
+
+
+def report(rollout: Rollout) -> dict[str, float]:
+    """TRL's metric names, and ours under `advantages/` and `adherence/`.
+
+    `reward_std` is the deviation of all rewards, as in TRL; `reward_std_group` the mean of those within groups.
+    """
+    lengths = rollout.mask.sum(1).float()
+    ended = lengths[rollout.finished] if rollout.finished.any() else torch.zeros(1)
+    rewards = rollout.outcome
+    metrics = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(),
+        "reward_std_group": rewards.std(dim=1).mean(),
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - rollout.finished.float().mean(),
+        "completions/mean_terminated_length": ended.mean(),
+        "completions/min_terminated_length": ended.min(),
+        "completions/max_terminated_length": ended.max(),
+        "advantages/std": rollout.advantages.std(),
+        "adherence": rollout.adherence.nanmean().nan_to_num(),
+    }
+    for name, values in rollout.parts.items():
+        metrics[f"rewards/{name}/mean"] = torch.tensor(values).mean()
+        metrics[f"rewards/{name}/std"] = torch.tensor(values).std()
+    for k, name in enumerate(PERSPECTIVES):
+        if not rollout.adherence[..., k].isnan().all():
+            metrics[f"adherence/{name}"] = rollout.adherence[..., k].nanmean()
+            # the mean of centred terms says little: their mean size says how much a perspective steers
+            metrics[f"advantages/{name}/mean"] = rollout.terms[..., k].mean()
+            metrics[f"advantages/{name}/mean_abs"] = rollout.terms[..., k].abs().mean()
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, image_root: Any) -> list[dict[str, Any]]:
+    """The completions table: one row per completion, with its image, rewards, adherence and advantage."""
+    group = rollout.outcome.shape[1]
+    rows = []
+    for i, text in enumerate(rollout.texts):
+        record, b, g = records[i // group], i // group, i % group
+        row: dict[str, Any] = {"step": step, "record": record.id, "image": str(image_root / record.images[0])}
+        row["question"] = record.question
+        row |= {"perspective": rollout.perspectives[i] or "none", "completion": text, "answer": record.answer}
+        row |= {name: values[i] for name, values in rollout.parts.items()}
+        row |= {f"adherence_{name}": float(rollout.adherence[b, g, k]) for k, name in enumerate(PERSPECTIVES)}
+        rows.append({**row, "advantage": float(rollout.advantages[b, g])})
+    return rows
