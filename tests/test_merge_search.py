@@ -48,7 +48,7 @@ def rule_of(path: Path) -> functools.partial[Any]:
 def points_for(rule: functools.partial[Any]) -> list[dict[str, Any]]:
     """Two values of every density and scaling that a rule has; weights where it has neither."""
     grid: dict[str, list[Any]] = {name: [0.5, 0.8] for name in rule.keywords if name.endswith(("density", "scaling"))}
-    return grid_points(grid or {"weights": [None, [1.0, 2.0, 0.5]]})
+    return grid_points(grid or {"weights": [None, [1.0, 2.0, 0.5]]}, ("scaling", "expert_scaling", "reasoner_scaling"))
 
 
 def merges(folders: list[Path], rule: functools.partial[Any], points: list[dict[str, Any]]) -> Iterator[Any]:
@@ -94,7 +94,7 @@ def test_scalings_share_one_pass_and_densities_their_thresholds(
     monkeypatch.setattr(Stream, "_thresholds", lambda self, names: searched.append(names) or search(self, names))
     monkeypatch.setattr(stream, "call_method", lambda *a, **k: called.append(a[3]) or call(*a, **k))
     grid = {"reasoner_scaling": [0.5, 1.0, 2.0], "expert_scaling": [0.5, 1.0], "expert_weights": [None, [1, 2]]}
-    points = grid_points(grid | {"expert_density": [0.5, 0.8]})
+    points = grid_points(grid | {"expert_density": [0.5, 0.8]}, ("expert_scaling", "reasoner_scaling"))
     assert len(points) == 24 and len(list(merges(folders, rule_of(CONF / "merge" / "caci.yaml"), points))) == 24
     tensors, densities, passes = 4, 2, 4  # q_proj and up_proj of two layers; weights times densities
     assert len(searched) == tensors * densities
@@ -103,7 +103,7 @@ def test_scalings_share_one_pass_and_densities_their_thresholds(
 
 
 def test_grid_points_keep_what_shares_the_rest_together() -> None:
-    points = grid_points({"scaling": [1, 2], "density": [0.5, 0.2], "weights": [None]})
+    points = grid_points({"scaling": [1, 2], "density": [0.5, 0.2], "weights": [None]}, ["scaling"])
     assert [(p["density"], p["scaling"]) for p in points] == [(0.5, 1), (0.5, 2), (0.2, 1), (0.2, 2)]
 
 

@@ -21,6 +21,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.merging import low_rank, methods
 from mmedexpert.merging.apply import low_rank_update, merge_adapters
 from mmedexpert.merging.conflicts import Conflicts
+from mmedexpert.merging.rule import merge_rule
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import kept_ranks
 from mmedexpert.merging.stream import Stream, load_update
@@ -170,7 +171,8 @@ def test_of_untied_updates_the_rules_own_trim_is_the_same(tmp_path: Path) -> Non
 def test_no_rule_sees_more_than_a_block(tmp_path: Path) -> None:
     seen = []
 
-    def rule(deltas: list[Tensor], first_row: int = 0) -> Tensor:
+    @merge_rule("deltas", "place")
+    def rule(deltas: list[Tensor], first_row: int = 0, name: str = "") -> Tensor:
         seen.append((first_row, [delta.numel() for delta in deltas]))
         return deltas[0]
 
@@ -295,7 +297,8 @@ def test_a_merge_under_way_does_not_look_finished(tmp_path: Path) -> None:
     base, expert = write_model(tmp_path / "base"), write_lora(tmp_path / "x", ("a.weight", "b.weight"), 2, 1)
     seen = []
 
-    def rule(deltas: list[Tensor], name: str = "") -> Tensor:
+    @merge_rule("deltas", "place")
+    def rule(deltas: list[Tensor], first_row: int = 0, name: str = "") -> Tensor:
         seen.append(sorted(path.name for path in tmp_path.iterdir()))
         if name == "b.weight":
             raise KeyboardInterrupt

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmedexpert.errors import UserError
 from mmedexpert.merging.conflicts import Conflicts
-from mmedexpert.merging.stream import Method, Stream, load_update
+from mmedexpert.merging.rule import Method
+from mmedexpert.merging.stream import Stream, load_update
 from mmedexpert.models.adapters import PREFIX, LoraAdapter, check_compatible, save_lora
 from mmedexpert.models.checkpoint import StoredTensor, check_room, new_folder, read_checkpoint
 from mmedexpert.models.deltas import add_delta

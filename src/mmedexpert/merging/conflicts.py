@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -101,41 +102,46 @@ class Conflicts:
         elected = merged.sign()
         nonzero = elected.square()
         net, voters = torch.zeros_like(merged), torch.zeros_like(merged)
-        sums = []
+        entries, present, agreeing = [], [], []  # of each update
         for delta, kept in zip(deltas, trimmed or deltas, strict=True):
             sign = kept.sign()
-            present = sign.square()
+            there = sign.square()
             net += sign
-            voters += present
-            before = delta.sign().square().sum() if trimmed else present.sum()
-            sums += [before, present.sum(), (present @ nonzero + sign @ elected) / 2]  # agreeing = (both + net) / 2
-        sums += [
-            voters.clamp(max=1).sum(),
-            (voters - 1).clamp_(0, 1).sum(),
-            (voters - net.abs()).clamp_(max=1).sum(),
-            torch.exp2(-voters).sum(),
-            merged @ merged,
-        ]
+            voters += there
+            present.append(there.sum())
+            entries.append(delta.sign().square().sum() if trimmed else present[-1])
+            agreeing.append((there @ nonzero + sign @ elected) / 2)  # both nonzero, and of one sign
+        sums = {
+            "entries": torch.stack(entries),
+            "trimmed": torch.stack(present),
+            "kept": torch.stack(agreeing),
+            "changed": voters.clamp(max=1).sum(),
+            "overlapping": (voters - 1).clamp_(0, 1).sum(),
+            "conflicting": (voters - net.abs()).clamp_(max=1).sum(),
+            "chances": torch.exp2(-voters).sum(),
+            "merged_square": merged @ merged,
+        }
         if not counts.from_factors:
-            sums += [deltas[i] @ deltas[j] for i, j in self._triangle()]
-        numbers = torch.stack(sums).tolist()  # one wait for the device
+            sums["pairs"] = torch.stack([deltas[i] @ deltas[j] for i, j in self._triangle()])
+        numbers = torch.cat([part.reshape(-1) for part in sums.values()]).tolist()  # one wait for the device
+        ends = list(itertools.accumulate(part.numel() for part in sums.values()))
+        named = {name: numbers[end - sums[name].numel() : end] for name, end in zip(sums, ends, strict=True)}
         with self._lock:
-            self._sum_up(counts, iter(numbers), merged.numel())
+            self._sum_up(counts, named, merged.numel())
 
-    def _sum_up(self, counts: _Counts, numbers: Iterator[float], size: int) -> None:
+    def _sum_up(self, counts: _Counts, sums: dict[str, list[float]], size: int) -> None:
         counts.size += size
-        for i in range(len(self.names)):
-            counts.entries[i] += next(numbers)
-            counts.trimmed[i] += next(numbers)
-            counts.kept[i] += next(numbers)
-        changed = next(numbers)
-        counts.overlapping += next(numbers)
-        counts.conflicting += next(numbers)
+        for mine, name in ((counts.entries, "entries"), (counts.trimmed, "trimmed"), (counts.kept, "kept")):
+            mine[:] = [before + more for before, more in zip(mine, sums[name], strict=True)]
+        counts.overlapping += sums["overlapping"][0]
+        counts.conflicting += sums["conflicting"][0]
         # v independent signs, each + or - with probability 1/2, differ with probability 1 - 2 * 2^-v (0 for v = 1)
-        counts.expected += changed - 2 * (next(numbers) - (size - changed))
-        counts.merged_square += next(numbers)
-        for (i, j), number in zip(self._triangle(), numbers, strict=False):  # none from factors
-            counts.pairs[i, j] += number
+        unchanged = size - sums["changed"][0]
+        counts.expected += sums["changed"][0] - 2 * (sums["chances"][0] - unchanged)
+        counts.merged_square += sums["merged_square"][0]
+        if "pairs" in sums:
+            for (i, j), product in zip(self._triangle(), sums["pairs"], strict=True):
+                counts.pairs[i, j] += product
 
     def _triangle(self) -> Iterator[tuple[int, int]]:
         return ((i, j) for i in range(len(self.names)) for j in range(i + 1))

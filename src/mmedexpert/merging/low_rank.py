@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from mmedexpert.merging.methods import linear, ties, weights_like
+from mmedexpert.merging.rule import merge_rule
 
 Factors = Sequence[tuple[Tensor, Tensor]]
 
 
+@merge_rule("factors", scalings=("scaling",))
 def core_space(
     factors: Factors,
     weights: Sequence[float] | None = None,
@@ -83,6 +85,7 @@ def isotropic(matrices: Sequence[Tensor], weights: Sequence[float] | None) -> Te
     return u[:, :k] @ vh[:k] * s[:k].mean() if k else torch.zeros_like(matrices[0])
 
 
+@merge_rule("factors", scalings=("scaling",))
 def knots(
     factors: Factors,
     weights: Sequence[float] | None = None,
@@ -110,6 +113,7 @@ def knots(
     return merged, (scaling * u).float()
 
 
+@merge_rule("factors", scalings=("scaling",))
 def wudi(
     factors: Factors,
     weights: Sequence[float] | None = None,

@@ -1,6 +1,6 @@
 """Merge rules on the deltas (task vectors) of several models to one tensor; pure functions.
 
-Shared conventions. The driver (`apply`) gives a rule what its parameters' names ask for: `deltas` is a list of
+Shared conventions. The driver (`stream`) gives a rule what its declaration (`rule`) asks for: `deltas` is a list of
 equal-shape floating point tensors (fp32), experts first, then reasoners, and `experts`, `reasoners` are the two lists
 apart; `weights` holds one number per delta (None: all equal to 1), `density` the kept share in (0, 1], one number or
 one per delta. All rules work on a whole tensor or on any block of its rows, given what was measured on the whole:
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmedexpert.merging.rule import merge_rule
 from mmedexpert.merging.sparsify import crumbs, drop, per_delta, trim
 
 
@@ -47,6 +48,7 @@ def disjoint_merge(weighted: Tensor, weights: Tensor, elected: Tensor, normalize
     return merged / mass.masked_fill_(mass == 0, 1)
 
 
+@merge_rule("deltas", "thresholds", scalings=("scaling",))
 def ties(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -68,6 +70,7 @@ def ties(
     return scaling * _elect_and_merge(_trim_all(deltas, density, scope, thresholds), w, vote, normalize)
 
 
+@merge_rule("deltas")
 def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Weighted mean of the deltas: sum_i w_i delta_i / sum_i w_i.
 
@@ -77,6 +80,7 @@ def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> 
     return (w * torch.stack(list(deltas))).sum(0) / w.sum()
 
 
+@merge_rule("deltas", scalings=("scaling",))
 def task_arithmetic(
     deltas: Sequence[Tensor], weights: Sequence[float] | None = None, *, scaling: float = 1.0
 ) -> Tensor:
@@ -84,6 +88,7 @@ def task_arithmetic(
     return scaling * (weights_like(deltas, weights, normalize=False) * torch.stack(list(deltas))).sum(0)
 
 
+@merge_rule("deltas", "place", scalings=("scaling",))
 def dare_linear(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -100,6 +105,7 @@ def dare_linear(
     return task_arithmetic(dropped, weights, scaling=scaling)
 
 
+@merge_rule("deltas", "place", scalings=("scaling",))
 def dare_ties(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -119,6 +125,7 @@ def dare_ties(
     return scaling * _elect_and_merge(dropped, w, vote, normalize)
 
 
+@merge_rule("deltas", "place", scalings=("scaling",))
 def della(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -145,6 +152,7 @@ def della(
     return scaling * _elect_and_merge(torch.stack(dropped), w, vote, normalize)
 
 
+@merge_rule("deltas", "thresholds", bands=True, scalings=("scaling",))
 def breadcrumbs(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -177,6 +185,7 @@ def overlap_counts(deltas: Sequence[Tensor], epsilon: float = 1e-5) -> Tensor:
     return torch.stack([shared.flatten(1).sum(1), total - shared.flatten(1).sum(1)], 1)
 
 
+@merge_rule("deltas", "counts", scalings=("scaling",))
 def ram(
     deltas: Sequence[Tensor],
     *,
@@ -206,6 +215,7 @@ def ram(
     return scaling * torch.where(sharers > 1, stacked / sharers.clamp(min=1), stacked * boost).sum(0)
 
 
+@merge_rule("roles", "thresholds", "norms", scalings=("expert_scaling", "reasoner_scaling"))
 def caci(
     experts: Sequence[Tensor],
     reasoners: Sequence[Tensor],

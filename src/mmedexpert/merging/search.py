@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.sparsify import Threshold
-from mmedexpert.merging.stream import Method, Stream, Update
+from mmedexpert.merging.stream import Stream, Update
 from mmedexpert.models.deltas import add_delta
 
 Point = dict[str, Any]  # parameter of a rule to its value
 Found = dict[tuple[Any, ...], Threshold]
 
 
-def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """Every combination of the values; those that differ in scalings alone follow one another."""
-    names = sorted(grid, key=lambda name: name.endswith("scaling"))
+def grid_points(grid: Mapping[str, Sequence[Any]], scalings: Sequence[str] = ()) -> list[Point]:
+    """Every combination of the values; those that differ in `scalings` alone follow one another."""
+    names = sorted(grid, key=lambda name: name in scalings)
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*(grid[name] for name in names))]
 
 
@@ -47,7 +48,7 @@ def merged_in_place(
     found: Found = {}
     for point in points:  # every point is tried on one entry before the first is merged
         _CachedStream(updates, experts, functools.partial(method, **point), found=found)
-    scalings = [name for name in method.keywords if name.endswith("scaling")]
+    scalings = [name for name in declared(method).scalings if name in method.keywords]
     parameters = dict(model.named_parameters())
     before: dict[str, Tensor] = {}
     try:

@@ -17,6 +17,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.full_weights import FullWeights
 from mmedexpert.merging.methods import overlap_counts
+from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import Threshold, keep, kept_ranks
 from mmedexpert.models.adapters import CONFIG, LoraAdapter, Trained
@@ -25,7 +26,6 @@ BLOCK = 2**19  # ours: entries of all deltas together in one block of rows, 2 MB
 
 WORKERS = 8  # ours: blocks in work at the same time at most; each takes some 30 MB
 
-Method = Callable[..., Any]
 Parts = list[Tensor | None]
 Result = TypeVar("Result")
 
@@ -71,9 +71,10 @@ class Stream:
     ) -> None:
         """Tries the rule on one entry: UserError for values it refuses, or for a rule on factors without factors."""
         self.updates, self.experts, self.method, self.conflicts, self.block = updates, experts, method, conflicts, block
+        self.rule = declared(method)
         parameters = inspect.signature(method).parameters
         self.options = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        self.low_rank = "factors" in parameters
+        self.low_rank = self.rule.takes == "factors"
         self.names = list(dict.fromkeys(name for update in updates for name in update.shapes))
         whole = [str(update.folder) for update in updates if not isinstance(update, LoraAdapter)]
         if self.low_rank and whole:
@@ -184,17 +185,17 @@ class Stream:
         return [torch.zeros(count, columns) if part is None else part for part in parts]
 
     def _measure(self, name: str) -> dict[str, Any]:
-        """What the rule wants to know of the whole tensor before it sees blocks of it, by its parameters' names."""
+        """What the rule wants to know of the whole tensor before it sees blocks of it."""
         if self.low_rank:
             return {"merged": self.factors(name)}
         measured: dict[str, Any] = {}
-        if "thresholds" in self.options:
+        if "thresholds" in self.rule.measures:
             if self.options.get("scope") == "global":
                 self._shared = self._shared or self._thresholds(self.names)
                 measured["thresholds"] = self._shared
             else:
                 measured["thresholds"] = self._thresholds([name])
-        if "norms" in self.options:
+        if "norms" in self.rule.measures:
             bounds = measured.get("thresholds", [0.0] * len(self.updates))
 
             def squares(_: int, parts: Parts) -> Tensor:
@@ -204,7 +205,7 @@ class Stream:
                 ).double()
 
             measured["norms"] = torch.stack([s for _, s in self._in_blocks(name, squares)]).sum(0).sqrt().tolist()
-        if "counts" in self.options:
+        if "counts" in self.rule.measures:
 
             def counts(row: int, parts: Parts) -> Tensor:
                 return overlap_counts(self._filled(name, row, parts), self.options["epsilon"])
@@ -216,7 +217,7 @@ class Stream:
         """For each update the smallest kept magnitude over some tensors, or the two bounds of a rule with a gamma."""
         shares = self._per_update("density", "expert_density", "reasoner_density")
         gammas = self._per_update("gamma", "expert_gamma", "reasoner_gamma")
-        pairs, scope = "gamma" in self.options, self.options.get("scope", "tensor")
+        pairs, scope = self.rule.bands, self.options.get("scope", "tensor")
         searches: list[RadixSelect | None] = []
         known: list[list[float]] = []
         for update, share, gamma in zip(self.updates, shares, gammas, strict=True):
@@ -245,9 +246,10 @@ class Stream:
         def spread(value: Any, count: int) -> list[float]:
             return list(value) if isinstance(value, Sequence) else [float(value)] * count
 
-        if experts in self.options:
+        if self.rule.takes == "roles":
             rest = len(self.updates) - self.experts
-            return spread(self.options[experts], self.experts) + spread(self.options[reasoners], rest)
+            ours, theirs = (self.options.get(name, 0.0) for name in (experts, reasoners))
+            return spread(ours, self.experts) + spread(theirs, rest)
         return spread(self.options.get(both, 0.0), len(self.updates))
 
     def _overlap(self, conflicts: Conflicts, name: str) -> None:
@@ -260,17 +262,16 @@ class Stream:
 
 
 def call_method(method: Method, experts: list[Any], reasoners: list[Any], name: str, **measured: Any) -> Any:
-    """Call a merge rule on the deltas to one tensor, or to a block of its rows, in the form its parameters ask for.
+    """Call a merge rule on the deltas to one tensor, or to a block of its rows, in the form that it declares.
 
-    A rule with a parameter `deltas` (ties, linear, ..) or `factors` (core_space, ..) gets experts and reasoners as one
-    list, experts first; any other (caci) gets the two lists. Of `name` (the tensor's) and `measured` (thresholds,
-    norms, first_row) it gets what it has a parameter for. UserError for what the rule refuses.
+    UserError for what the rule refuses.
     """
-    parameters = inspect.signature(method).parameters
-    extra = {key: value for key, value in {"name": name, **measured}.items() if key in parameters}
+    rule = declared(method)
+    wanted = {*rule.measures, "name", "first_row"} if "place" in rule.measures else {*rule.measures}
+    extra = {key: value for key, value in {"name": name, **measured}.items() if key in wanted}
     try:
-        if "deltas" in parameters or "factors" in parameters:
-            return method([*experts, *reasoners], **extra)
-        return method(experts, reasoners, **extra)
+        if rule.takes == "roles":
+            return method(experts, reasoners, **extra)
+        return method([*experts, *reasoners], **extra)
     except ValueError as error:
         raise UserError(f"the merge method refused {name}: {error}; mend the values under merge.method") from error

@@ -18,6 +18,7 @@ from mmedexpert.checks import check
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
 from mmedexpert.errors import UserError, suggestion
+from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import grid_points
 from mmedexpert.merging.stream import call_method
 from mmedexpert.models.backbone import resolve
@@ -93,7 +94,7 @@ def _try_merge(config: Config) -> None:
     """The rule on one entry, with the values of `merge.method` and of every point of `merge.search`."""
     rule = instantiate(config.merge.method, _convert_="all")
     one = torch.ones(1, 1)
-    given = (one, one) if "factors" in inspect.signature(rule).parameters else one
+    given = (one, one) if declared(rule).takes == "factors" else one
     experts, reasoners = ([given] * len(names) for names in (config.specialty.names, reasoner_names(config)))
     for point in grid_points(config.merge.search or {}) or [{}]:
         call_method(functools.partial(rule, **point), list(experts), list(reasoners), "the settings")

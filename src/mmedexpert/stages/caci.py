@@ -14,6 +14,7 @@ from mmedexpert.evaluation.summary import Summary
 from mmedexpert.merging.apply import merge_adapters
 from mmedexpert.merging.conflicts import COLUMNS, Conflicts
 from mmedexpert.merging.figures import conflict_figures
+from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import best_of, grid_points, merged_in_place
 from mmedexpert.merging.stream import load_update
 from mmedexpert.models.backbone import load_encoder, load_model
@@ -121,7 +122,8 @@ class _Search:
 
     def __init__(self, config: Config) -> None:
         self.config, self.data = config, dataset(config)
-        self.points = grid_points(config.merge.search or {})
+        method = build(config.merge.method or {}, "merge.method")
+        self.points = grid_points(config.merge.search or {}, declared(method).scalings)
         records, image_root = records_of(self.data, SEARCH_SPLIT, config.specialty.names)
         name, self.content = f"{self.data.name}-{SEARCH_SPLIT}", fingerprint(records, image_root)
         self.questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)

@@ -1,0 +1,57 @@
+"""What a merge rule declares: what it is given, what is measured for it first, what its result is linear in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from mmedexpert.errors import UserError
+
+Takes = Literal["deltas", "roles", "factors"]
+Measure = Literal["thresholds", "norms", "counts", "place"]
+Method = Callable[..., Any]
+Function = TypeVar("Function", bound=Method)
+
+
+@dataclass(frozen=True)
+class MergeRule:
+    """What `Stream` gives a merge rule beside its settings.
+
+    takes: `deltas`, one list, experts first, then reasoners; `roles`, the two lists apart; `factors`, the LoRA pairs.
+    measures: what is known of the whole tensor before its blocks are merged, each a keyword of the rule: `thresholds`,
+    `norms`, `counts`, and with `place` the tensor's `name` and the block's `first_row`. bands: a threshold is a pair
+    (low, high). scalings: the keywords in which the result is linear, so that a search merges once for all of them.
+    """
+
+    takes: Takes
+    measures: tuple[Measure, ...] = ()
+    bands: bool = False
+    scalings: tuple[str, ...] = ()
+
+
+def merge_rule(
+    takes: Takes, *measures: Measure, bands: bool = False, scalings: tuple[str, ...] = ()
+) -> Callable[[Function], Function]:
+    """Declare a function as a merge rule; see `MergeRule`."""
+
+    def declare(function: Function) -> Function:
+        vars(function)["rule"] = MergeRule(takes, measures, bands, scalings)
+        return function
+
+    return declare
+
+
+def declared(method: Method) -> MergeRule:
+    """The declaration of a rule, also with settings bound; UserError for a function that has none."""
+    inner: Any = method
+    while not hasattr(inner, "rule"):
+        wrapped = getattr(inner, "func", None) or getattr(inner, "__wrapped__", None)
+        if wrapped is None:
+            name = getattr(inner, "__name__", inner)
+            raise UserError(
+                f"merge.method: {name} is no merge rule: declare what it takes with merging.rule.merge_rule"
+            )
+        inner = wrapped
+    found: MergeRule = inner.rule
+    return found
