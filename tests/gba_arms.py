@@ -26,8 +26,8 @@ ARMS = {
         "gba.scale_rewards=group", "gba.loss_type=grpo", "gba.steps=4", "gba.prompts_per_step=3",
         "gba.num_iterations=2", "gba.temperature=1.3", "gba.epsilon=0.02", "gba.epsilon_high=0.05", "gba.beta=0.1",
         "gba.mask_truncated_completions=true", "model.max_new_tokens=20", "gba.lr=0.004", "gba.warmup_ratio=0.5",
-        "gba.weight_decay=0.3", "gba.max_grad_norm=0.01", "gba.checkpoint_every=4", "reward.accuracy=0.8",
-        "reward.format=0.3", "trainer.micro_batch_tokens=200", "model.lora.alpha=12",
+        "gba.weight_decay=0.3", "gba.max_grad_norm=0.01", "gba.checkpoint_every=4", "reward.weights.accuracy=0.8",
+        "reward.weights.format=0.3", "trainer.micro_batch_tokens=200", "model.lora.alpha=12",
     ],
     "free": [
         "gba.weights=[0,3,1,0]", "gba.scale=0.4", "gba.gate=none", "gba.init=sft_all", "gba.conditioning=free",

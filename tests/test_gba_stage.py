@@ -116,7 +116,7 @@ def paid(arm: Arm, one: Sampled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         style.append([adherence(text, record.options, p) if told in (None, p) else np.nan for p in PERSPECTIVES])
     shape = (len(one.records), settings.num_generations)
     accuracy, format_ = np.array(right, float).reshape(shape), np.array(form, float).reshape(shape)
-    outcome = arm.config.reward.accuracy * accuracy + arm.config.reward.format * format_
+    outcome = arm.config.reward.weights["accuracy"] * accuracy + arm.config.reward.weights["format"] * format_
     return outcome, np.array(style).reshape(*shape, 4), accuracy
 
 

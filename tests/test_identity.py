@@ -53,7 +53,7 @@ def changed(before: dict[str, str], outputs: Path, *overrides: str) -> set[str]:
         ("gba.weights=[1,0,0,0]", {"gba/default", "caci/caci", "eval/reasoner-phantom-test"},
          {"dsa/adult_medicine", "start/merged_experts", "eval/start-phantom-test"}),
         ("gba.conditioning=free", {"gba/default"}, {"dsa/adult_medicine"}),
-        ("reward.format=0.3", {"gba/default"}, {"dsa/adult_medicine"}),
+        ("reward.weights.format=0.3", {"gba/default"}, {"dsa/adult_medicine"}),
         ("merge.method.expert_density=0.5", {"caci/caci", "eval/caci-phantom-test"}, {"gba/default"}),
         ("eval.perspectives=none", {"eval/base-phantom-test"}, {"gba/default", "eval/majority-phantom-test"}),
         ("model.system_prompt=Think", {"dsa/adult_medicine", "eval/base-phantom-test"}, {"pretrain/tiny"}),

@@ -16,6 +16,7 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import RESERVED, trained_names
 from mmedexpert.schema import Config
+from mmedexpert.training.rewards import REWARDS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "gba.gate": ("none", "correct"),
@@ -48,7 +49,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
-    "reward.accuracy", "reward.format", "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
+    "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
     "engine.endpoint.retries", "eval.llm_judge.retries", "dsa.warmup_ratio", "gba.warmup_ratio", "model.lora.dropout",
 )  # fmt: skip
 AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
@@ -138,6 +139,11 @@ def check(config: Config) -> None:
     for name, weight in zip(PERSPECTIVES, gba.weights, strict=True):
         if not math.isfinite(weight) or weight < 0:
             raise UserError(f"gba.weights: {name}={weight} must be a finite number, 0 or more")
+    for name, weight in config.reward.weights.items():
+        if name not in REWARDS:
+            raise UserError(f"reward.weights.{name} is no reward{suggestion(name, list(REWARDS))}")
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(f"reward.weights.{name}={weight} must be a finite number, 0 or more")
     if gba.num_generations < 2:
         raise UserError(f"gba.num_generations={gba.num_generations}: a group needs at least 2 completions")
     active = sum(weight > 0 for weight in gba.weights) if gba.scale else 0

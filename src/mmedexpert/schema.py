@@ -127,8 +127,7 @@ class GbaConfig:
 @dataclass
 class RewardConfig:
     name: str = MISSING
-    accuracy: float = MISSING
-    format: float = MISSING
+    weights: dict[str, float] = MISSING
     protocol: str = MISSING
 
 

@@ -196,12 +196,11 @@ def _sampler(
     sampling = Sampling(
         settings.num_generations, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k
     )
-    weights = {"accuracy": config.reward.accuracy, "format": config.reward.format}
 
     def sample(records: list[Record], seeds: list[int]) -> Rollout:
         with gathered(policy):
             return roll_out(
-                policy, encoder, records, image_root, sampling=sampling, guidance=guidance, reward_weights=weights,
+                policy, encoder, records, image_root, sampling=sampling, guidance=guidance, reward_weights=config.reward.weights,
                 protocol=cast(Protocol, config.reward.protocol), seeds=seeds,
             )  # fmt: skip
 

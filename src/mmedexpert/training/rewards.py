@@ -6,10 +6,10 @@ Source: DESIGN section 7; the paper does not state its rewards. # ours
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmedexpert.errors import UserError
+from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.scoring import Protocol, score_choice
@@ -31,7 +31,7 @@ def accuracy(
     """1.0 where the completion picks the gold answer, else 0.0; the columns are aligned with `completions`.
 
     With options, `answer` is a letter and `protocol` reads the pick (`scoring.score_choice`). For an open question
-    (None) the text read as in evaluation must equal the answer after normalisation (`benchmarks.robust`). # ours
+    (None) the text read as in evaluation must equal the answer after normalisation (`scoring.robust`). # ours
     Raises ValueError where columns differ in length or an answer is not the letter of an option.
     """
     return [
@@ -52,6 +52,10 @@ def answer_format(completions: Sequence[str], **_: Any) -> list[float | None]:
     return [float(has_format(text)) for text in completions]
 
 
+# the parts of the outcome reward, by the names of `reward.weights`; each is logged as rewards/<name>/mean
+REWARDS: dict[str, Callable[..., list[float | None]]] = {"accuracy": accuracy, "format": answer_format}
+
+
 def outcome(
     completions: Sequence[str],
     *,
@@ -60,14 +64,15 @@ def outcome(
     weights: Mapping[str, float],
     protocol: Protocol = "robust",
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """The outcome reward r_i = sum of weight * part over accuracy and format, `[N]`, and its unweighted parts by name.
+    """The outcome reward r_i = sum of weight * part over `REWARDS`, `[N]`, and its unweighted parts by name.
 
     DESIGN section 7. Every part is returned, also one without weight. Raises UserError for a weight of no part.
     """
-    columns = {"options": options, "answer": answer, "protocol": protocol}
-    rewards = {"accuracy": accuracy(completions, **columns), "format": answer_format(completions)}  # type: ignore[arg-type]
-    if unknown := sorted(set(weights) - set(rewards)):
-        raise UserError(f"reward: no reward is called {unknown[0]!r}; give weights to {', '.join(rewards)} only")
+    if unknown := sorted(set(weights) - set(REWARDS)):
+        fix = suggestion(unknown[0], list(REWARDS)) or f": give weights to {', '.join(REWARDS)}"
+        raise UserError(f"reward.weights: no reward is called {unknown[0]!r}{fix}")
+    columns: dict[str, Any] = {"options": options, "answer": answer, "protocol": protocol}
+    rewards = {name: reward(completions, **columns) for name, reward in REWARDS.items()}
     parts = {name: [float(value or 0.0) for value in values] for name, values in rewards.items()}
     total = [sum(weights[name] * parts[name][i] for name in weights) for i in range(len(completions))]
     return total, parts
