@@ -139,7 +139,8 @@ def test_every_key_of_the_schema_says_who_reads_it():
         (["eval.llm_judge={api_key_env: KEY}"], ["eval.llm_judge.api_key_env"]),  # a key within a value
         (["gba.lr=1", "gba.lr=2"], ["gba.lr=1", "gba.lr=2", "once"]),
         (["data=phantom", "data=medr1"], ["data=phantom", "data=medr1"]),
-        (["reward={protocol: robust}", "reward.protocol=medevalkit"], ["reward.protocol=robust", "reward.protocol=medevalkit"]),
+        (["reward={protocol: robust}", "reward.protocol=medevalkit"],
+         ["reward.protocol=robust", "reward.protocol=medevalkit"]),
     ],
 )  # fmt: skip
 def test_what_nothing_reads_is_refused(overrides, words):

@@ -29,6 +29,7 @@ from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
 from mmedexpert.stages import benchmark
 from mmedexpert.stages.data import dataset
+from mmedexpert.training import rewards
 from mmedexpert.unread import parts
 
 
@@ -42,6 +43,8 @@ def check_inputs(config: Config) -> Config:
     work = parts(config)
     for where, call in _calls(config, work):
         _check_arguments(where, call)
+    if "gba" in work:
+        rewards.outcome([], options=[], answer=[], weights=config.reward.weights)  # are they rewards?
     if "caci" in work:
         _try_merge(config)
     if "eval" in work:

@@ -200,8 +200,8 @@ def _sampler(
     def sample(records: list[Record], seeds: list[int]) -> Rollout:
         with gathered(policy):
             return roll_out(
-                policy, encoder, records, image_root, sampling=sampling, guidance=guidance, reward_weights=config.reward.weights,
-                protocol=cast(Protocol, config.reward.protocol), seeds=seeds,
+                policy, encoder, records, image_root, sampling=sampling, guidance=guidance,
+                reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol), seeds=seeds,
             )  # fmt: skip
 
     return sample
