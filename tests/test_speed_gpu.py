@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -87,12 +88,39 @@ def test_updates_and_sampling_are_plausible(results):
     for row in (own, batch, update):
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
         assert 0 < row["mfu_gemm"] < 1.5 and row["mfu"] is None  # no datasheet of this CPU; rates of busy cores waver
+        assert 0 < row["grad_norm"] < math.inf
         assert row["tflops"] < row["hardware_tflops"] < 1.5 * row["tflops"]
         assert row["mfu_gemm"] == pytest.approx(row["tflops"] / row["gemm_tflops"])
     for row in (own, batch, update, sampling):
         assert 0.1 < row["peak_gib"] < 50 and row["estimate_gib"] is None and row["device_gib"] is None
     # one pass over the packed row says what prefill and decoding said
     assert 0 <= sampling["logp_difference_mean"] <= sampling["logp_difference_max"] < 1e-4
+
+
+@pytest.mark.slow
+def test_the_same_in_bf16_as_on_cuda(monkeypatch):
+    """Weights in bf16, LoRA in fp32, under autocast: what differs from fp32 is rounding."""
+    monkeypatch.setattr(gpu_steps, "dtype_of", lambda device: torch.bfloat16)
+    monkeypatch.setattr(gpu_steps, "gemm_rate", lambda device: 1e12)
+    policy = gpu_steps.build("s", "cpu", gpu_steps.TINY)
+    kinds = {(p.requires_grad, p.dtype) for p in policy.model.parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+    update, sampling, _ = gpu_steps.gba("cpu", size="s", shapes=gpu_steps.TINY, sampling_s=60.0)
+    assert 0 < update["grad_norm"] < math.inf
+    assert 1e-4 < sampling["logp_difference_mean"] < 0.05
+
+
+@pytest.mark.slow
+def test_the_peer_takes_the_same_steps(tmp_path):
+    """As a command: the peer silences logging. That it trains on the tokens asked for is asserted there."""
+    pytest.importorskip("trl")
+    command = [sys.executable, gpu.__file__, "--tiny", "--parts", "trl dsa s", "trl gba s", "--out", "gpu.json"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    for name, tokens in (("trl dsa s", 2 * (64 + 24)), ("trl gba s", 2 * 4 * 16)):
+        (row,) = parts[name]["rows"]
+        assert parts[name]["status"] == "ok" and row["case"].startswith("trl 1")
+        assert row["tokens"] == tokens and row["seconds"] > 0 and row["peak_gib"] > 0.1
 
 
 def test_flops_are_four_for_a_frozen_weight_and_six_for_loras():
@@ -132,7 +160,8 @@ def test_what_cannot_run_is_not_a_failure_and_time_ends(monkeypatch, tmp_path):
         return {
             "peer": gpu.Part("no_such_package", "rows", 5),
             "slow": gpu.Part("gpu_merge", "rows", 0.2),
-            "late": gpu.Part("gpu_merge", "rows", 0.5),
+            "late": gpu.Part("gpu_merge", "rows", 5),
+            "never": gpu.Part("gpu_merge", "rows", 5),
         }
 
     def slow(device, *, tiny):
@@ -141,12 +170,13 @@ def test_what_cannot_run_is_not_a_failure_and_time_ends(monkeypatch, tmp_path):
             time.sleep(0.01)
 
     monkeypatch.setattr(gpu, "parts", parts)
-    monkeypatch.setattr(gpu, "LIMIT", 1.1)
+    monkeypatch.setattr(gpu, "LIMIT", 0.3)
     monkeypatch.setattr(gpu_merge, "rows", slow)
     found = gpu.main(["--tiny", "--out", str(tmp_path / "gpu.json")])["parts"]
     assert found["peer"]["status"] == "not run (No module named 'no_such_package')"
-    assert found["slow"]["status"] == "failed (TimeoutError: over its 0 seconds)" and len(found["slow"]["rows"]) == 1
-    assert found["late"]["status"].startswith("failed (TimeoutError")
+    assert found["slow"]["status"] == "failed (TimeoutError: over its 0.2 seconds)" and len(found["slow"]["rows"]) == 1
+    assert found["late"]["status"].startswith("failed (TimeoutError: over its 0.")  # what is left for all parts
+    assert found["never"]["status"] == "failed (TimeoutError: no time was left)"
 
 
 def test_parts_fit_into_eight_minutes_at_most():

@@ -3,12 +3,12 @@
     python experiments/speed/gpu.py [--out experiments/speed/gpu.json] [--parts attention merge ..] [--tiny]
 
 Parts, each with a time of its own: attention over packed rows against sdpa (gpu_attention.py), a CACI merge against the
-CPU (gpu_merge.py), a DSA and a GBA step at 3B and 7B shapes and TRL's (gpu_steps.py). A part that fails, or for which a
-package is missing, is told and the others go on; the JSON is written after every row. Last a Markdown table is printed.
-Without CUDA, or with `--tiny`, the same runs on the CPU with tiny shapes, in seconds.
+CPU (gpu_merge.py), a DSA and a GBA step at 3B and 7B shapes (gpu_steps.py), then TRL's (gpu_peer.py). A part that
+fails, or for which a package is missing, is told and the others go on; the JSON is written after every row. Last a
+Markdown table is printed. Without CUDA, or with `--tiny`, the same runs on the CPU with tiny shapes, in seconds.
 
-It needs torch with CUDA as in requirements.txt, and transformers and peft with what they need, Hydra not among them. For
-a machine without network, carry them along; `trl datasets` behind the first line's gpu_wheels.py brings the peer:
+It needs torch with CUDA as in requirements.txt, and transformers and peft with what they need; Hydra is not among it.
+For a machine without network, carry them along; `trl datasets` behind gpu_wheels.py brings the peer:
 
     pip download --no-deps -d wheels $(python experiments/speed/gpu_wheels.py)
     pip install --no-deps wheels/*.whl    # there; its torch stays as it is
@@ -17,7 +17,6 @@ a machine without network, carry them along; `trl datasets` behind the first lin
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shlex
 import signal
@@ -35,9 +34,12 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "src")]
+from gpu_clock import release  # noqa: E402
+
 LIMIT = 460  # ours: seconds for all parts; with the imports eight minutes
 COLUMNS = (
     "seconds", "tokens_per_s", "gb_per_s", "tflops", "mfu", "peak_gib", "device_gib", "estimate_gib", "relative_error",
+    "within",
 )  # fmt: skip
 
 
@@ -62,24 +64,27 @@ class Part:
 
 
 def parts(tiny: bool) -> dict[str, Part]:
-    """All parts in order: what only we have first, the peer last."""  # ours: all seconds
+    """All parts in order, the peer last: what is over `LIMIT` does not run."""
     sizes = ("s",) if tiny else ("3b", "7b")
+    dsa, gba, sampling = 40.0, 100.0, 65.0  # ours, as the other seconds
     found = {"attention": Part("gpu_attention", "rows", 40), "merge": Part("gpu_merge", "rows", 60)}
     for size in sizes:
-        found[f"dsa {size}"] = Part("gpu_steps", "dsa", 40, {"size": size})
-        found[f"gba {size}"] = Part("gpu_steps", "gba", 100, {"size": size, "sampling_s": 60.0})
+        found[f"dsa {size}"] = Part("gpu_steps", "dsa", dsa, {"size": size})
+        found[f"gba {size}"] = Part("gpu_steps", "gba", gba, {"size": size, "sampling_s": sampling})
     for size in sizes:
-        for stage, seconds in (("dsa", 40), ("gba", 100)):
-            found[f"trl {stage} {size}"] = Part("gpu_steps", "peer", seconds, {"size": size, "stage": stage})
+        for stage, seconds in (("dsa", dsa), ("gba", gba)):
+            found[f"trl {stage} {size}"] = Part("gpu_peer", "step", seconds, {"size": size, "stage": stage})
     return found
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """TimeoutError in the main thread once the seconds are over, and again every five where it was swallowed."""
+    if seconds <= 0:
+        raise TimeoutError("no time was left")
 
     def over(*_: Any) -> None:
-        raise TimeoutError(f"over its {seconds:.0f} seconds")
+        raise TimeoutError(f"over its {seconds:.1f} seconds")
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, seconds, 5)
@@ -94,7 +99,11 @@ def machine(device: str) -> dict[str, Any]:
     """Command, commit, device and versions."""
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
@@ -105,13 +114,6 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
     }
-
-
-def release() -> None:
-    """What the last part held must not count against the next."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def table(results: dict[str, Any]) -> str:
@@ -159,8 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
         try:
-            if left < 1:
-                raise TimeoutError("no time was left")
+            release()  # what the last part held must not count against this one
             with within(left):
                 for row in part.rows(device, tiny):
                     found["rows"].append(row)
@@ -170,7 +171,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         except Exception as error:  # told, and the next part runs
             found["status"] = f"failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         write()
-        release()
         print(f"{name}: {found['status']}, {len(found['rows'])} rows in {found['seconds']} s", flush=True)
     print(table(results))
     return results

@@ -1,4 +1,4 @@
-"""A DSA step and a GBA step of a random Qwen2.5-VL beside the estimates of conf/model, and TRL's on the same shapes.
+"""A DSA step and a GBA step of a random Qwen2.5-VL, beside the estimates of conf/model.
 
 The model is built on the device from its sizes, in bf16, with the LoRA and the gradient checkpointing of conf/model,
 and trained under bf16 autocast. Its images are encoded and seen beforehand (`images_s`). Completions of an update are
@@ -16,7 +16,6 @@ allocator's reserve too: the one to hold against `estimate_gib`.
 
 from __future__ import annotations
 
-import gc
 import re
 import resource
 import tempfile
@@ -25,25 +24,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import yaml
 from gba_flops import reading
-from gpu_clock import timed
-from peft import LoraConfig
+from gpu_clock import release, timed
 from tiny_vl import (
     LR,
     MAX_GRAD_NORM,
     SIZES,
-    Question,
-    Row,
-    Stopwatch,
     build_encoder,
     build_model,
-    build_processor,
     byte_tokenizer,
-    rates,
     text,
     text_length,
     write_images,
@@ -73,7 +65,7 @@ class Shapes:
     records: tuple[int, int]
     max_tokens: int  # of one pass of DSA
     image_size: int
-    warm_up: int = 8  # ours: tokens sampled before the clock runs
+    warm_up: int = 32  # ours: tokens sampled to see how many there is time for
 
 
 # ours: what the estimates of conf/model are for; batch 16 and 8,192 tokens are conf/dsa's and conf/trainer's
@@ -159,16 +151,17 @@ def update(
     completions: Sequence[Sequence[int]],
     max_tokens: int,
     loss: Callable[[Pack, Tensor, list[int]], Tensor],
-) -> None:
-    """One optimiser step as SftModule and GbaModule take it, under Lightning's bf16-mixed on CUDA."""
-    cuda = policy.device.startswith("cuda")
-    with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
+) -> float:
+    """One optimiser step as SftModule and GbaModule take it under Lightning's bf16-mixed; the gradient's norm."""
+    sixteen = dtype_of(policy.device) == torch.bfloat16
+    with torch.autocast(policy.device, torch.bfloat16, enabled=sixteen):
         for chosen, packed in packs(policy, prompts, completions, max_tokens):
             logps, _, _ = token_logps(policy.model, packed, banned_ids=policy.encoder.banned_ids)
             loss(packed, logps, chosen).backward()
-    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM)
     policy.optimizer.step()
     policy.optimizer.zero_grad()
+    return float(norm)
 
 
 def work(
@@ -186,8 +179,10 @@ def work(
 
 @cache
 def gemm_rate(device: str) -> float:
-    """FLOP/s of a large matrix product in the model's dtype."""
-    return rates(dtype_of(device), device)[0]
+    """FLOP/s of a large matrix product in the model's dtype: the fastest of five."""
+    side = 8192 if device.startswith("cuda") else 1024
+    one, other = (torch.randn(side, side, device=device, dtype=dtype_of(device)) for _ in range(2))
+    return 2 * side**3 / min(timed(device, torch.mm, one, other)[1] for _ in range(5))
 
 
 def paced(policy: Policy, seconds: float, done: dict[str, float]) -> dict[str, float | None]:
@@ -216,26 +211,22 @@ def memory(device: str, estimate: int | None) -> dict[str, float | None]:
     return {"peak_gib": peak, "device_gib": (total - free) / 2**30, "estimate_gib": estimate}
 
 
-def release() -> None:
-    """Give the device back what nobody holds."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def dsa(device: str, *, size: str, shapes: Shapes) -> Iterator[dict[str, Any]]:
     """The update on the records of the estimate in one pass, then on a whole batch."""
     policy = build(size, device, shapes)
     for records, estimate in zip(shapes.records, (policy.estimates[0], None), strict=True):
         release()
         prompts, images_s = asked(policy, records, shapes)
-        answers, watch, count = said(records, shapes.answer), Stopwatch(device), records * shapes.answer
-        for _ in range(3):
-            with watch.lap():
-                update(policy, prompts, answers, shapes.max_tokens, lambda _, logps, __, n=count: -logps.sum() / n)
+        answers, count = said(records, shapes.answer), records * shapes.answer
+
+        def loss(packed: Pack, logps: Tensor, chosen: list[int], count: int = count) -> Tensor:
+            return -logps.sum() / count
+
+        step = (policy, prompts, answers, shapes.max_tokens)
+        laps = [timed(device, update, *step, loss) for _ in range(3)]  # the first loads kernels
         row = {"case": f"dsa {size}, {records} records of {shapes.prompt + shapes.answer} tokens", "images_s": images_s}
-        row |= memory(device, estimate)
-        yield row | paced(policy, min(watch.seconds[1:]), work(policy, prompts, answers, shapes.max_tokens))
+        row |= {"grad_norm": laps[-1][0], **memory(device, estimate)}
+        yield row | paced(policy, min(spent for _, spent in laps[1:]), work(*step))
 
 
 def gba(device: str, *, size: str, shapes: Shapes, sampling_s: float) -> Iterator[dict[str, Any]]:
@@ -257,12 +248,11 @@ def gba(device: str, *, size: str, shapes: Shapes, sampling_s: float) -> Iterato
         return policy_loss(now, now.detach(), advantages[chosen], mask[chosen], num_completions=total)[0]
 
     release()
-    update(policy, repeated[:group], completions[:group], max_tokens, loss)  # warm-up
-    watch = Stopwatch(device)
-    with watch.lap():
-        update(policy, repeated, completions, max_tokens, loss)
-    row = {"case": f"{case}: update", **memory(device, policy.estimates[1])}
-    yield row | paced(policy, watch.seconds[0], work(policy, repeated, completions, max_tokens))
+    update(policy, repeated[:group], completions[:group], max_tokens, loss)  # kernels are loaded
+    step = (policy, repeated, completions, max_tokens)
+    norm, update_s = timed(device, update, *step, loss)
+    row = {"case": f"{case}: update", "grad_norm": norm, **memory(device, policy.estimates[1])}
+    yield row | paced(policy, update_s, work(*step))
 
     def sample(tokens: int) -> Any:
         return generate(
@@ -274,22 +264,22 @@ def gba(device: str, *, size: str, shapes: Shapes, sampling_s: float) -> Iterato
     _, spent = timed(device, sample, shapes.warm_up)
     tokens = max(2, min(width, int(sampling_s / spent * shapes.warm_up)))
     release()
-    with watch.lap():
-        sampled = sample(tokens)
+    sampled, drawing_s = timed(device, sample, tokens)
     held = memory(device, policy.estimates[2] if tokens == width else None)
     off = difference(policy, repeated[:group], sampled.rows()[:group], sampled.logps[:group], max_tokens)
     yield {
         "case": f"{case}: sampling",
         "tokens": total * tokens,
         "new_tokens": tokens,
-        "seconds": watch.seconds[1],
-        "tokens_per_s": total * tokens / watch.seconds[1],
+        "seconds": drawing_s,
+        "tokens_per_s": total * tokens / drawing_s,
         **held,
         **off,
     }
     if tokens == width:
-        step = images_s + sum(watch.seconds)
-        yield {"case": f"{case}: step", "tokens": total * width, "seconds": step, "tokens_per_s": total * width / step}
+        seconds = images_s + drawing_s + update_s
+        rate = total * width / seconds
+        yield {"case": f"{case}: step", "tokens": total * width, "seconds": seconds, "tokens_per_s": rate}
 
 
 @torch.no_grad()
@@ -303,56 +293,3 @@ def difference(
     policy.model.train()
     off = (packed.matrix(now, logps.shape[1]) - logps).abs()
     return {"logp_difference_mean": float(off.mean()), "logp_difference_max": float(off.max())}
-
-
-def peer(device: str, *, size: str, shapes: Shapes, stage: str) -> Iterator[dict[str, Any]]:
-    """TRL's step on the same shapes, LoRA and checkpointing; ImportError where TRL is not here.
-
-    Images, sampling and update count together. GRPO is one step from a cold start, SFT the faster of two after one.
-    """
-    import trl_peer
-
-    lora = settings(size)[0]["lora"]
-    config = LoraConfig(
-        r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=lora["target_modules"],
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    plain, watch, held = trl_peer.common, Stopwatch(device), {}
-    tokenizer = byte_tokenizer()
-    encoder = build_encoder(tokenizer, shapes.image_size)
-    model = build_model(SIZES[size], tokenizer, dtype=dtype_of(device), device=device)
-    processor = build_processor(tokenizer, shapes.image_size)
-    release()
-
-    def common(*arguments: Any) -> dict[str, Any]:
-        return plain(*arguments) | {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        }
-
-    def turn(trained: list[Row]) -> None:
-        assert {(len(ids), count) for ids, count in trained} == {lengths}, "TRL trained on other numbers of tokens"
-        held.update(memory(device, None))
-
-    # a row's ids are its prompt's in GRPO, all in SFT; and the tokens trained on
-    lengths = (shapes.prompt, shapes.completion) if stage == "gba" else (shapes.prompt + shapes.answer, shapes.answer)
-    changed = patch.multiple(trl_peer, common=common, lora_config=lambda: config)
-    with tempfile.TemporaryDirectory() as folder, changed:
-        count = shapes.groups if stage == "gba" else 3 * shapes.records[0]
-        images = write_images(Path(folder), count, shapes.image_size)
-        length = text_length(encoder, images[0], shapes.prompt)
-        answer = "" if stage == "gba" else text(7, shapes.answer - 2)  # and the two that end the turn
-        questions = [Question(text(number, length), image, answer) for number, image in enumerate(images)]
-        if stage == "gba":
-            trl_peer.grpo(
-                model, processor, questions, num_generations=shapes.group, prompts_per_step=shapes.groups,
-                max_new_tokens=shapes.completion, micro_batch=shapes.group, banned_ids=encoder.banned_ids,
-                watch=watch, turn=turn,
-            )  # fmt: skip
-            tokens = shapes.groups * shapes.group * shapes.completion
-        else:
-            trl_peer.sft(model, processor, questions, batch_size=shapes.records[0], watch=watch, turn=turn)
-            tokens = shapes.records[0] * (shapes.prompt + shapes.answer)
-    seconds = min(watch.seconds[1:] or watch.seconds)
-    case = {"case": f"{trl_peer.NAME}, {stage} {size}, its step", "tokens": tokens, "seconds": seconds}
-    yield case | {"tokens_per_s": tokens / seconds, **held}
