@@ -122,7 +122,7 @@ def asked(policy: Policy, count: int, shapes: Shapes) -> tuple[list[Prompt], flo
 
     def read(images: Sequence[Path], length: int) -> list[Prompt]:
         prompts = [encoder.chat(text(n, length), [encoder.image(image)]) for n, image in enumerate(images)]
-        encoder.see(policy.core, prompts)
+        encoder.encode_images(policy.core, prompts)
         return prompts
 
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +257,7 @@ def gba(device: str, *, size: str, shapes: Shapes, sampling_s: float) -> Iterato
     def sample(tokens: int) -> Any:
         return generate(
             policy.model, policy.encoder, prompts, max_new_tokens=tokens, num_generations=group, temperature=1.0,
-            end_ids=(), banned_ids=policy.encoder.banned_ids, generator=torch.Generator().manual_seed(0),
+            end_ids=(), banned_ids=policy.encoder.banned_ids, seeds=range(len(prompts)),
         )  # fmt: skip
 
     sample(2)  # kernels are loaded
