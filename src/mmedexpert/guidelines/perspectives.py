@@ -7,11 +7,11 @@ from importlib.resources import files
 
 import yaml
 
-PERSPECTIVES = ("differential", "intuitive", "analytical", "bayesian")  # the order of gba.weights
-
 
 @cache
 def instructions() -> dict[str, str]:
-    """The instruction of each perspective, in the order of `PERSPECTIVES`, read from `perspectives.yaml`."""
-    rows = yaml.safe_load(files(__package__).joinpath("perspectives.yaml").read_text(encoding="utf-8"))
-    return {name: rows[name] for name in PERSPECTIVES}
+    """The instruction of each perspective, read from `perspectives.yaml`."""
+    return yaml.safe_load(files(__package__).joinpath("perspectives.yaml").read_text(encoding="utf-8"))
+
+
+PERSPECTIVES: tuple[str, ...] = tuple(instructions())  # their order is that of gba.weights

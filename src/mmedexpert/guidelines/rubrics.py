@@ -8,7 +8,7 @@ the reasoning arrived at. Whether a stated finding is in the image no text shows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mmedexpert.guidelines.perspectives import PERSPECTIVES
 from mmedexpert.guidelines.reading import (
@@ -44,8 +44,8 @@ def criteria(completion: str, options: Mapping[str, str] | None, perspective: st
     """
     if perspective not in PERSPECTIVES:
         raise ValueError(f"perspective must be one of {', '.join(PERSPECTIVES)}, got {perspective!r}")
-    rubric = (_differential, _intuitive, _analytical, _bayesian)[PERSPECTIVES.index(perspective)]
-    return {name: float(score) for name, score in rubric(read(completion, options)).items()}
+    scores = RUBRICS[perspective](read(completion, options))
+    return {name: float(score) for name, score in scores.items()}
 
 
 def _differential(thought: Thought) -> Mapping[str, float]:
@@ -178,3 +178,8 @@ def _bayesian(thought: Thought) -> Mapping[str, float]:
 def _substance(sentence: list[str]) -> bool:
     """Whether a sentence holds a word that may be a finding."""
     return any(len(token) > 2 and token[0].isalpha() and token not in EMPTY for token in sentence)
+
+
+RUBRICS: dict[str, Callable[[Thought], Mapping[str, float]]] = {
+    "differential": _differential, "intuitive": _intuitive, "analytical": _analytical, "bayesian": _bayesian,
+}  # fmt: skip
