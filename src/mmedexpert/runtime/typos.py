@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say of a mistake in a config, in one line: the file, the key, and the name that was meant."""
+"""What Hydra and OmegaConf say of a mistake in a config, in one line: the file, the key and the name that was meant."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def told_of_hydra(error: str, cause: str) -> str:
 
 def no_such_key(word: str) -> str:
     """A key that is unknown, or known to another option of its group alone."""
-    group, _, rest = word.partition(".")
+    group = word.partition(".")[0]
     told = f"no such config key {word!r}"
     if group == "hydra":
         return f"{told}; see python run.py --cfg hydra"

@@ -83,7 +83,7 @@ def rule_of(target: str) -> dict[str, int | str]:
     module, _, name = target.rpartition(".")
     rule = module.rpartition(".")[2] if name in PARTS else name
     if target.startswith(PACKAGE) and rule in VERSIONS:
-        return versions(rule)
+        return {rule: VERSIONS[rule]}
     return {target: _source_of(module)}
 
 

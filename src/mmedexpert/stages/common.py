@@ -24,7 +24,6 @@ from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, execute
 from mmedexpert.schema import BASE, Config
 
-
 REPEAT = f"""\
 # python run.py --config-path <this folder> --config-name config    repeats the command, and finds this run finished
 defaults:
