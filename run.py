@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+import mmedexpert.schema  # noqa: F401  registers the base of conf/config.yaml
 from mmedexpert.runtime.privacy import redacted
 from mmedexpert.runtime.quiet import one_line, silence
 
@@ -58,6 +59,7 @@ def job(composed: DictConfig) -> None:
         import torch
 
         from mmedexpert.reporting import tables as report
+        from mmedexpert.runtime.build import build
         from mmedexpert.stages.before import check_inputs, missing_note
         from mmedexpert.stages.common import launch
 
@@ -70,7 +72,7 @@ def job(composed: DictConfig) -> None:
             config = check_inputs(config)
         elif not is_first_process():
             return
-        runs = hydra.utils.get_method(config.stage.target)(config)
+        runs = build(config.stage.run, "stage.run")(config)
         if is_first_process():
             if config.runs.explain:
                 report.print_explained()
@@ -88,6 +90,8 @@ def job(composed: DictConfig) -> None:
 
 def main() -> int:
     """Run every job of the command; returns the exit code, which of several processes rank 0's alone is."""
+    # a plus adds a group, and Hydra refuses it for one that stands in the defaults list
+    sys.argv[1:] = [word[1:] if word.startswith("+experiment=") else word for word in sys.argv[1:]]
     try:
         job()
     except KeyboardInterrupt:

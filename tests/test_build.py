@@ -82,10 +82,10 @@ def test_a_users_mistake_is_one_line_that_names_the_key(values, root, told):
 
 CONF = Path(__file__).parents[1] / "conf"
 MADE = [
-    pytest.param(part[key], f"{path.parent.name}.{path.stem}.{key}", id=f"{path.parent.name}-{path.stem}")
+    pytest.param(part[key], f"{path.parent.name}.{path.stem}.{key}", id=f"{path.parent.name}-{path.stem}-{key}")
     for path in sorted(CONF.glob("*/*.yaml"))
     if isinstance(part := yaml.safe_load(path.read_text()), dict)
-    for key in ("source", "load", "method")
+    for key in ("source", "load", "method", "ask", "judge", "run")
     if isinstance(part.get(key), dict)
 ]
 

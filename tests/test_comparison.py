@@ -251,7 +251,7 @@ def test_what_was_asked_and_different_settings_are_told(tmp_path):
     b = saved(tmp_path / "b", rows([1, 1]), name="gba", benchmark="slake", seed=0)
     c = saved(tmp_path / "c", rows([1, 1]), name="dsa", benchmark="slake", seed=0, config="eval: {ask: other}\n")
     assert aligned(read_runs([a, b]), common=False)[1] == ["slake: slake test.json; left out: 7"]
-    assert "config.yaml differs" in aligned(read_runs([a, b, c]), common=False)[1][-1]
+    assert "settings differ" in aligned(read_runs([a, b, c]), common=False)[1][-1]
 
 
 def test_labels_never_collide(tmp_path):

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from mmedexpert.checks import home, typed
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.quiet import one_line
-from mmedexpert.schema import Config, keys
+from mmedexpert.schema import Config, GbaConfig, keys
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [
     (path.parent.name, path.stem)
     for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name not in ("experiment", "sweep", "hydra")
+    if path.parent.name not in ("experiment", "hydra") and not path.stem.startswith("_")  # what others are made of
 ]
 
 
-def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+def composed(*overrides: str, conf: Path = CONF) -> Config:
+    with initialize_config_dir(str(conf), version_base="1.3"):
         return typed(compose("config", overrides=list(overrides)))
 
 
@@ -36,18 +43,94 @@ def test_every_option_composes(group, option, tmp_path):
         assert getattr(config, group).name if hasattr(getattr(config, group), "name") else True
 
 
-@pytest.mark.parametrize("path", sorted([*CONF.glob("experiment/*.yaml"), *CONF.glob("sweep/*.yaml")]), ids=str)
-def test_every_experiment_composes_and_says_its_command(path):
-    composed(f"+{path.parent.name}={path.stem}")
-    assert any(
-        line.startswith("# python run.py") and f"+{path.parent.name}={path.stem}" in line
-        for line in path.read_text().splitlines()
-    )
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda p: p.stem)
+def test_every_experiment_composes_and_says_its_command_and_cost(path):
+    composed(f"experiment={path.stem}")
+    text = path.read_text()
+    assert re.search(rf"^# python run.py .*\bexperiment={path.stem}\b", text, re.M)
+    assert "cost: " in text and "expected: " in text
+
+
+def test_an_experiment_overrides_its_groups_and_debug_overrides_it():
+    table = composed("experiment=table_main")
+    assert (table.stage.name, table.model.name, table.trainer.accelerator) == ("pipeline", "lingshu_7b", "gpu")
+    assert list(table.benchmark) == ["medxpertqa_mm", "pmc_vqa", "omnimedvqa"]
+    assert composed("experiment=table_main", "model=tiny", "protocol=robust").model.name == "tiny"
+    assert composed("experiment=medevalkit", "model=qwen2_vl_2b").model.max_new_tokens == 8192
+    assert composed("experiment=ablation_merge", "debug=smoke").dsa.steps == 8
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "run.py", *words]
+    return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_an_experiment_is_chosen_with_and_without_a_plus(plus):
+    done = run(f"{plus}experiment=medevalkit", "--cfg", "job")
+    assert done.returncode == 0 and "protocol: medevalkit" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("word", ["gba.wieghts=[1,1,1,1]", "trainer.devcies=2", "+experiment=table_mian"])
+def test_a_typo_is_one_line_and_exit_code_2_and_shown_by_cfg_too(word):
+    for more in ([], ["--cfg", "job"]):
+        done = run(word, *more)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "did you mean" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("stage/*.yaml")), ids=lambda p: p.stem)
 def test_stage_targets_exist(path):
-    assert callable(get_method(composed(f"stage={path.stem}").stage.target))
+    assert callable(instantiate(composed(f"stage={path.stem}").stage.run))
+
+
+def test_the_schema_is_the_base_of_what_is_composed():
+    """`--cfg job` shows exactly what will run: every key of the schema, with its type."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        shown = compose("config", overrides=["benchmark=slake", "gba.weights=[1,0,0,0]"])
+    assert OmegaConf.get_type(shown) is Config and OmegaConf.get_type(shown.gba) is GbaConfig
+    assert OmegaConf.to_yaml(shown, resolve=True) == OmegaConf.to_yaml(OmegaConf.create(asdict(typed(shown))))
+    assert shown.gba.weights == [1.0, 0.0, 0.0, 0.0] and "endpoint" in shown.engine  # the type's, and the schema's own
+
+
+def test_a_merge_file_sets_its_own_search(tmp_path):
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    search = {"density": [0.5, 1.0]}
+    text = yaml.safe_dump({"defaults": ["ties", "_self_"], "search": search, "lora_rank": 8})
+    (conf / "merge" / "ties_searched.yaml").write_text(text)
+    assert composed().merge.search is None
+    found = composed("merge=ties_searched", conf=conf).merge
+    assert (found.name, found.search, found.lora_rank) == ("ties", search, 8)
+    assert composed("merge=ties_searched", "merge.search=null", conf=conf).merge.search is None
+
+
+def test_models_of_one_family_differ_in_what_their_files_say():
+    models = {name: composed(f"model={name}").model for name in ("qwen2_vl_2b", "qwen3_vl_4b", "lingshu_7b")}
+    same = [replace(one, name="", name_or_path="", revision="") for one in models.values()]
+    assert same[0] == same[1] == same[2] and same[0].lora.r == 64 and same[0].max_pixels == 401408
+    assert len({(one.name, one.name_or_path, one.revision) for one in models.values()}) == 3
+    for path in CONF.glob("model/*.yaml"):
+        if path.stem not in ("tiny", "_qwen"):
+            assert set(yaml.safe_load(path.read_text())) == {"defaults", "name", "name_or_path", "revision"}
+            assert "Memory, estimated" in path.read_text() and f"model={path.stem}" in path.read_text()
+
+
+def test_code_is_named_in_one_way():
+    """Every dotted path of the package in conf/ is a `_target_`."""
+    for path in CONF.rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            if re.search(r":\s+mmedexpert\.", line):
+                assert line.split("#")[0].split(":")[0].strip() == "_target_", f"{path}: {line}"
+
+
+def test_help_names_every_group_and_choice():
+    text = yaml.safe_load((CONF / "hydra/help/mmedexpert.yaml").read_text())["header"]
+    told = {
+        part.split()[0]: set(re.findall(r"\w+", part))
+        for part in re.split(r"\n  (?=\w+ +\w)", text.partition("Groups")[2].replace("\n    ", "\n  "))[1:]
+    }
+    files = [*OPTIONS, *(("experiment", path.stem) for path in CONF.glob("experiment/*.yaml"))]
+    assert [f"{group}={option}" for group, option in files if option not in told.get(group, ())] == []
+    assert set(told) == {group for group, _ in files}
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("merge/*.yaml")), ids=lambda p: p.stem)
@@ -84,11 +167,27 @@ def test_merge_methods_instantiate(path):
         ("eval.split=train", ["eval.split", "test"]),
         ("paths.outputs=~/x", ["paths.outputs=~/x", "quote"]),
         ("paths.outputs='~nobody-of-this-name/x'", ["~nobody-of-this-name/x", "in full"]),
-        ("engine.endpoint.model=m", ["engine.endpoint.model", "conf/engine"]),
-        ("merge.method.reasoner_densty=1", ["merge.method.reasoner_densty", "conf/merge"]),
-        ("data.source.foo=1", ["data.source.foo", "conf/data"]),
+        ("trainer.devcies=2", ["trainer.devcies", "did you mean 'trainer.devices'"]),
+        ("model.lora.rr=3", ["model.lora.rr", "did you mean 'model.lora.r'"]),
+        ("+gba.wieghts=[1,1,1,1]", ["gba.wieghts", "did you mean 'gba.weights'"]),
+        ("+seeed=3", ["seeed", "did you mean 'seed'"]),
+        ("merge.search=3", ["merge.search=3", "scaling"]),
+        ("lr=1", ["'lr'", "'gba.lr'", "'dsa.lr'"]),
+        ("eval.protocol=robust", ["eval.protocol", "did you mean 'protocol'"]),
+        ("trainer.devices=two", ["trainer.devices=two", "Integer"]),
+        ("data.seed=null", ["data.seed=null", "not Optional"]),
+        ("benchmark=[slak]", ["benchmark=slak", "did you mean 'slake'"]),
+        ("experiment=table_mian", ["experiment=table_mian", "did you mean 'table_main'"]),
+        ("model=qwen2_vl", ["model=qwen2_vl", "did you mean 'qwen2_vl_2b'"]),
+        (
+            "merge.method.reasoner_densty=1",
+            ["merge.method.reasoner_densty", "did you mean 'merge.method.reasoner_density'"],
+        ),
+        ("merge.method.density=1", ["merge.method.density", "ties"]),
+        ("data.source.trian=1", ["data.source.trian", "did you mean 'data.source.train'"]),
+        ("benchmark.slkae.root=tests", ["benchmark.slkae.root", "did you mean 'benchmark.slake.root'"]),
         ("benchmark.slake.root=tests", ["benchmark.slake.root", "add benchmark=slake"]),
-        ("gba={steps: 3, foo: 2}", ["gba", "gba.<key>"]),
+        ("gba={steps: 3, stesp: 2}", ["gba.stesp", "did you mean 'gba.steps'"]),
         ("specialty.on_missing=drop", ["specialty.on_missing", "skip"]),
         ("+specialty.missing=[x]", ["specialty.missing", "specialty.names"]),
         ("dsa.warmup_ratio=1.5", ["dsa.warmup_ratio", "at most 1"]),
@@ -107,6 +206,31 @@ def test_a_mistake_is_one_line_with_its_key(override, words):
         composed(override)
     line = one_line(caught.value)
     assert "\n" not in line and len(line) < 320
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("gba: {wieghts: [1, 1, 1, 1]}", ["conf/experiment/mine.yaml", "gba.wieghts", "did you mean 'gba.weights'"]),
+        ("sed: 1", ["conf/experiment/mine.yaml", "did you mean 'seed'"]),
+        ("gba: {beta: abc}", ["conf/experiment/mine.yaml", "gba.beta", "abc"]),
+        ("merge: {methd: null}", ["conf/experiment/mine.yaml", "did you mean 'merge.method'"]),
+        ("defaults: [override /model: qwen2_vl]", ["model=qwen2_vl", "did you mean 'qwen2_vl_2b'"]),
+        ("defaults: [override /benchmark: [slake, vqa_rd]]", ["benchmark=vqa_rd", "did you mean 'vqa_rad'"]),
+        ("defaults: [override /modle: tiny]", ["conf/experiment/mine.yaml", "did you mean 'model'"]),
+        ("defaults: [/modle: tiny]", ["conf/experiment/mine.yaml", "modle=tiny", "did you mean 'model'"]),
+        ("gba: [1", ["experiment/mine.yaml line", "not YAML"]),
+    ],
+)
+def test_a_mistake_in_an_experiments_file_names_file_and_key(body, words, tmp_path):
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{body}\n")
+    with pytest.raises(Exception) as caught:
+        composed("experiment=mine", conf=conf)
+    line = one_line(caught.value)
+    assert "\n" not in line and "unexpected" not in line
     for word in words:
         assert word in line, line
 

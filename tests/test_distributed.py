@@ -231,7 +231,7 @@ def test_one_command_on_two_ranks_leaves_one_folder(tmp_path):
     (folder,) = (tmp_path / "dsa").glob("cardiology-*")
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["DONE", "adapter", "config.yaml", "csv", "identity.json", "manifest.json", "metrics.json"]
-    assert "devices" not in (folder / "config.yaml").read_text()  # the same folder whatever their number
+    assert "devices" not in (folder / "identity.json").read_text()  # the same folder whatever their number
     assert run(tmp_path, "stage=dsa", *SMALL, *BOTH).stderr.count("reused") == 3
     failing = tmp_path / "failing.py"
     failing.write_text(

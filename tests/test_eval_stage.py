@@ -203,7 +203,7 @@ def test_other_settings_of_perspectives_are_followed(answering, setting, expecte
 
 def test_protocol_and_resamples_are_the_configs(answering):
     config = answering(
-        "stage=eval", "specialty.names=[pediatrics]", "eval.models=[base]", "eval.protocol=medevalkit",
+        "stage=eval", "specialty.names=[pediatrics]", "eval.models=[base]", "protocol=medevalkit",
         "eval.num_resamples=7",
     )  # fmt: skip
     drawn: list[int] = []

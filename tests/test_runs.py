@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from dataclasses import replace
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_config import composed
 
+from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
+from mmedexpert.runtime.quiet import one_line
 from mmedexpert.runtime.runs import execute, run_id
+from mmedexpert.schema import SpecialtyConfig
+from mmedexpert.stages.common import repeatable
+from mmedexpert.stages.data import dataset
+
+OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # as run.py does
 
 
 def go(tmp_path, work, key=None, seed=0, inputs=None):
@@ -72,6 +85,39 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write"):
         execute("dsa", "x", {}, lambda run: {}, outputs=tmp_path / "file", seed=0)
+
+
+def test_a_runs_config_repeats_its_command(tmp_path):
+    """As `python run.py --config-path <run folder> --config-name config` composes it: without conf/."""
+    words = ["stage=data", "data.source.train=2", "data.source.val=1", "data.source.test=1", "benchmark=slake"]
+    config = composed(*words, "merge=ties", "merge.search={density: [1.0]}", f"paths.outputs={tmp_path}")
+    run = dataset(config)
+    with initialize_config_dir(str(run.folder), version_base="1.3"):
+        again = compose("config", return_hydra_config=True)
+        repeated = typed(compose("config"))
+        changed = typed(compose("config", ["data.source.train=3", "gba.weights=[1,0,0,0]"]))
+    assert repeated == config and not run.reused and dataset(repeated).reused
+    assert changed.gba.weights == [1.0, 0.0, 0.0, 0.0] and dataset(changed).run_id != run.run_id
+    # Hydra itself writes nothing, and finds no word of its own on the screen
+    assert again.hydra.output_subdir is None and again.hydra.run.dir == "." and again.hydra.job_logging.root is None
+    assert again.hydra.sweep.dir == f"{tmp_path}/multirun"
+    with initialize_config_dir(str(run.folder), version_base="1.3"), pytest.raises(Exception) as caught:
+        compose("config", ["gba.wieghts=[1,0,0,0]"])
+    assert "did you mean 'gba.weights'" in one_line(caught.value)
+
+
+def test_specialties_that_were_missing_are_looked_for_anew_in_a_repeat():
+    config = composed()
+    short = replace(
+        config,
+        specialty=SpecialtyConfig(config.specialty.names[:2], on_missing="error", missing=config.specialty.names[2:]),
+    )
+    assert yaml.safe_load(repeatable(short)) == yaml.safe_load(repeatable(config))
+
+
+def test_a_runs_config_holds_no_password():
+    text = repeatable(composed("engine.endpoint.base_url=http://me:hunter2@host/v1"))
+    assert "hunter2" not in text and "http://***@host/v1" in text
 
 
 def test_phases_are_timed(tmp_path):

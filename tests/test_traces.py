@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_method
+from hydra.utils import instantiate
 
 from mmedexpert.checks import typed
 from mmedexpert.data.record import Trace
@@ -62,7 +62,7 @@ def test_every_stage_that_trains_experts_stops_before_any_work(untraced, tmp_pat
         monkeypatch.setattr(f"mmedexpert.stages.{stage}.base_of", work, raising=False)
     config = composed(*untraced, *words)
     with pytest.raises(UserError, match=r"3 of 10 training records .* no reasoning trace.*dsa\.allow_untraced=true"):
-        get_method(config.stage.target)(config)
+        instantiate(config.stage.run)(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
@@ -85,7 +85,7 @@ def test_the_way_out_and_what_needs_no_trace(untraced, monkeypatch):
 
     monkeypatch.setattr("mmedexpert.stages.gba.base_of", reached)
     with pytest.raises(KeyError, match="the base"):
-        get_method(config.stage.target)(config)
+        instantiate(config.stage.run)(config)
 
 
 def test_allowing_it_is_no_part_of_an_experts_identity(untraced, monkeypatch):

@@ -87,7 +87,7 @@ def read_in_source() -> set[tuple[str, str]]:
 def test_every_key_of_the_schema_is_read_somewhere():
     """A key that is new in schema.py and that no code reads fails here."""
     wanted = {(name, field.name) for name, one in DATA.items() if name not in BY_AS_DICT for field in fields(one)}
-    read = read_in_source() | {("Config", "debug"), ("Config", "protocol")}  # conf: eval.protocol is ${protocol}
+    read = read_in_source() | {("Config", "debug")}
     # conf/dsa and conf/gba: rates and steps come with the model
     read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps")}
     assert wanted - read == UNREAD
@@ -116,15 +116,14 @@ def test_every_key_of_the_schema_says_who_reads_it():
         (["pretrain.reading_steps=0", "pretrain.text_batch_size=3"], ["text_batch_size", "reading_steps=0"]),
         (["model.revision=abc"], ["model.revision", "hub"]),
         (["model=qwen2_vl_2b", "model.name_or_path=tests", "model.revision=abc"], ["model.revision", "hub"]),
-        (["+engine.endpoint.model=m"], ["engine.endpoint.model", "engine=openai"]),
+        (["engine.endpoint.model=m"], ["engine.endpoint.model", "engine=openai"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "eval.models=[base]"], ["eval.models", "m"]),
-        (["stage=eval", "engine=openai", "engine.endpoint.model=m", "+engine.batch_size=3"], ["engine.batch_size"]),
+        (["stage=eval", "engine=openai", "engine.endpoint.model=m", "engine.batch_size=3"], ["engine.batch_size"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "model.dtype=float16"], ["model.dtype"]),
         (["stage=eval", "benchmark=slake", "eval.split=val"], ["eval.split", "own"]),
         (["stage=eval", "benchmark=slake", "eval.perspectives=vote"], ["eval.perspectives", "protocol=robust"]),
-        (["stage=eval", "eval.protocol=medevalkit", "eval.perspectives=vote"], ["eval.perspectives"]),
+        (["stage=eval", "protocol=medevalkit", "eval.perspectives=vote"], ["eval.perspectives"]),
         (["stage=eval", "benchmark=slake", "model.system_prompt=x"], ["model.system_prompt", "protocol=robust"]),
-        (["protocol=robust", "eval.protocol=medevalkit"], ["protocol", "eval.protocol=medevalkit"]),
         (["eval.llm_judge.api_key_env=KEY"], ["eval.llm_judge.api_key_env", "base_url"]),
         (["gba=outcome_only", "gba.scale=3"], ["gba.scale", "gba.weights"]),
         (["gba.weights=[0,0,0,0]", "gba.gate=none"], ["gba.gate", "gba.weights"]),
@@ -180,7 +179,7 @@ def test_what_other_stages_read_is_told(overrides, noted):
 
 def test_a_sweep_may_hold_what_some_of_its_jobs_do_not_read():
     words = ["gba.weights=[1,1,1,1],[0,0,0,0]", "gba.scale=3", "-m"]
-    swept = swept_keys(words, None)
+    swept = swept_keys(["--config-path", "/some/run", "-cn", "config", *words], None)
     assert swept == ["gba.weights"]
     assert told("gba.weights=[0,0,0,0]", "gba.scale=3", swept=tuple(swept)) == ["gba.scale"]
     assert told("gba=outcome_only", "gba.scale=3", swept=tuple(swept_keys([], {"gba": "a,b"}))) == ["gba.scale"]
@@ -227,6 +226,7 @@ def documented() -> list[str]:
 @pytest.mark.parametrize("line", documented())
 def test_no_documented_command_is_refused(line, tmp_path):
     words = [word for word in shlex.split(re.sub(r"<[^>]*>", "x", line)) if word != "-m"]
+    words = [word.removeprefix("+") if word.startswith("+experiment=") else word for word in words]  # as run.py does
     overrides = []
     for word in words:
         override = OverridesParser.create().parse_override(word)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import RESERVED, trained_names
+from mmedexpert.runtime.typos import no_such_key
 from mmedexpert.schema import Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
-    "eval.protocol": ("auto", "robust", "medevalkit"),
+    "protocol": ("auto", "robust", "medevalkit"),
     "engine.name": ("transformers", "openai"),
     "eval.split": ("val", "test"),
     "eval.perspectives": ("rotate", "vote", "none", *PERSPECTIVES),
@@ -62,10 +63,13 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     Specialties that `overrides` (of the command line) name one by one must all be in the data set.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        # anew, because Hydra lets `+key=` add to what is typed
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
+        if isinstance(error, ConfigKeyError):
+            raise UserError(no_such_key(str(key))) from error
         raise UserError(f"config key {key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     given = {word.partition("=")[0].lstrip("+") for word in overrides}
@@ -216,6 +220,8 @@ def _check_merge(config: Config) -> None:
         raise UserError(
             "merge.search has nothing to search: merge=none has no method; choose one, or merge.search=null"
         )
+    if not isinstance(search, dict):
+        raise UserError(f"merge.search={search!r} must name what it searches: merge.search='{{scaling: [0.7, 1.0]}}'")
     example = next((key for key in method if key.endswith(("density", "scaling"))), next(iter(method)))
     if not search:
         raise UserError(f"merge.search is empty: give values to try, merge.search.{example}='[..,..]', or null")

@@ -1,17 +1,18 @@
-"""The typed schema at the door: every key a user can set and its type (`checks.py`: which values)."""
+"""The typed schema, the base of conf/config.yaml: every key a user can set and its type (`checks.py`: which values)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 
 @dataclass
 class StageConfig:
     name: str = MISSING
-    target: str = MISSING
+    run: dict[str, Any] = MISSING
 
 
 @dataclass
@@ -135,7 +136,7 @@ class RewardConfig:
 class MergeConfig:
     name: str = MISSING
     method: dict[str, Any] | None = None
-    search: dict[str, Any] | None = None
+    search: Any = None  # a dictionary or null: Hydra merges none of a command into a null that is typed as one
     lora_rank: int | None = None
 
 
@@ -167,8 +168,8 @@ class BenchmarkConfig:
     patterns: list[str] = field(default_factory=list)
     root: str | None = None
     load: dict[str, Any] = field(default_factory=dict)
-    ask: str = MISSING
-    judge: str = MISSING
+    ask: dict[str, Any] = MISSING
+    judge: dict[str, Any] = MISSING
     breakdowns: list[str] = field(default_factory=list)
     train_split: str | None = None
 
@@ -177,7 +178,6 @@ class BenchmarkConfig:
 class EvalConfig:
     split: str = MISSING
     perspectives: str = MISSING
-    protocol: str = MISSING
     num_resamples: int = MISSING
     models: list[str] | None = None
     contamination: bool = True
@@ -250,6 +250,10 @@ class Config:
     runs: RunsConfig = field(default_factory=RunsConfig)
     protocol: str = "auto"
     seed: int = 0
+
+
+BASE = "base_schema"  # its name in a defaults list
+ConfigStore.instance().store(name=BASE, node=Config)
 
 
 def keys() -> list[str]:

@@ -15,6 +15,7 @@ from mmedexpert.runtime.privacy import redacted
 from mmedexpert.schema import Config
 
 TRAINED = ("pretrain", "dsa", "gba")
+WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")  # of Hydra
 # Which parts of the work (`parts`) read a key; the longest prefix counts, () is read by every command.
 READ_BY: dict[str, tuple[str, ...]] = {
     "stage": (),
@@ -43,7 +44,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "merge": ("caci",),
     "protocol": ("eval", "search"),
     "eval": ("eval",),
-    "eval.protocol": ("eval", "search"),
     "eval.perspectives": ("eval", "search"),
     "eval.num_resamples": ("eval", "search", "report"),
     "engine": ("eval", "search"),
@@ -85,7 +85,7 @@ def _without_weight(config: Config, _: set[str]) -> bool:
 
 def _only_medevalkit(config: Config, work: set[str]) -> bool:
     """Questions are asked, all of them in MedEvalKit's words."""
-    lead = config.eval.protocol
+    lead = config.protocol
     auto = {"own": "robust", "search": "robust", "benchmark": "medevalkit"}
     asked = {name if lead == "auto" else lead for part, name in auto.items() if part in work}
     return asked == {"medevalkit"}
@@ -95,7 +95,7 @@ RULES = (
     Rule(("report",), lambda c, _: c.stage.name != "report", "only stage=report reads it", ("stage",)),
     Rule(
         ("specialty", "model", "pretrain", "data", "dsa", "gba", "reward", "merge", "engine", "benchmark", "protocol",
-         "eval.split", "eval.perspectives", "eval.protocol", "eval.models", "eval.contamination", "eval.llm_judge"),
+         "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge"),
         lambda c, _: c.stage.name == "report",
         "stage=report reads finished runs alone: name those you mean in report.runs", ("stage",),
     ),
@@ -135,16 +135,12 @@ RULES = (
     Rule(
         ("eval.perspectives",), lambda c, work: _only_medevalkit(c, work),
         "protocol medevalkit asks in MedEvalKit's words, without perspectives: add protocol=robust",
-        ("protocol", "eval.protocol", "benchmark"),
+        ("protocol", "benchmark"),
     ),
     Rule(
         ("model.system_prompt",), lambda c, work: not work & {"dsa", "gba"} and _only_medevalkit(c, work),
         "protocol medevalkit asks without a system prompt: add protocol=robust",
-        ("protocol", "eval.protocol", "benchmark"),
-    ),
-    Rule(
-        ("protocol",), lambda c, _: c.eval.protocol != c.protocol,
-        "eval.protocol={config.eval.protocol} stands in its place: give one of them", ("eval.protocol",),
+        ("protocol", "benchmark"),
     ),
     Rule(
         ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency",
@@ -259,6 +255,7 @@ def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def swept_keys(arguments: Sequence[str], params: Mapping[str, Any] | None) -> list[str]:
     """The keys with several values: of the command's arguments, and of `hydra.sweeper.params`."""
-    words = [word for word in arguments if not word.startswith("-")]
+    pairs = zip(["", *arguments], arguments, strict=False)
+    words = [word for before, word in pairs if not word.startswith("-") and before not in WITH_VALUE]
     several = [o.key_or_group for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
     return several + list(params or {})

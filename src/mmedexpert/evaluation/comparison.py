@@ -119,7 +119,7 @@ def _place(run: EvalRun) -> str:
 
 def _read_run(file: Path) -> EvalRun:
     manifest, asked = _json(file.parent / "manifest.json"), _json(file.parent / "summary.json").get("question_set", {})
-    config = file.parent / "config.yaml"
+    config, key = file.parent / "config.yaml", _json(file.parent / "identity.json").get("key")
     rows: dict[str, dict[Any, Any]] = {}  # id to perspective to line
     cut = 0
     with file.open(encoding="utf-8", errors="replace") as lines:
@@ -150,8 +150,8 @@ def _read_run(file: Path) -> EvalRun:
     return EvalRun(
         path=file, model=model, benchmark=benchmark, seed=manifest.get("seed"),
         recipe=str(manifest.get("recipe") or ""),
-        settings=config.read_text(encoding="utf-8") if config.is_file() else "", questions=questions,
-        notes=tuple(notes),
+        settings=json.dumps(key) if key else config.read_text(encoding="utf-8") if config.is_file() else "",
+        questions=questions, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def aligned(runs: Sequence[EvalRun], *, common: bool) -> tuple[list[EvalRun], li
             )
         kept += [replace(run, questions={i: run.questions[i] for i in shared}) for run in members]
         if len({run.settings for run in members}) > 1:
-            notes.append(f"{what}: config.yaml differs between the runs: prompts, pixels or tokens may not be the same")
+            notes.append(f"{what}: settings differ between the runs: prompts, pixels or tokens may not be the same")
     return kept, list(dict.fromkeys([note for run in runs for note in run.notes] + notes))
 
 

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from rich.console import Console
 
@@ -89,6 +88,7 @@ def execute(
     every_rank: bool = False,
     trains: bool = True,
     explain: bool = False,
+    config: str | None = None,
 ) -> Run:
     """Run `work` in the folder of (stage, name, key), or return at once when that folder is DONE.
 
@@ -97,7 +97,7 @@ def execute(
 
     A run is found by what it depends on, whatever its name. `trains`: the seed is one of training, over which results
     are averaged, not a part of what is asked. With `explain` nothing but preparations is worked on: the run comes back
-    as it is, and `explained` says whether and why it would be made.
+    as it is, and `explained` says whether and why it would be made. `config` is the text of the folder's config.yaml.
 
     Of several ranks rank 0 alone writes. `work` runs on it while the others wait, or with `every_rank` on all; where
     one fails, all raise.
@@ -127,7 +127,8 @@ def execute(
             run.folder.mkdir(exist_ok=True)
             _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
             clean(run.folder, ("FAILED", "traceback.txt", *LEFTOVERS))
-            write_atomic(run.folder / "config.yaml", yaml.safe_dump(key, sort_keys=False).encode())
+            if config is not None:
+                write_atomic(run.folder / "config.yaml", config.encode())
             write_json(run.folder / IDENTITY, {**tree, "recipe": recipe})
 
     def finish() -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from importlib.resources import files
+from typing import Any
 
 VERSIONS: dict[str, int] = {
     # data
@@ -83,6 +85,12 @@ def rule_of(target: str) -> dict[str, int | str]:
     if target.startswith(PACKAGE) and rule in VERSIONS:
         return {rule: VERSIONS[rule]}
     return {target: _source_of(module)}
+
+
+def rule_followed_by(function: Callable[..., Any]) -> dict[str, Any]:
+    """As `rule_of`, for what `build` made of a config: a function, or a partial of one, whose values count, too."""
+    plain, values = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    return rule_of(f"{plain.__module__}.{plain.__name__}") | ({"values": values} if values else {})
 
 
 @cache

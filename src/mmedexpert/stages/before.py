@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 
 from mmedexpert.checks import check
 from mmedexpert.data.record import Record
@@ -24,6 +24,7 @@ from mmedexpert.merging.stream import call_method
 from mmedexpert.models.backbone import resolve
 from mmedexpert.models.checkpoint import weight_files
 from mmedexpert.names import known_names, reasoner_names
+from mmedexpert.runtime.build import method
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
@@ -76,12 +77,14 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
     if "caci" in work:
         yield "merge.method", config.merge.method or {}
     if "benchmark" in work:
-        yield from ((f"benchmark.{name}.load", one.load) for name, one in config.benchmark.items())
+        for name, one in config.benchmark.items():
+            parts_of = {"load": one.load, "ask": one.ask, "judge": one.judge}
+            yield from ((f"benchmark.{name}.{part}", call) for part, call in parts_of.items())
 
 
 def _check_arguments(where: str, call: Mapping[str, Any]) -> None:
     """Values that the function does not take, or not of this type."""
-    function = get_method(call["_target_"])
+    function = method(call.get("_target_"), f"{where}._target_")
     known, hints = inspect.signature(function).parameters, get_type_hints(function)
     for key, value in call.items():
         if key.startswith("_"):

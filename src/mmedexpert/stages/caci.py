@@ -127,7 +127,7 @@ class _Search:
         records, image_root = records_of(self.data, SEARCH_SPLIT, config.specialty.names)
         name, self.content = f"{self.data.name}-{SEARCH_SPLIT}", fingerprint(records, image_root)
         self.questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
-        self.protocol = "robust" if config.eval.protocol == "auto" else config.eval.protocol
+        self.protocol = "robust" if config.protocol == "auto" else config.protocol
         self.key = {
             "grid": config.merge.search, "split": SEARCH_SPLIT, "specialties": config.specialty.names,
             "protocol": self.protocol, "perspectives": config.eval.perspectives,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
 
@@ -18,9 +19,23 @@ from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.models.backbone import Loading, attention
 from mmedexpert.reporting.tracking import group_name, logger_for
+from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, execute
-from mmedexpert.schema import Config
+from mmedexpert.schema import BASE, Config
+
+REPEAT = f"""\
+# python run.py --config-path <this folder> --config-name config    repeats the command, and finds this run finished
+defaults:
+- {BASE}
+- override hydra/job_logging: none
+- override hydra/hydra_logging: none
+- _self_
+hydra:  # as in conf/config.yaml
+  output_subdir: null
+  run: {{dir: .}}
+  sweep: {{dir: "${{home:${{paths.outputs}}}}/multirun", subdir: .}}
+"""
 
 
 @dataclass(frozen=True)
@@ -122,8 +137,20 @@ def stage_run(
     """`runs.execute` with the config's output folder and, if no other is given, its seed, that of training."""
     return execute(
         stage, name, key, work, outputs=config.paths.outputs, seed=config.seed if seed is None else seed, inputs=inputs,
-        every_rank=every_rank, trains=seed is None, explain=config.runs.explain,
+        every_rank=every_rank, trains=seed is None, explain=config.runs.explain, config=repeatable(config),
     )  # fmt: skip
+
+
+def repeatable(config: Config) -> str:
+    """The command's whole config as a primary config of Hydra, which composes it again without conf/.
+
+    Passwords in addresses are not kept: a repeat has to be given them.
+    """
+    values = asdict(config)
+    if config.specialty.missing:  # they are looked for anew
+        names = [*config.specialty.names, *config.specialty.missing]
+        values["specialty"] |= {"names": names, "on_missing": "skip", "missing": []}
+    return REPEAT + without_password(yaml.safe_dump(values, sort_keys=False))
 
 
 @contextmanager

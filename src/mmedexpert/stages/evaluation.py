@@ -26,7 +26,7 @@ from mmedexpert.reporting.tracking import log_metrics
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
-from mmedexpert.runtime.versions import rule_of, text_of, versions
+from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import benchmark
@@ -74,7 +74,7 @@ def _own(config: Config) -> QuestionSource:
 def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
     settings, questions = config.eval, asked.questions
-    protocol = settings.protocol if settings.protocol != "auto" else ("medevalkit" if asked.public else "robust")
+    protocol = config.protocol if config.protocol != "auto" else ("medevalkit" if asked.public else "robust")
     perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
     asks = asks_of(questions, protocol=protocol, perspectives=perspectives)
     words = json.dumps([(record.id, perspective, ask.text) for record, perspective, ask in asks])
@@ -192,10 +192,13 @@ def _second_opinion(
 
 def _rules(config: Config, questions: QuestionSet) -> str:
     """What verdicts and numbers depend on beside the replies: rules, guidelines and the settings of the summary."""
-    judge = f"{questions.judge.__module__}.{questions.judge.__name__}"
-    settings = {**asdict(config.eval), "llm_judge": _without_secrets(config.eval.llm_judge)}
+    settings = {**asdict(config.eval), "protocol": config.protocol}
+    settings["llm_judge"] = _without_secrets(config.eval.llm_judge)
     told = {
-        "rules": {**versions("robust", "medevalkit", "metrics", "stats", "rubrics", "summary"), **rule_of(judge)},
+        "rules": {
+            **versions("robust", "medevalkit", "metrics", "stats", "rubrics", "summary"),
+            **rule_followed_by(questions.judge),
+        },
         "guidelines": text_of("guidelines.yaml"),
         "settings": {k: settings[k] for k in ("num_resamples", "contamination", "llm_judge", "protocol")},
         "seed": config.seed,
