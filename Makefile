@@ -13,7 +13,7 @@ install:
 	$(PYTHON) -m pip install -r requirements-dev.txt
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 lint:
 	$(PYTHON) -m ruff check .

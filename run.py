@@ -21,7 +21,7 @@ finished: list = []  # (overrides, runs) of each job of this command
 failed: list[list[str]] = []
 noted: set[str] = set()
 # a sweep's folder is made by Hydra itself, before any key is checked
-OmegaConf.register_new_resolver("home", os.path.expanduser)
+OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
 
 
 def is_first_process() -> bool:

@@ -1,20 +1,59 @@
-"""Runs `python run.py` as a user does, on the smoke settings."""
+"""Runs `python run.py` as a user types it, on the smoke settings."""
 
 from __future__ import annotations
 
+import io
+import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=1"]
+Done = subprocess.CompletedProcess[str]
 
 
-def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none") -> subprocess.CompletedProcess[str]:
+def words(outputs: Path, *overrides: str, logger: str = "none") -> list[str]:
     multirun = [word for word in overrides if word == "-m"]  # argparse wants it before all overrides
     rest = [word for word in overrides if word != "-m"]
-    command = [sys.executable, "run.py", *multirun, *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *rest]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return [*multirun, *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *rest]
+
+
+def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none", process: bool = False) -> Done:
+    """In this process, where torch is imported already, as the jobs of a sweep follow each other in one; in a process of
+    its own where that is what is tested."""
+    given = words(outputs, *overrides, logger=logger)
+    done = _apart(given) if process else _here(given)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr + done.stdout
     return done
+
+
+def _apart(given: list[str]) -> Done:
+    command = [sys.executable, "run.py", *given]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def _here(given: list[str]) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["run.py", *given])
+        before = dict(os.environ)
+        GlobalHydra.instance().clear()
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                runpy.run_path("run.py", run_name="__main__")
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        finally:
+            GlobalHydra.instance().clear()
+            os.environ.clear()
+            os.environ.update(before)
+    return Done(given, code, out.getvalue(), err.getvalue())
