@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmedexpert.reporting.cards import write_card
+from mmedexpert.reporting.cards import record_evaluation, write_card
 
 SHA = "ab" * 32
 SECTIONS = ["What it is", "Data and licences", "Method", "Metrics", "Limits", "How to load"]
@@ -68,6 +68,30 @@ def test_what_was_not_evaluated_says_so_and_shows_no_number(tmp_path, metrics):
     section = body.split("## Metrics")[1].split("##")[0]
     assert "not run" in section and "| - |" in section
     assert not re.search(r"\d", section)
+
+
+def test_evaluations_come_into_the_card_a_row_for_each_set_of_questions(tmp_path):
+    card(tmp_path, metrics=None)
+    found = {"macro_accuracy": 0.8125, "macro_ci_low": 0.7, "macro_ci_high": 0.9, "n": 480, "protocol": "robust"}
+    found["parse_failure_rate"] = 0.05
+    record_evaluation(tmp_path, "phantom-test", found)
+    record_evaluation(tmp_path, "slake", found | {"macro_accuracy": 0.25, "n": 7})
+    record_evaluation(tmp_path, "phantom-test", found | {"macro_accuracy": 0.75})
+    body = (tmp_path / "README.md").read_text()
+    section = body.split("## Metrics")[1].split("## Limits")[0]
+    assert "not run" not in section and "| - |" not in section
+    assert re.findall(r"^\| (\S+) \| macro accuracy (\S+) \[0.700, 0.900\], (\d+) questions", section, re.M) == [
+        ("phantom-test", "0.750", "480"), ("slake", "0.250", "7"),
+    ]  # fmt: skip
+    assert re.findall(r"^## (.*)", body, re.M) == SECTIONS
+
+
+def test_a_folder_without_our_card_is_left_alone(tmp_path):
+    record_evaluation(tmp_path, "slake", {})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "README.md").write_text("# a model of others\n")
+    record_evaluation(tmp_path, "slake", {})
+    assert (tmp_path / "README.md").read_text() == "# a model of others\n"
 
 
 @pytest.mark.parametrize("base_model", ["/home/someone/models/qwen", "outputs/pretrain/qwen", "../qwen"])

@@ -125,7 +125,7 @@ def commands(path: Path) -> list[str]:
 
 SHOWN = [
     (path, words)
-    for path in [*sorted(CONF.rglob("*.yaml")), ROOT / "README.md"]
+    for path in [*sorted(CONF.rglob("*.yaml")), ROOT / "README.md", ROOT / "docs" / "usage.md"]
     for words in commands(path)
     if "..." not in words and "$(" not in words
 ]

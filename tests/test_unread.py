@@ -214,7 +214,13 @@ def test_what_a_command_does():
 
 
 def documented() -> list[str]:
-    files = [ROOT / "README.md", *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "experiments").glob("*/README.md")]
+    files = [
+        ROOT / "README.md",
+        ROOT / "AGENTS.md",
+        ROOT / "docs" / "usage.md",
+        *(ROOT / "conf").rglob("*.yaml"),
+        *(ROOT / "experiments").glob("*/README.md"),
+    ]
     found = []
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():

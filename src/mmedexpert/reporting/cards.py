@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,6 +13,7 @@ from mmedexpert.runtime.files import write_atomic
 
 PAPER = "[MMedExpert-R1](https://arxiv.org/abs/2601.10949)"
 NOT_RUN = "-"
+INTERVAL = "Intervals: 95%, bootstrap over images."
 
 Kind = Literal["adapter", "merged", "base"]
 WHAT: dict[Kind, str] = {
@@ -101,6 +102,27 @@ def write_card(
     path = Path(folder) / "README.md"
     write_atomic(path, str(card).encode())
     return path
+
+
+def record_evaluation(folder: Path, questions: str, summary: Mapping[str, Any]) -> None:
+    """Put an evaluation into the card of the model in `folder`: macro accuracy with its interval, one row for each set
+    of questions; nothing where the folder has no card of ours."""
+    path = folder / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+        head, rest = text.split("## Metrics\n", 1)
+        section, limits = rest.split("\n## Limits", 1)
+    except (OSError, ValueError):
+        return
+    known = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.M))
+    rows = {name: value for name, value in known.items() if name not in ("Metric", "---") and value != NOT_RUN}
+    low, high = summary["macro_ci_low"], summary["macro_ci_high"]
+    rows[_line(questions)] = (
+        f"macro accuracy {summary['macro_accuracy']:.3f} [{low:.3f}, {high:.3f}], {summary['n']} questions, "
+        f"protocol {summary['protocol']}, {100 * summary['parse_failure_rate']:.0f}% unparsed"
+    )
+    table = _table(("Metric", "Value"), rows)
+    write_atomic(path, f"{head}## Metrics\n\n{table}\n\n{INTERVAL}\n\n## Limits{limits}".encode())
 
 
 def _metrics(metrics: Mapping[str, float] | None) -> list[str]:

@@ -22,6 +22,7 @@ from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judg
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.names import BLANK_IMAGE, MAJORITY
+from mmedexpert.reporting.cards import record_evaluation
 from mmedexpert.reporting.tracking import log_metrics
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
@@ -142,7 +143,16 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, questions):
         rows = judge_again(done.folder / "predictions.jsonl", questions)
         write_json(done.folder / "metrics.json", summarise(done, rows))
+    if rank() == 0 and subject.baseline is None and not config.runs.explain:
+        _note_in_card(config, subject, questions.name, done)
     return done
+
+
+def _note_in_card(config: Config, subject: Subject, questions: str, done: Run) -> None:
+    """The evaluation in the model's own card; a folder that is not of this outputs folder is another's and stays."""
+    folder = subject.adapter or subject.folder
+    if folder is not None and folder.resolve().is_relative_to(Path(config.paths.outputs).resolve()):
+        record_evaluation(folder, questions, done.summary)
 
 
 def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: str) -> Engine:
