@@ -25,8 +25,7 @@ def words(outputs: Path, *overrides: str, logger: str = "none") -> list[str]:
 
 
 def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none", process: bool = False) -> Done:
-    """In this process, where torch is imported already, as the jobs of a sweep follow each other in one; in a process of
-    its own where that is what is tested."""
+    """In this process, as the jobs of a sweep follow each other in one: torch is imported once. With `process` apart."""
     given = words(outputs, *overrides, logger=logger)
     done = _apart(given) if process else _here(given)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]

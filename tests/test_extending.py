@@ -1,4 +1,4 @@
-"""The worked changes of docs/extending.md, applied to a copy of the code: each is small, applies, and adds what it says."""
+"""The worked changes of docs/extending.md, applied to a copy of the code: each is small, and adds what it says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ USED = {
     "A reward": "from mmedexpert.training.rewards import outcome; print(outcome(['x'], options=[None], answer=['y'], "
     "weights={'brevity': 2.0})[0])",
     "A perspective": "from mmedexpert.guidelines import PERSPECTIVES, adherence; print(len(PERSPECTIVES), "
-    "adherence('<think>It is wide because of fluid.</think><answer>A</answer>', {'A': 'x', 'B': 'y'}, PERSPECTIVES[4]))",
-    "A merge method": "import torch; from mmedexpert.merging.stream import call_method; from mmedexpert.merging.methods "
-    "import largest; print(call_method(largest, [torch.tensor([1., -3.])], [torch.tensor([-2., 1.])], 'x').tolist())",
+    "adherence('<think>Wide because of fluid.</think><answer>A</answer>', {'A': 'x', 'B': 'y'}, PERSPECTIVES[4]))",
+    "A merge method": "import torch; from mmedexpert.merging.stream import call_method; "
+    "from mmedexpert.merging.methods import largest; print(call_method(largest, [torch.tensor([1., -3.])], [torch.tensor([-2., 1.])], 'x').tolist())",
     "A benchmark": "from mmedexpert.sources.mini_vqa import load; print(load.__name__)",
     "A data source": "from pathlib import Path; from mmedexpert.sources.quiz import quiz; Path('quiz.csv').write_text("
     "'image,question,right,wrong\\na.png,What?,x,y\\n'); print(quiz(Path('.'), Path('.'), seed=0)[0][0].options)",
