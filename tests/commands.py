@@ -25,7 +25,7 @@ def words(outputs: Path, *overrides: str, logger: str = "none") -> list[str]:
 
 
 def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none", process: bool = False) -> Done:
-    """In this process, as the jobs of a sweep follow each other in one: torch is imported once. With `process` apart."""
+    """In this process, as the jobs of a sweep follow each other in one (one import of torch); with `process` apart."""
     given = words(outputs, *overrides, logger=logger)
     done = _apart(given) if process else _here(given)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]

@@ -18,7 +18,8 @@ USED = {
     "A perspective": "from mmedexpert.guidelines import PERSPECTIVES, adherence; print(len(PERSPECTIVES), "
     "adherence('<think>Wide because of fluid.</think><answer>A</answer>', {'A': 'x', 'B': 'y'}, PERSPECTIVES[4]))",
     "A merge method": "import torch; from mmedexpert.merging.stream import call_method; "
-    "from mmedexpert.merging.methods import largest; print(call_method(largest, [torch.tensor([1., -3.])], [torch.tensor([-2., 1.])], 'x').tolist())",
+    "from mmedexpert.merging.methods import largest; one, other = torch.tensor([1., -3.]), torch.tensor([-2., 1.]); "
+    "print(call_method(largest, [one], [other], 'x').tolist())",
     "A benchmark": "from mmedexpert.sources.mini_vqa import load; print(load.__name__)",
     "A data source": "from pathlib import Path; from mmedexpert.sources.quiz import quiz; Path('quiz.csv').write_text("
     "'image,question,right,wrong\\na.png,What?,x,y\\n'); print(quiz(Path('.'), Path('.'), seed=0)[0][0].options)",
