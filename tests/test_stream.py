@@ -21,7 +21,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.merging import low_rank, methods
 from mmedexpert.merging.apply import low_rank_update, merge_adapters
 from mmedexpert.merging.conflicts import Conflicts
-from mmedexpert.merging.rule import merge_rule
+from mmedexpert.merging.rule import declare
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import kept_ranks
 from mmedexpert.merging.stream import Stream, load_update
@@ -171,10 +171,11 @@ def test_of_untied_updates_the_rules_own_trim_is_the_same(tmp_path: Path) -> Non
 def test_no_rule_sees_more_than_a_block(tmp_path: Path) -> None:
     seen = []
 
-    @merge_rule("deltas", "place")
     def rule(deltas: list[Tensor], first_row: int = 0, name: str = "") -> Tensor:
         seen.append((first_row, [delta.numel() for delta in deltas]))
         return deltas[0]
+
+    declare(rule, "deltas", "place")
 
     updates = [LoraAdapter.load(write_lora(tmp_path / str(i), ("a.weight",), 2, i)) for i in range(4)]
     merged = torch.cat([part for _, part in Stream(updates, 4, rule, block=4 * 24 * 10).blocks("a.weight")])
@@ -297,12 +298,13 @@ def test_a_merge_under_way_does_not_look_finished(tmp_path: Path) -> None:
     base, expert = write_model(tmp_path / "base"), write_lora(tmp_path / "x", ("a.weight", "b.weight"), 2, 1)
     seen = []
 
-    @merge_rule("deltas", "place")
     def rule(deltas: list[Tensor], first_row: int = 0, name: str = "") -> Tensor:
         seen.append(sorted(path.name for path in tmp_path.iterdir()))
         if name == "b.weight":
             raise KeyboardInterrupt
         return deltas[0]
+
+    declare(rule, "deltas", "place")
 
     with pytest.raises(KeyboardInterrupt):
         merge_adapters(base, tmp_path / "out", {"x": expert}, {}, rule)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from mmedexpert.merging.methods import linear, ties, weights_like
-from mmedexpert.merging.rule import merge_rule
+from mmedexpert.merging.rule import declare
 
 Factors = Sequence[tuple[Tensor, Tensor]]
 
 
-@merge_rule("factors", scalings=("scaling",))
 def core_space(
     factors: Factors,
     weights: Sequence[float] | None = None,
@@ -56,6 +55,9 @@ def core_space(
     return v.T.float().contiguous(), (scaling * u @ merged).float()
 
 
+declare(core_space, "factors", scalings=("scaling",))
+
+
 def tsv(matrices: Sequence[Tensor], weights: Sequence[float] | None, ranks: Sequence[int]) -> Tensor:
     """Sum of the matrices after their singular vectors are made orthogonal to one another.
 
@@ -85,7 +87,6 @@ def isotropic(matrices: Sequence[Tensor], weights: Sequence[float] | None) -> Te
     return u[:, :k] @ vh[:k] * s[:k].mean() if k else torch.zeros_like(matrices[0])
 
 
-@merge_rule("factors", scalings=("scaling",))
 def knots(
     factors: Factors,
     weights: Sequence[float] | None = None,
@@ -113,7 +114,9 @@ def knots(
     return merged, (scaling * u).float()
 
 
-@merge_rule("factors", scalings=("scaling",))
+declare(knots, "factors", scalings=("scaling",))
+
+
 def wudi(
     factors: Factors,
     weights: Sequence[float] | None = None,
@@ -144,6 +147,9 @@ def wudi(
     system.diagonal().add_(ridge * system.diagonal().mean().clamp(min=1e-300))
     change = torch.linalg.solve(system, wanted.T).T
     return v.T.float().contiguous(), (scaling * (total + change)).float()
+
+
+declare(wudi, "factors", scalings=("scaling",))
 
 
 def _check(factors: Factors) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmedexpert.merging.rule import merge_rule
+from mmedexpert.merging.rule import declare
 from mmedexpert.merging.sparsify import crumbs, drop, per_delta, trim
 
 
@@ -48,7 +48,6 @@ def disjoint_merge(weighted: Tensor, weights: Tensor, elected: Tensor, normalize
     return merged / mass.masked_fill_(mass == 0, 1)
 
 
-@merge_rule("deltas", "thresholds", scalings=("scaling",))
 def ties(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -70,7 +69,9 @@ def ties(
     return scaling * _elect_and_merge(_trim_all(deltas, density, scope, thresholds), w, vote, normalize)
 
 
-@merge_rule("deltas")
+declare(ties, "deltas", "thresholds", scalings=("scaling",))
+
+
 def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Weighted mean of the deltas: sum_i w_i delta_i / sum_i w_i.
 
@@ -80,7 +81,9 @@ def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> 
     return (w * torch.stack(list(deltas))).sum(0) / w.sum()
 
 
-@merge_rule("deltas", scalings=("scaling",))
+declare(linear, "deltas")
+
+
 def task_arithmetic(
     deltas: Sequence[Tensor], weights: Sequence[float] | None = None, *, scaling: float = 1.0
 ) -> Tensor:
@@ -88,7 +91,9 @@ def task_arithmetic(
     return scaling * (weights_like(deltas, weights, normalize=False) * torch.stack(list(deltas))).sum(0)
 
 
-@merge_rule("deltas", "place", scalings=("scaling",))
+declare(task_arithmetic, "deltas", scalings=("scaling",))
+
+
 def dare_linear(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -105,7 +110,9 @@ def dare_linear(
     return task_arithmetic(dropped, weights, scaling=scaling)
 
 
-@merge_rule("deltas", "place", scalings=("scaling",))
+declare(dare_linear, "deltas", "place", scalings=("scaling",))
+
+
 def dare_ties(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -125,7 +132,9 @@ def dare_ties(
     return scaling * _elect_and_merge(dropped, w, vote, normalize)
 
 
-@merge_rule("deltas", "place", scalings=("scaling",))
+declare(dare_ties, "deltas", "place", scalings=("scaling",))
+
+
 def della(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -152,7 +161,9 @@ def della(
     return scaling * _elect_and_merge(torch.stack(dropped), w, vote, normalize)
 
 
-@merge_rule("deltas", "thresholds", bands=True, scalings=("scaling",))
+declare(della, "deltas", "place", scalings=("scaling",))
+
+
 def breadcrumbs(
     deltas: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -173,6 +184,9 @@ def breadcrumbs(
     return task_arithmetic([crumbs(delta, share, gamma, b) for delta, share, b in pairs], weights, scaling=scaling)
 
 
+declare(breadcrumbs, "deltas", "thresholds", bands=True, scalings=("scaling",))
+
+
 def overlap_counts(deltas: Sequence[Tensor], epsilon: float = 1e-5) -> Tensor:
     """For each delta, how many of its entries above epsilon are above it in another delta too, and how many alone.
 
@@ -185,7 +199,6 @@ def overlap_counts(deltas: Sequence[Tensor], epsilon: float = 1e-5) -> Tensor:
     return torch.stack([shared.flatten(1).sum(1), total - shared.flatten(1).sum(1)], 1)
 
 
-@merge_rule("deltas", "counts", scalings=("scaling",))
 def ram(
     deltas: Sequence[Tensor],
     *,
@@ -215,7 +228,9 @@ def ram(
     return scaling * torch.where(sharers > 1, stacked / sharers.clamp(min=1), stacked * boost).sum(0)
 
 
-@merge_rule("roles", "thresholds", "norms", scalings=("expert_scaling", "reasoner_scaling"))
+declare(ram, "deltas", "counts", scalings=("scaling",))
+
+
 def caci(
     experts: Sequence[Tensor],
     reasoners: Sequence[Tensor],
@@ -255,6 +270,9 @@ def caci(
     return torch.stack(
         [scale * disjoint_merge(w[role] * trimmed[role], w[role], elected) for role, scale in roles if len(w[role])]
     ).sum(0)
+
+
+declare(caci, "roles", "thresholds", "norms", scalings=("expert_scaling", "reasoner_scaling"))
 
 
 def _trim_all(

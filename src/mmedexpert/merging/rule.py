@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from mmedexpert.errors import UserError
 
 Takes = Literal["deltas", "roles", "factors"]
 Measure = Literal["thresholds", "norms", "counts", "place"]
 Method = Callable[..., Any]
-Function = TypeVar("Function", bound=Method)
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,11 @@ class MergeRule:
     scalings: tuple[str, ...] = ()
 
 
-def merge_rule(
-    takes: Takes, *measures: Measure, bands: bool = False, scalings: tuple[str, ...] = ()
-) -> Callable[[Function], Function]:
-    """Declare a function as a merge rule; see `MergeRule`."""
-
-    def declare(function: Function) -> Function:
-        vars(function)["rule"] = MergeRule(takes, measures, bands, scalings)
-        return function
-
-    return declare
+def declare(
+    function: Method, takes: Takes, *measures: Measure, bands: bool = False, scalings: tuple[str, ...] = ()
+) -> None:
+    """Make a function a merge rule; see `MergeRule`. (Decorated functions would be skipped by mutation tools.)"""
+    vars(function)["rule"] = MergeRule(takes, measures, bands, scalings)
 
 
 def declared(method: Method) -> MergeRule:
@@ -49,9 +43,7 @@ def declared(method: Method) -> MergeRule:
         wrapped = getattr(inner, "func", None) or getattr(inner, "__wrapped__", None)
         if wrapped is None:
             name = getattr(inner, "__name__", inner)
-            raise UserError(
-                f"merge.method: {name} is no merge rule: declare what it takes with merging.rule.merge_rule"
-            )
+            raise UserError(f"merge.method: {name} is no merge rule: declare what it takes with merging.rule.declare")
         inner = wrapped
     found: MergeRule = inner.rule
     return found
