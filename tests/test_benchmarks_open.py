@@ -517,7 +517,7 @@ def test_the_config_names_functions_that_exist_and_groups_that_are_set(name: str
     config = yaml.safe_load(text)
     assert config["name"] == name and len(config["revision"]) == 40 and config["root"] is None
     targets = [config[part]["_target_"] for part in ("load", "ask", "judge")]
-    modules = {f"mmedexpert.benchmarks.{m.__name__.rpartition('.')[2]}": m for m in (vqa_rad, slake, path_vqa, mmmu)}
+    modules = {f"mmedexpert.sources.{m.__name__.rpartition('.')[2]}": m for m in (vqa_rad, slake, path_vqa, mmmu)}
     modules["mmedexpert.scoring.medevalkit"] = medevalkit
     assert all(callable(getattr(modules[module], function)) for module, _, function in map(_split, targets))
     groups = {
