@@ -35,7 +35,7 @@ def build(config: Mapping[str, Any], where: str, **more: Any) -> Any:
 
 
 def function(config: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """The `_target_` of `config`, bound to its values: without Hydra's checks, which cost 0.4 ms in each of many calls."""
+    """The `_target_` of `config`, bound to its values, without Hydra's checks: they cost 0.4 ms a call."""
     made = build({**config, "_partial_": True}, where)
     return partial(made.func, *made.args, **made.keywords) if made.args or made.keywords else made.func
 
