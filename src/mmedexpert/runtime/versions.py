@@ -91,7 +91,8 @@ def rule_followed_by(function: Callable[..., Any]) -> dict[str, Any]:
     """As `rule_of`, for what `build` made of a config: a function, or a partial of one, whose values count, too."""
     values: dict[str, Any] = {}
     while isinstance(function, partial):
-        function, values = function.func, {**function.keywords, **values}
+        values = {**function.keywords, **values}
+        function = function.func
     return rule_of(f"{function.__module__}.{function.__name__}") | ({"values": values} if values else {})
 
 
