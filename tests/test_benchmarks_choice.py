@@ -656,7 +656,7 @@ def test_a_config_names_its_loader_and_only_groups_that_it_gives(name):
     assert text.startswith(f"# @package benchmark.{name}\n") and config["name"] == name
     keys = ["name", "repo", "revision", "patterns", "root", "load", "ask", "judge", "breakdowns"]
     assert list(config)[:9] == keys and set(config) - set(keys) <= {"train_split"} and f"benchmark={name}" in text
-    module = {"mmedexpert.benchmarks": None}
+    module = {"mmedexpert.sources": None}
     target = config["load"].pop("_target_").rsplit(".", 2)
     loader = {"medxpertqa": medxpertqa, "omnimedvqa": omnimedvqa, "pmc_vqa": pmc_vqa, "gmai": gmai}[target[1]]
     assert target[0] in module and target[2] == "load"

@@ -516,8 +516,8 @@ def test_the_config_names_functions_that_exist_and_groups_that_are_set(name: str
     assert text.startswith(f"# @package benchmark.{name}\n")
     config = yaml.safe_load(text)
     assert config["name"] == name and len(config["revision"]) == 40 and config["root"] is None
-    targets = [config["load"]["_target_"], config["ask"], config["judge"]]
-    modules = {f"mmedexpert.benchmarks.{m.__name__.rpartition('.')[2]}": m for m in (vqa_rad, slake, path_vqa, mmmu)}
+    targets = [config[part]["_target_"] for part in ("load", "ask", "judge")]
+    modules = {f"mmedexpert.sources.{m.__name__.rpartition('.')[2]}": m for m in (vqa_rad, slake, path_vqa, mmmu)}
     modules["mmedexpert.scoring.medevalkit"] = medevalkit
     assert all(callable(getattr(modules[module], function)) for module, _, function in map(_split, targets))
     groups = {

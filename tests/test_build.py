@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.build import build, method
+from mmedexpert.runtime.build import build, function, method
 from mmedexpert.runtime.quiet import one_line
 
 HERE = __name__
@@ -42,6 +42,8 @@ def test_values_and_arguments_arrive():
     assert build({"_target_": f"{HERE}.anything", "a": 1}, "x", b=2) == {"a": 1, "b": 2}
     made = build(config(_partial_=True), "merge.method")
     assert isinstance(made, partial) and made("there") == ("there", 2, 0.5, "a")
+    assert function({"_target_": f"{HERE}.source", "_partial_": True}, "x") is source
+    assert function(config(share=1), "x")("there") == ("there", 2, 1, "a")
 
 
 def test_every_error_keeps_its_type():

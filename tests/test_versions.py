@@ -37,7 +37,8 @@ from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
 from mmedexpert.models.encode import prompt_text, target_text
 from mmedexpert.models.generate import _chances, _draw, _warp
-from mmedexpert.runtime.versions import VERSIONS, rule_of, text_of, versions
+from mmedexpert.runtime.build import build
+from mmedexpert.runtime.versions import VERSIONS, rule_followed_by, rule_of, text_of, versions
 from mmedexpert.scoring import medevalkit, robust
 from mmedexpert.scoring import text as metrics
 from mmedexpert.sources import gmai, medxpertqa, mmmu, omnimedvqa, path_vqa, pmc_vqa, slake, vqa_rad
@@ -563,8 +564,7 @@ def test_a_rule_that_changed_has_another_number(rule: str, tmp_path: Path) -> No
 )
 def test_what_a_config_calls_has_a_number(path: Path) -> None:
     part = yaml.safe_load(path.read_text())
-    targets = [(part.get(key) or {}).get("_target_") for key in ("method", "source", "load")]
-    for target in [*targets, part.get("ask"), part.get("judge")]:
+    for target in [(part.get(key) or {}).get("_target_") for key in ("method", "source", "load", "ask", "judge")]:
         assert target is None or isinstance(*rule_of(target).values(), int), f"{target} needs a number in versions.py"
 
 
@@ -577,6 +577,9 @@ def test_a_function_of_the_users_own_is_known_by_its_source(tmp_path: Path, monk
     assert [*rule_of("my_source_b.load").values()] != [known]
     assert rule_of("mmedexpert.merging.methods.ties") == {"ties": VERSIONS["ties"]}
     assert rule_of("mmedexpert.sources.slake.load") == {"slake": VERSIONS["slake"]}
+    judge = build({"_target_": "mmedexpert.scoring.medevalkit.judge", "_partial_": True}, "benchmark.x.judge")
+    assert rule_followed_by(judge) == rule_followed_by(medevalkit.judge) == {"medevalkit": VERSIONS["medevalkit"]}
+    assert rule_followed_by(partial(judge, strict=True)) == {**rule_followed_by(judge), "values": {"strict": True}}
     assert text_of("perspectives.yaml") != text_of("guidelines.yaml")
     with pytest.raises(KeyError):
         versions("no such rule")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, get_type_hints
 
 from hydra.errors import InstantiationException
@@ -31,6 +32,12 @@ def build(config: Mapping[str, Any], where: str, **more: Any) -> Any:
         if isinstance(cause, ValueError):
             raise UserError(f"{where}: {cause} ({config['_target_']})") from cause
         raise cause from cause.__cause__
+
+
+def function(config: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """The `_target_` of `config`, bound to its values, without Hydra's checks: they cost 0.4 ms a call."""
+    made = build({**config, "_partial_": True}, where)
+    return partial(made.func, *made.args, **made.keywords) if made.args or made.keywords else made.func
 
 
 def method(path: Any, where: str) -> Callable[..., Any]:

@@ -89,8 +89,11 @@ def rule_of(target: str) -> dict[str, int | str]:
 
 def rule_followed_by(function: Callable[..., Any]) -> dict[str, Any]:
     """As `rule_of`, for what `build` made of a config: a function, or a partial of one, whose values count, too."""
-    plain, values = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
-    return rule_of(f"{plain.__module__}.{plain.__name__}") | ({"values": values} if values else {})
+    values: dict[str, Any] = {}
+    while isinstance(function, partial):
+        values = {**function.keywords, **values}
+        function = function.func
+    return rule_of(f"{function.__module__}.{function.__name__}") | ({"values": values} if values else {})
 
 
 @cache

@@ -13,7 +13,7 @@ from mmedexpert.data.records import fingerprint, load_records, move_root, save_r
 from mmedexpert.data.validation import LeftOut, image_faults, not_text, twins
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.predict import QuestionSet
-from mmedexpert.runtime.build import build
+from mmedexpert.runtime.build import build, function
 from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import rule_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
@@ -92,8 +92,8 @@ def question_set(benchmark: BenchmarkConfig, run: Run) -> QuestionSet:
     """The questions of a prepared benchmark, with its rules."""
     records, image_root = load_records(run.folder)
     return QuestionSet(
-        benchmark.name, records, image_root, build(benchmark.ask, f"benchmark.{benchmark.name}.ask"),
-        build(benchmark.judge, f"benchmark.{benchmark.name}.judge"), tuple(benchmark.breakdowns),
+        benchmark.name, records, image_root, function(benchmark.ask, f"benchmark.{benchmark.name}.ask"),
+        function(benchmark.judge, f"benchmark.{benchmark.name}.judge"), tuple(benchmark.breakdowns),
     )  # fmt: skip
 
 
