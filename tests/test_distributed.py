@@ -226,13 +226,13 @@ BOTH = ("trainer=ddp", "trainer.devices=2")
 
 
 def test_one_command_on_two_ranks_leaves_one_folder(tmp_path):
-    done = run(tmp_path, "stage=dsa", *SMALL, *BOTH, logger="csv")
+    done = run(tmp_path, "stage=dsa", *SMALL, *BOTH, logger="csv", process=True)
     assert done.stdout.count("Runs") == 1 and done.stderr.count("->") == 3, done.stdout + done.stderr
     (folder,) = (tmp_path / "dsa").glob("cardiology-*")
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["DONE", "adapter", "config.yaml", "csv", "identity.json", "manifest.json", "metrics.json"]
     assert "devices" not in (folder / "identity.json").read_text()  # the same folder whatever their number
-    assert run(tmp_path, "stage=dsa", *SMALL, *BOTH).stderr.count("reused") == 3
+    assert run(tmp_path, "stage=dsa", *SMALL, *BOTH, process=True).stderr.count("reused") == 3
     failing = tmp_path / "failing.py"
     failing.write_text(
         "import os\n"
