@@ -33,7 +33,7 @@ ARMS = {
         "gba.weights=[0,3,1,0]", "gba.scale=0.4", "gba.gate=none", "gba.init=sft_all", "gba.conditioning=free",
         "gba.scale_rewards=batch", "gba.loss_type=dr_grpo", "gba.steps=3", "gba.num_generations=4",
         "gba.temperature=0.8", "gba.top_p=0.95", "gba.top_k=3", "gba.mask_truncated_completions=false",
-        "model.max_new_tokens=14", "gba.lr=0.002", "gba.warmup_ratio=0", "gba.max_grad_norm=100",
+        "model.max_new_tokens=11", "gba.lr=0.002", "gba.warmup_ratio=0", "gba.max_grad_norm=100",
         "trainer.micro_batch_tokens=null", "specialty.names=[pediatrics,oncology_surgery]",
     ],
 }  # fmt: skip

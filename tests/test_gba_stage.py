@@ -40,8 +40,8 @@ def test_the_seed_decides_which_are_asked(answering):
     for seed in (3, 4):
         with pytest.MonkeyPatch.context() as patch:
 
-            def sample(policy, encoder, records, image_root, *, generator, **_):
-                first.append(([record.id for record in records], int(generator.initial_seed())))
+            def sample(policy, encoder, records, image_root, *, seeds, **_):
+                first.append(([record.id for record in records], list(seeds)))
                 raise InterruptedError
 
             patch.setattr(gba, "roll_out", sample)

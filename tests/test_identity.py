@@ -97,8 +97,8 @@ def test_without_weights_the_scale_and_gate_make_no_other_run(outputs):
         ("advantages", {"gba/default"}, {"dsa/adult_medicine"}),
         ("rubrics", {"gba/default"}, {"dsa/adult_medicine", "eval/base-phantom-test"}),  # judged again, not asked again
         ("sft", {"pretrain/tiny", "dsa/adult_medicine"}, {"data/phantom"}),
-        ("data.phantom.source.phantom", {"data/phantom"}, {"pretrain/tiny"}),
-        ("merging.methods.caci", {"caci/caci"}, {"gba/default"}),
+        ("phantom", {"data/phantom"}, {"pretrain/tiny"}),
+        ("caci", {"caci/caci"}, {"gba/default"}),
         ("start", {"start/merged_experts", "gba/default"}, {"dsa/adult_medicine"}),
         ("robust", {"gba/default"}, {"eval/base-phantom-test"}),
         ("sampling", {"gba/default", "eval/base-phantom-test"}, {"dsa/adult_medicine"}),

@@ -32,6 +32,7 @@ from mmedexpert.merging.apply import merge_adapters, write_merged
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.low_rank import core_space
 from mmedexpert.merging.methods import caci, dare_linear, linear, ties
+from mmedexpert.merging.rule import declare
 from mmedexpert.models.adapters import LoraAdapter, check_compatible, concatenate_lora, record_base
 from mmedexpert.models.checkpoint import fingerprint_base, fingerprint_model, read_checkpoint
 from mmedexpert.models.deltas import apply_deltas_
@@ -480,8 +481,11 @@ def test_write_merged_refusals_leave_nothing(base: Path, tmp_path: Path, monkeyp
 # --- the whole merge -------------------------------------------------------------------------------------------------
 
 
-def roles_of(expert: list[Tensor], reasoner: list[Tensor], name: str) -> Tensor:
+def roles_of(expert: list[Tensor], reasoner: list[Tensor], name: str, first_row: int = 0) -> Tensor:
     return expert[0] + 10 * reasoner[0] + (100 if name == Q_PROJ else 0)
+
+
+declare(roles_of, "roles", "place")
 
 
 def test_merge_adapters_collects_by_role_with_zeros_for_the_absent(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_a_damaged_line_is_named(folder: Path, change: Callable[[dict], object],
 
 def test_good_records_pass_and_each_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: Counter[str] = Counter()
-    monkeypatch.setattr("mmedexpert.data.records.check_image", lambda path: seen.update([path.name]))
+    monkeypatch.setattr("mmedexpert.data.validation.check_image", lambda path: seen.update([path.name]))
     records = [record(0), record(1, options=None, answer="in the left lobe"), record(2, images=("images/0.png",))]
     assert validate(records, folder) == (records, [])
     assert seen == {"0.png": 1, "1.png": 1}

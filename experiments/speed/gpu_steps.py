@@ -95,7 +95,8 @@ def settings(size: str) -> tuple[dict[str, Any], tuple[int | None, ...]]:
     found = re.search(ESTIMATES, content)
     if found is None:
         raise ValueError(f"the header of {size} in {CONF} has no estimates of memory")
-    return yaml.safe_load(content), (None, None, None) if size == "s" else tuple(map(int, found.groups()))
+    settings = yaml.safe_load((CONF / "_qwen.yaml").read_text(encoding="utf-8")) | yaml.safe_load(content)
+    return settings, (None, None, None) if size == "s" else tuple(map(int, found.groups()))
 
 
 def dtype_of(device: str) -> torch.dtype:
