@@ -2,7 +2,9 @@
 
 Registered with transformers' attention interface under the name `prefix_tree` and set on the language model alone. A
 forward pass that brings a `Tree` (keyword `tree`) attends by it, one that brings a `Prefix` (keyword `prefix`) decodes
-behind shared prompts, any other goes through transformers' sdpa. Shapes: H query heads, K key heads, D head size.
+behind shared prompts, any other goes through transformers' sdpa.
+
+Shapes: L tokens of a packed row, S segments of it, H query heads, K key heads, D head size.
 """
 
 from __future__ import annotations

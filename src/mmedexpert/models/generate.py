@@ -1,4 +1,7 @@
-"""Sampling with transformers: an image is seen once, a prompt is read once, and both are shared by G completions."""
+"""Sampling with transformers: an image is seen once, a prompt is read once, and both are shared by G completions.
+
+Shapes: B prompts, G completions of each, T tokens of the longest, V vocabulary size, N rows still in the batch.
+"""
 
 from __future__ import annotations
 
