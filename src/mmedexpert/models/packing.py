@@ -4,8 +4,8 @@ One mechanism for three uses: the prefill of a sampler (one image and question u
 update `[prompt | c1 | .. | cG]`, and supervised samples `[image | q1 a1 | q2 a2 | ..]`. A token is read once, however
 many completions continue it; positions restart after the shared part; attention follows the tree (attention.py).
 
-Shapes: N rows (a prompt with its completion), P tokens of a prompt, T of the longest completion, L of the packed row, S of
-all completions together.
+Shapes: N rows (a prompt with its completion), P tokens of a prompt, T of the longest completion, L of the packed row,
+S of all completions together.
 """
 
 from __future__ import annotations
