@@ -101,7 +101,7 @@ def test_zero_weights_are_plain_grpo_bit_for_bit(seed: int, scale: Any, extra: f
 def design_formula(
     outcome: np.ndarray, adherence: np.ndarray, weights: list[float], scale: float, gate: np.ndarray, reward_scale: str
 ) -> np.ndarray:
-    """DESIGN section 7, one completion at a time."""
+    """The formula of docs/usage.md, one completion at a time."""
     parts = [reference(adherence[:, :, k], reward_scale) for k in range(len(weights))]
     out = reference(outcome, reward_scale)
     for b in range(len(outcome)):

@@ -131,7 +131,7 @@ def test_rewards_are_those_of_the_config(arm):
 
 
 def test_advantages_are_the_formula_of_the_config(arm):
-    """DESIGN section 7: A(r) + scale * (u - mean u), u = gate / n * sum_k w_k A(s_k)."""
+    """docs/usage.md: A(r) + scale * (u - mean u), u = gate / n * sum_k w_k A(s_k)."""
     settings = arm.config.gba
     for one in arm.sampled:
         outcome, style, right = paid(arm, one)

@@ -41,7 +41,7 @@ class Summary:
         breakdowns: Sequence[str] = (),
         clean: Collection[str] | None = None,
     ) -> dict[str, Any]:
-        """DESIGN's M under `protocol`, and under `protocols` the same for both, with breakdowns and baselines.
+        """A model's numbers under `protocol`, and under `protocols` the same for both, with breakdowns and baselines.
 
         `clean` are the ids of questions whose images were not in training (None: not compared).
         """

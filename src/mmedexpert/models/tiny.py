@@ -1,4 +1,4 @@
-"""The embedded default: a real Qwen2.5-VL of about two million parameters, built in code (DESIGN: runs everywhere)."""
+"""The embedded default: a real Qwen2.5-VL of about two million parameters, built in code (it runs everywhere)."""
 
 from __future__ import annotations
 

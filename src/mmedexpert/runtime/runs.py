@@ -1,4 +1,4 @@
-"""Run folders: content-named, reused when finished, resumed when not (DESIGN section 4)."""
+"""Run folders: content-named, reused when finished, resumed when not (docs/usage.md)."""
 
 from __future__ import annotations
 

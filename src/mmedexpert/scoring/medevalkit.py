@@ -92,7 +92,7 @@ def _parse(text: str) -> str:
 
 
 def _open_scores(text: str, gold: str) -> dict[str, float]:
-    """The names are `metrics.open_scores`'; the numbers are MedEvalKit's, by the packages it uses (NLTK and rouge).
+    """The names are `text.open_scores`'; the numbers are MedEvalKit's, by the packages it uses (NLTK and rouge).
 
     It unpacks its token F1 in the wrong order, so "precision" is the F1, "recall" the precision and "f1" the recall.
     Where it would crash (no token; very long sentences), ours is 0, or reads the beginning. # ours

@@ -1,5 +1,7 @@
 """Judging by an unambiguous parser: harmless formatting changes nothing, and what commits to no answer is unparsed.
 
+Here: yes or no, closed and open answers; the letter of a choice is read in `clauses`.
+
 Ours; shares its reading of thoughts and answer tags, and of options, with the outcome reward (`clauses`). # ours
 """
 
@@ -25,7 +27,7 @@ def judge(record: Record, response: str) -> Judged:
     """The robust verdict of one response; unparsed counts as wrong.
 
     choice: `scoring.score_choice`. yes_no, and closed with such a gold answer: `read_yes_no`. Other closed and open
-    questions: `read_text` must equal the gold answer after normalisation (`metrics.tokens`), with `metrics.open_scores`
+    questions: `read_text` must equal the gold answer after normalisation (`text.tokens`), with `text.open_scores`
     as scores. Raises ValueError for a yes/no question whose gold answer is neither.
     """
     if record.asked_as == "choice":

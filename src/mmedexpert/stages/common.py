@@ -185,7 +185,7 @@ def content_of(data: Run, split: str, specialties: list[str]) -> str:
 
 
 def fit_options(config: Config) -> dict[str, Any]:
-    """Lightning's part of `modules.fit.fit`; a stage that trains on rank 0 alone uses one device."""
+    """Lightning's part of `training.fit.fit`; a stage that trains on rank 0 alone uses one device."""
     trainer = config.trainer
     options: dict[str, Any] = {"accelerator": trainer.accelerator, "precision": trainer.precision}
     if ranks() == 1:

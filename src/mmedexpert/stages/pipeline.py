@@ -62,7 +62,7 @@ def on_benchmarks(config: Config) -> list[str]:
 
 
 def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
-    """The machine-readable result of a pipeline (DESIGN section 4); `benchmarks`: set to model to both protocols."""
+    """The machine-readable result of a pipeline (docs/usage.md); `benchmarks`: set to model to both protocols."""
     details = ("protocols", "baselines", "question_set", "contamination", "judged_by")  # in each model's own summary
     only = next(iter(done["gba"])) if len(done["gba"]) == 1 else None  # by whatever name, readers find `reasoner`
     models: dict[str, Any] = {

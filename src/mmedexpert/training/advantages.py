@@ -70,7 +70,7 @@ def perspective_terms(
     """What each perspective adds to each completion's advantage; it sums to zero over every group.  # ours
 
     t_ik = scale * (v_ik - mean_G v_k) with v_ik = g_i * w_k * A(s_k)_i / n_i, where n_i perspectives were asked of i.
-    Centred again behind the gate: without it the gate's zeros would leave a group a sum above zero (DESIGN section 7).
+    Centred again behind the gate: without it the gate's zeros would leave a group a sum above zero (docs/usage.md).
 
     Args:
         adherence: `[B, G, K]` scores in [0, 1]; NaN where the perspective was not asked of the completion, so that
@@ -117,7 +117,7 @@ def guideline_based(
 ) -> Tensor:
     """Guideline-based advantages (GBA): the outcome's advantage plus every perspective's term.  # ours
 
-    A_i = A(r)_i + sum_k t_ik (DESIGN section 7); with all weights or the scale zero, bit for bit plain GRPO.
+    A_i = A(r)_i + sum_k t_ik (docs/usage.md); with all weights or the scale zero, bit for bit plain GRPO.
 
     Args:
         outcome: `[B, G]` outcome rewards (accuracy and format).

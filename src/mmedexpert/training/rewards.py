@@ -1,6 +1,6 @@
 """Outcome rewards, in the signature of TRL's reward functions, and the adherence scores of the four perspectives.
 
-Source: DESIGN section 7; the paper does not state its rewards. # ours
+docs/usage.md has the formulas; the paper does not state its rewards. # ours
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def outcome(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The outcome reward r_i = sum of weight * part over `REWARDS`, `[N]`, and its unweighted parts by name.
 
-    DESIGN section 7. Every part is returned, also one without weight. Raises UserError for a weight of no part.
+    Every part is returned, also one without weight. Raises UserError for a weight of no part.
     """
     if unknown := sorted(set(weights) - set(REWARDS)):
         fix = suggestion(unknown[0], list(REWARDS)) or f": give weights to {', '.join(REWARDS)}"
@@ -84,7 +84,7 @@ def adherence_matrix(
     """Adherence scores `[N, K]` in [0, 1], K in the order of `PERSPECTIVES`.
 
     A completion prompted for one perspective is scored on that alone, NaN elsewhere; one prompted for none (None), on
-    all (DESIGN section 7, `gba.conditioning`). Raises ValueError for an unknown perspective or unequal lengths.
+    all (`gba.conditioning`). Raises ValueError for an unknown perspective or unequal lengths.
     """
     if unknown := set(perspectives) - {None, *PERSPECTIVES}:
         raise ValueError(f"perspectives must be None or one of {', '.join(PERSPECTIVES)}, got {unknown.pop()!r}")

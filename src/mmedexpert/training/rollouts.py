@@ -1,4 +1,4 @@
-"""Group rollouts for GBA: prompts by perspective, sampled completions, rewards, advantages (DESIGN section 7)."""
+"""Group rollouts for GBA: prompts by perspective, sampled completions, rewards, advantages (docs/usage.md)."""
 
 from __future__ import annotations
 
