@@ -14,14 +14,23 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[1]
-SMOKE = ["debug=smoke", "trainer.accelerator=cpu", "trainer.threads=1"]
+# smaller still than debug=smoke: its numbers mean nothing either
+SMOKE = [
+    "debug=smoke", "trainer.accelerator=cpu", "trainer.threads=1", "model.max_new_tokens=16",
+    "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2",
+    "model.architecture.vision_hidden_size=48", "model.architecture.vision_depth=2", "pretrain.images=48",
+    "pretrain.reading_steps=4", "pretrain.looking_steps=6", "data.source.train=48", "data.source.val=16",
+    "data.source.test=16",
+]  # fmt: skip
 Done = subprocess.CompletedProcess[str]
 
 
 def words(outputs: Path, *overrides: str, logger: str = "none") -> list[str]:
     multirun = [word for word in overrides if word == "-m"]  # argparse wants it before all overrides
     rest = [word for word in overrides if word != "-m"]
-    return [*multirun, *SMOKE, f"paths.outputs={outputs}", f"logger={logger}", *rest]
+    given = {word.split("=")[0] for word in rest}
+    small = [word for word in SMOKE if word.split("=")[0] not in given]
+    return [*multirun, *small, f"paths.outputs={outputs}", f"logger={logger}", *rest]
 
 
 def run(outputs: Path, *overrides: str, code: int = 0, logger: str = "none", process: bool = False) -> Done:

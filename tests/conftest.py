@@ -19,6 +19,20 @@ os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests one worker takes together: those of a file, and those that share what is trained once; these first,
+    as they take longest."""
+    shared = ("outputs", "answering")
+
+    def group(item: pytest.Item) -> str:
+        return next((name for name in shared if name in getattr(item, "fixturenames", ())), item.path.stem)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    first = [*shared, "test_distributed"]
+    items.sort(key=lambda item: first.index(group(item)) if group(item) in first else len(first))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real development data; the test is skipped where it is absent."""

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, SMOKE, run
+from commands import ROOT, run, words
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -201,7 +201,7 @@ def test_models_by_name_and_by_folder_and_their_comparison(outputs, tmp_path):
 def test_a_killed_evaluation_goes_on(outputs, tmp_path):
     overrides = ["stage=eval", "benchmark=pmc_vqa", f"benchmark.pmc_vqa.root={pmc(tmp_path / 'pmc', 300)}"]
     overrides += ["engine.batch_size=4", "model.max_new_tokens=40"]
-    command = [sys.executable, "run.py", *SMOKE, f"paths.outputs={outputs}", "logger=none", *overrides]
+    command = [sys.executable, "run.py", *words(outputs, *overrides)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def written() -> list[Path]:
@@ -234,7 +234,7 @@ def test_what_leaks_is_said_and_the_clean_part_is_shown(outputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "named"),
     [
         (["benchmark=vqa_ard"], ["vqa_ard", "vqa_rad"]),
         (["benchmark=pmc_vqa", "benchmark.pmc_vqa.root=/not/here"], ["benchmark.pmc_vqa.root", "/not/here"]),
@@ -248,7 +248,7 @@ def test_what_leaks_is_said_and_the_clean_part_is_shown(outputs, tmp_path):
         (["eval.llm_judge.model=x"], ["eval.llm_judge", "base_url"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(outputs, tmp_path, overrides, words):
+def test_bad_input_is_one_line(outputs, tmp_path, overrides, named):
     places = {"empty": tmp_path / "empty", "cut": tmp_path / "cut"}
     for folder in places.values():
         folder.mkdir()
@@ -257,5 +257,5 @@ def test_bad_input_is_one_line(outputs, tmp_path, overrides, words):
     done = run(outputs, "stage=eval", *(word.format(**places) for word in overrides), code=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    for word in words:
+    for word in named:
         assert word.format(**places) in errors[0], errors[0]

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, SMOKE, run
+import yaml
+from commands import ROOT, run, words
 from test_benchmark_stage import pmc
 
 
@@ -77,15 +78,21 @@ def test_stages_alone(outputs):
 
 
 def test_a_failing_job_is_told_and_the_others_run(outputs):
-    done = run(outputs, "-m", "stage=caci", "merge=linear,ties", "merge.method.density=0", code=2)
-    assert "density" in done.stderr
-    done = run(outputs, "-m", "stage=dsa", "specialty=pediatrics,adult_medicine", "gba.num_generations=8")
-    assert done.stdout.count("adult_medicine") >= 1
+    names = "specialty.names=[pediatrics],[astrology],[adult_medicine]"
+    done = run(outputs, "-m", "stage=dsa", names, "dsa.lr=0.005", code=2)
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "failed: specialty.names=[astrology]" in done.stdout
+    jobs = done.stdout.partition("Jobs")[2]
+    for name in ("pediatrics", "adult_medicine"):  # before the one that fails, and after it
+        assert f"specialty.names=[{name}]" in jobs
+        assert newest(outputs, "dsa", name).joinpath("adapter", "adapter_model.safetensors").exists()
+        config = yaml.safe_load((newest(outputs, "dsa", name) / "config.yaml").read_text())
+        assert config["dsa"]["lr"] == 0.005
 
 
 def test_killed_and_continued(tmp_path):
     overrides = ["stage=pretrain", "pretrain.looking_steps=60", "pretrain.checkpoint_every=10"]
-    command = [sys.executable, "run.py", *SMOKE, f"paths.outputs={tmp_path}", "logger=none", *overrides]
+    command = [sys.executable, "run.py", *words(tmp_path, *overrides)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("pretrain/*/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
@@ -136,7 +143,7 @@ def test_readme_snippet_answers(outputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "named"),
     [
         (["gba.wieghts=[1,1,1,1]"], ["gba.weights"]),
         (["data=labelled_images"], ["data.root"]),
@@ -149,11 +156,11 @@ def test_readme_snippet_answers(outputs, tmp_path):
         (["eval.models=[bse]", "stage=eval"], ["bse", "base"]),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(outputs, overrides, words):
+def test_mistakes_are_one_line_and_code_2(outputs, overrides, named):
     done = run(outputs, *overrides, code=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    for word in words:
+    for word in named:
         assert word in errors[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -123,10 +124,14 @@ def test_a_runs_config_holds_no_password():
 def test_phases_are_timed(tmp_path):
     def work(run):
         with run.phase("train"):
+            time.sleep(0.05)
+        with run.phase("rest"):
             pass
         run.notes["extra"] = 3
         return {"x": 1.0}
 
     manifest = go(tmp_path, work).manifest
-    assert manifest["phase_seconds"]["train"] >= 0 and manifest["extra"] == 3
-    json.dumps(manifest)
+    seconds = manifest["phase_seconds"]
+    assert seconds["rest"] < 0.05 <= seconds["train"] <= manifest["wall_seconds"] and manifest["extra"] == 3
+    (path,) = (tmp_path / "dsa").glob("*/manifest.json")
+    assert json.loads(path.read_text()) == manifest

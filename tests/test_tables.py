@@ -6,7 +6,7 @@ import json
 
 from test_config import composed
 
-from mmedexpert.reporting.tables import job_rows, model_rows, print_jobs, short_names
+from mmedexpert.reporting.tables import job_rows, model_rows, print_jobs, short_names, varied
 from mmedexpert.runtime.runs import Run
 from mmedexpert.stages.pipeline import on_benchmarks, summarise
 
@@ -50,14 +50,17 @@ def test_jobs_show_what_was_varied_also_in_values_with_spaces(tmp_path, capsys):
     grids = ["merge.search={density: [0.5, 1.0]}", "merge.search={density: [0.5, 0.8]}"]
     models = {"experts": {}, "ties": result(0.25, "x")}
     jobs = [(["merge=ties", grid], pipeline(tmp_path / str(i), models)) for i, grid in enumerate(grids)]
-    rows = job_rows(jobs)
+    commands = [overrides for overrides, _ in jobs]
+    assert varied(commands) == grids and varied([["a", "x=[1]"], ["a", "x=[2]"], ["a"]]) == ["x=[1]", "x=[2]", ""]
+    rows = job_rows(list(zip(varied(commands), (runs for _, runs in jobs), strict=True)))
     assert [row["job"] for row in rows] == grids  # two merges of one name: two rows
     assert {row["ties [95% CI]"] for row in rows} == {"0.25 [0.25, 0.25]"} and "base" not in rows[0]
     with_experts = {"base": result(0.1, "x"), "experts": {"a": result(0.2, "x"), "b": result(0.4, "x")}}
-    (row,) = job_rows([(["seed=1"], pipeline(tmp_path / "c", with_experts))])
+    (row,) = job_rows([("seed=1", pipeline(tmp_path / "c", with_experts))])
     assert row["base"] == "0.10" and row["best expert"] == "0.40"
-    print_jobs(jobs, [["seed=1", "gba.lr=3"]])
-    assert "failed: seed=1 gba.lr=3" in capsys.readouterr().out
+    print_jobs(jobs, [["merge=ties", "merge.search=[red]"]])
+    said = capsys.readouterr().out
+    assert "failed: merge.search=[red]" in said and all(grid in said for grid in grids)
 
 
 def test_which_models_a_pipeline_asks_benchmarks_of():

@@ -96,7 +96,8 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 def rich_table(rows: Sequence[Row], title: str, caption: str = "") -> Table:
     """A table for the terminal, names to the left and numbers to the right."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    said = {"title": escape(title), "caption": escape(caption)}  # a list in brackets is no style
+    table = Table(**said, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in rows[0]:
         table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column in ("model", "job"))
     for row in rows:
@@ -232,31 +233,38 @@ def _main_numbers(run: Run) -> dict[str, str]:
     return {"time": state, "numbers": "  ".join(numbers)}
 
 
-def job_rows(jobs: Sequence[tuple[Sequence[str], Mapping[str, Run]]]) -> list[Row]:
-    """What was varied and each job's headline numbers: a row per pipeline, or per run where a stage ran alone."""
+def varied(commands: Sequence[Sequence[str]]) -> list[str]:
+    """Of each command the words that not all of them have."""
+    common = set.intersection(*map(set, commands)) if len(commands) > 1 else set()
+    return [" ".join(word for word in words if word not in common) for words in commands]
+
+
+def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
+    """Each job's name and headline numbers: a row per pipeline, or per run where a stage ran alone."""
     rows = []
-    common = set.intersection(*({*overrides} for overrides, _ in jobs))
-    for overrides, runs in jobs:
-        row = {"job": " ".join(word for word in overrides if word not in common)}  # only what was varied
+    for name, runs in jobs:
+        row = {"job": name}
         pipeline = runs.get("pipeline")
         if pipeline is not None:
             models = pipeline.summary["models"]
             experts = [model["macro_accuracy"] for model in models.pop("experts").values()]
             row |= {"base": f"{models['base']['macro_accuracy']:.2f}"} if "base" in models else {}
             row |= {"best expert": f"{max(experts):.2f}"} if experts else {}
-            for name, model in models.items():
-                if name not in ("base", *BASELINES):
-                    row[f"{name} [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
-                    if name == "reasoner":
+            for kind, model in models.items():
+                if kind not in ("base", *BASELINES):
+                    row[f"{kind} [95% CI]"] = interval(model, "macro_accuracy", "macro_ci")
+                    if kind == "reasoner":
                         row |= {p: f"{model['adherence'].get(p, float('nan')):.2f}" for p in PERSPECTIVES}
             rows.append(row)
         else:
-            rows += [{**row, "stage": run.stage, "name": name, **_main_numbers(run)} for name, run in runs.items()]
+            rows += [{**row, "stage": run.stage, "name": part, **_main_numbers(run)} for part, run in runs.items()]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
 def print_jobs(finished: Sequence[tuple[Sequence[str], Mapping[str, Run]]], failed: Sequence[Sequence[str]]) -> None:
-    """The table over the jobs of a sweep; failed jobs are named below it."""
+    """The table over the jobs of a sweep, each under what was varied; failed jobs are named below it."""
+    names = varied([*(overrides for overrides, _ in finished), *failed])
     if finished:
-        print_table(job_rows(finished), "Jobs", "\n".join(f"failed: {' '.join(overrides)}" for overrides in failed))
+        done = list(zip(names, (runs for _, runs in finished), strict=False))
+        print_table(job_rows(done), "Jobs", "\n".join(f"failed: {name}" for name in names[len(finished) :]))
