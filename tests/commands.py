@@ -29,7 +29,11 @@ def words(outputs: Path, *overrides: str, logger: str = "none") -> list[str]:
     multirun = [word for word in overrides if word == "-m"]  # argparse wants it before all overrides
     rest = [word for word in overrides if word != "-m"]
     given = {word.split("=")[0] for word in rest}
-    small = [word for word in SMOKE if word.split("=")[0] not in given]
+    if "data" in given:  # other sources and models take none of these
+        given |= {"data.source.train", "data.source.val", "data.source.test"}
+    if given & {"model", "model.name_or_path"}:
+        given |= {word.split("=")[0] for word in SMOKE if word.startswith(("model.architecture", "pretrain"))}
+    small = SMOKE[:3] if "stage=report" in rest else [word for word in SMOKE if word.split("=")[0] not in given]
     return [*multirun, *small, f"paths.outputs={outputs}", f"logger={logger}", *rest]
 
 

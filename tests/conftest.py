@@ -15,7 +15,7 @@ from hypothesis import settings
 # pytest --hypothesis-profile=default
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
-os.environ.setdefault("WANDB_MODE", "offline")
+os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 torch.set_num_threads(1)
 
 

@@ -199,7 +199,7 @@ def test_models_by_name_and_by_folder_and_their_comparison(outputs, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on(outputs, tmp_path):
-    overrides = ["stage=eval", "benchmark=pmc_vqa", f"benchmark.pmc_vqa.root={pmc(tmp_path / 'pmc', 300)}"]
+    overrides = ["stage=eval", "benchmark=pmc_vqa", f"benchmark.pmc_vqa.root={pmc(tmp_path / 'pmc', 100)}"]
     overrides += ["engine.batch_size=4", "model.max_new_tokens=40"]
     command = [sys.executable, "run.py", *words(outputs, *overrides)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -215,10 +215,10 @@ def test_a_killed_evaluation_goes_on(outputs, tmp_path):
     process.wait()
     (path,) = written()
     answered = {row["id"]: row for row in predictions(path.parent)[:-1]}
-    assert 0 < len(answered) < 299
+    assert 0 < len(answered) < 99
     run(outputs, *overrides)
     rows = predictions(path.parent)
-    assert len(rows) == 300 == len({row["id"] for row in rows})
+    assert len(rows) == 100 == len({row["id"] for row in rows})
     assert all(row == answered[row["id"]] for row in rows if row["id"] in answered)  # kept, not asked again
 
 

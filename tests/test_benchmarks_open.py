@@ -23,6 +23,7 @@ from PIL import Image
 from mmedexpert.data.record import Record
 from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
+from mmedexpert.runtime.build import function
 from mmedexpert.scoring import medevalkit
 from mmedexpert.sources import mmmu, path_vqa, slake, vqa_rad
 from mmedexpert.sources.parquet import find_parquet, read_parquet
@@ -347,10 +348,12 @@ def test_slake_without_images_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_slake_asks_all_but_open_questions_with_the_closed_prompt(tmp_path: Path) -> None:
     closed, yes_no, open_, zh, _ = slake.load(slake_folder(tmp_path / "slake"), tmp_path / "out")[0]
+    config = yaml.safe_load((Path(__file__).parents[1] / "conf" / "benchmark" / "slake.yaml").read_text())
+    ask = function(config["ask"], "ask")
     for record in (closed, yes_no):
-        assert medevalkit.ask(record) == "Is it?\nAnswer the question using a single word or phrase."
-    assert medevalkit.ask(open_) == "Is it?\nPlease answer the question concisely."
-    assert medevalkit.ask(zh).startswith(f"{zh.question}\n") and "concisely" not in medevalkit.ask(zh)
+        assert ask(record) == "Is it?\nAnswer the question using a single word or phrase."
+    assert ask(open_) == "Is it?\nPlease answer the question concisely."
+    assert ask(zh).startswith(f"{zh.question}\n") and "concisely" not in ask(zh)
 
 
 # MMMU

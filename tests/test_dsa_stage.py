@@ -17,6 +17,7 @@ from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import dsa
 from mmedexpert.stages.data import dataset
+from mmedexpert.training import sft
 
 
 @dataclass
@@ -38,13 +39,13 @@ def taught(answering) -> Taught:
     )  # fmt: skip
     encoded: list[Record] = []
     with pytest.MonkeyPatch.context() as patch:
-        sample = dsa.sample
+        sample = sft.sample
 
         def watched(encoder: Any, image_root: Any, record: Record) -> Any:
             encoded.append(record)
             return sample(encoder, image_root, record)
 
-        patch.setattr(dsa, "sample", watched)
+        patch.setattr(sft, "sample", watched)
         steps = watch_steps(patch)
         (run,) = dsa.run(config).values()
     batches = [encoded[i : i + 3] for i in range(0, len(encoded), 3)][: len(steps)]

@@ -3,28 +3,36 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedexpert.data.record import Record
+from mmedexpert.runtime.build import function
 from mmedexpert.scoring.judged import Judged
 from mmedexpert.scoring.medevalkit import ask, choice_texts, judge
 
+CONF = Path(__file__).parents[1] / "conf"
 ELBOW = {
     "A": "Lateral ligament", "B": "Capsular plication", "C": "Radial head replacement", "D": "ORIF",
     "E": "Medial collateral",
 }  # fmt: skip
 
 
-def question(
-    kind: str, answer: str, options: dict[str, str] | None = None, source: str = "VQA-RAD test", language: str = "en"
-) -> Record:
+def question(kind: str, answer: str, options: dict[str, str] | None = None, language: str = "en") -> Record:
     return Record(
         id="q", images=("a.png",), question="What is it?", options=options, answer=answer, specialties=("all",),
-        source=source, license="CC0", split="test", image_group="a", kind=kind, language=language,
+        source="s", license="CC0", split="test", image_group="a", kind=kind, language=language,
     )  # fmt: skip
+
+
+def rules_of(benchmark: str) -> tuple[Any, Any]:
+    """How a benchmark's file has its questions asked and judged."""
+    config = yaml.safe_load((CONF / "benchmark" / f"{benchmark}.yaml").read_text())
+    return tuple(function(config[part], part) for part in ("ask", "judge"))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -35,30 +43,31 @@ def test_choice_prompt() -> None:
         "\nQuestion: What is it?\nOptions: \nA. CT\nB. MRI\nAnswer with the option's letter from the given choices"
         " directly."
     )
-    raw = question("choice", "A", {"A": "A:CT ", "B": " B: MRI"}, "PMC-VQA test_2.csv (33430 rows)")
-    assert choice_texts(raw) == ["A:CT ", " B: MRI"]
-    assert ask(raw).splitlines()[2:5] == ["Options: ", "A:CT ", " B: MRI"]
-    assert choice_texts(question("choice", "A", {"A": "B: no", "B": "A: no"})) == ["A. B: no", "B. A: no"]
+    raw = question("choice", "A", {"A": "A:CT ", "B": " B: MRI"})
+    asked, _ = rules_of("pmc_vqa")
+    assert asked(raw).splitlines()[2:5] == ["Options: ", "A:CT ", " B: MRI"]
+    assert choice_texts(raw) == ["A. A:CT ", "B.  B: MRI"]  # of any other data set
 
 
 @pytest.mark.parametrize(
-    ("kind", "language", "source", "instruction"),
+    ("kind", "language", "benchmark", "instruction"),
     [
-        ("yes_no", "en", "VQA-RAD test", "Please output 'yes' or 'no'(no extra output)."),
-        ("closed", "en", "SLAKE test.json", "Answer the question using a single word or phrase."),
-        ("yes_no", "en", "SLAKE test.json", "Answer the question using a single word or phrase."),
-        ("open", "en", "PathVQA test", "Please answer the question concisely."),
-        ("open", "zh", "SLAKE test.json", "\u8bf7\u7b80\u8981\u56de\u7b54\u8be5\u95ee\u9898\u3002"),
+        ("yes_no", "en", "vqa_rad", "Please output 'yes' or 'no'(no extra output)."),
+        ("closed", "en", "slake", "Answer the question using a single word or phrase."),
+        ("yes_no", "en", "slake", "Answer the question using a single word or phrase."),
+        ("open", "en", "path_vqa", "Please answer the question concisely."),
+        ("open", "zh", "slake", "\u8bf7\u7b80\u8981\u56de\u7b54\u8be5\u95ee\u9898\u3002"),
     ],
 )
-def test_other_prompts(kind: str, language: str, source: str, instruction: str) -> None:
-    assert ask(question(kind, "yes", source=source, language=language)) == f"What is it?\n{instruction}"
+def test_other_prompts(kind: str, language: str, benchmark: str, instruction: str) -> None:
+    asked, _ = rules_of(benchmark)
+    assert asked(question(kind, "yes", language=language)) == f"What is it?\n{instruction}"
 
 
 def test_chinese_prompts_are_chinese() -> None:
     for kind in ("yes_no", "closed", "open", "choice"):
         options = {"A": "CT"} if kind == "choice" else None
-        prompt = ask(question(kind, "A", options, "SLAKE test.json", "zh"))
+        prompt = ask(question(kind, "A", options, "zh"))
         assert "Please" not in prompt and "Answer" not in prompt and prompt.endswith("\u3002")
 
 
@@ -70,7 +79,7 @@ def test_all_vectors(shared: Path) -> None:
     assert len(vectors) == 600
     for vector in vectors:
         options = {choice[0]: choice[3:] for choice in vector["choices"]}
-        record = question("choice", vector["gold"], options, "OmniMedVQA")
+        record = question("choice", vector["gold"], options)
         assert choice_texts(record) == vector["choices"]
         assert judge(record, vector["response"]).correct == vector["correct"], vector
 
@@ -92,14 +101,16 @@ def test_choice_truth_table(response: str, letter: str) -> None:
 
 def test_pmc_is_not_searched_for_tags_first() -> None:
     pmc = {letter: f"{letter}:{text}" for letter, text in ELBOW.items()}
+    _, of_pmc = rules_of("pmc_vqa")
+    assert of_pmc.keywords == rules_of("pmc_vqa_clean")[1].keywords
     for response, before, after in (
         (r"<answer>B</answer> \boxed{C}", "B", "C"),
         ("C\n\n<answer>B</answer>", "B", "C"),
         ("<answer>C</answer>", "C", "C"),
     ):
         assert judge(question("choice", "A", ELBOW), response).picked == before
-        assert judge(question("choice", "A", pmc), response).picked == after
-    assert judge(question("choice", "B", pmc), "B:Capsular plication").picked == "B"
+        assert of_pmc(question("choice", "A", pmc), response).picked == after
+    assert of_pmc(question("choice", "B", pmc), "B:Capsular plication").picked == "B"
 
 
 # --- yes or no --------------------------------------------------------------------------------------------------------
@@ -138,19 +149,19 @@ def test_yes_no_truth_table(response: str, picked: str | None) -> None:
     ],
 )  # fmt: skip
 def test_closed_truth_table(gold: str, response: str, correct: bool) -> None:
-    assert judge(question("closed", gold, source="SLAKE test.json"), response).correct is correct
+    assert rules_of("slake")[1](question("closed", gold), response).correct is correct
 
 
 @pytest.mark.parametrize(
-    ("gold", "response", "source", "correct"),
+    ("gold", "response", "benchmark", "correct"),
     [
-        ("Left lung", " left lung\n", "VQA-RAD test", True), ("Left lung", " left lung\n", "SLAKE test.json", False),
-        (" Left lung", "left lung", "PathVQA test", True), ("left lung", "left lung.", "VQA-RAD test", False),
-        ("left lung", "The answer is left lung", "VQA-RAD test", False), ("x", r"a \boxed{X}", "SLAKE test.json", True),
+        ("Left lung", " left lung\n", "vqa_rad", True), ("Left lung", " left lung\n", "slake", False),
+        (" Left lung", "left lung", "path_vqa", True), ("left lung", "left lung.", "vqa_rad", False),
+        ("left lung", "The answer is left lung", "vqa_rad", False), ("x", r"a \boxed{X}", "slake", True),
     ],
 )  # fmt: skip
-def test_open_truth_table(gold: str, response: str, source: str, correct: bool) -> None:
-    judged = judge(question("open", gold, source=source), response)
+def test_open_truth_table(gold: str, response: str, benchmark: str, correct: bool) -> None:
+    judged = rules_of(benchmark)[1](question("open", gold), response)
     assert judged.correct is correct and judged.scores["exact_match"] == correct
 
 

@@ -96,8 +96,8 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 def rich_table(rows: Sequence[Row], title: str, caption: str = "") -> Table:
     """A table for the terminal, names to the left and numbers to the right."""
-    said = {"title": escape(title), "caption": escape(caption)}  # a list in brackets is no style
-    table = Table(**said, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    title, caption = escape(title), escape(caption)  # a list in brackets is no style
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for column in rows[0]:
         table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=column in ("model", "job"))
     for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -12,6 +12,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from mmedexpert.errors import UserError, suggestion
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def build(config: Mapping[str, Any], where: str, **more: Any) -> Any:
@@ -21,8 +23,7 @@ def build(config: Mapping[str, Any], where: str, **more: Any) -> Any:
     that the target does not take, that has another type or is lacking, and a ValueError of the target; all its other
     errors (UserError, a full disk's OSError) as they are, not as Hydra's InstantiationException.
     """
-    target = method(config.get("_target_"), f"{where}._target_")
-    _check(target, config, where, more)
+    check(config, where, more)
     try:
         return instantiate(dict(config), _convert_="all", **more)
     except InstantiationException as error:
@@ -52,21 +53,30 @@ def method(path: Any, where: str) -> Callable[..., Any]:
         raise UserError(f"{where}={path!r} is not found: give the dotted path of a function ({told})") from error
 
 
-def _check(target: Callable[..., Any], config: Mapping[str, Any], where: str, more: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(target).parameters
-    given = [key for key in config if not (key.startswith("_") and key.endswith("_"))]
+def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a config gives its `_target_`, without Hydra's words and ours (`_partial_`, `_needs_root_`)."""
+    return {key: value for key, value in config.items() if not (key.startswith("_") and key.endswith("_"))}
+
+
+def check(config: Mapping[str, Any], where: str, more: Collection[str] = ()) -> None:
+    """What `build` would refuse before it calls anything; `more` names what is given beside the config."""
+    target = method(config.get("_target_"), f"{where}._target_")
+    parameters, given = inspect.signature(target).parameters, values_of(config)
     if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         known = [name for name in parameters if name not in more]
         if unknown := [key for key in given if key not in known]:  # also what is given from elsewhere
             fix = suggestion(unknown[0], known) if known else ": leave it out"
             raise UserError(f"{where}.{unknown[0]}: {config['_target_']} takes no such value{fix}")
     hints = get_type_hints(target)
-    for key in given:  # a dictionary of the config has no schema: what the function says is checked here
-        kind, value = hints.get(key), config[key]
-        numbers = kind in (int, float) and not isinstance(value, bool) and isinstance(value, kind | int)
-        if kind in (int, float, str, bool) and not (numbers or (kind in (str, bool) and isinstance(value, kind))):
-            raise UserError(f"{where}.{key}={value!r} must be of type {kind.__name__} ({config['_target_']})")
+    for key, value in given.items():  # a dictionary of the config has no schema: what the function says is checked here
+        kind = hints.get(key)
+        if kind in KINDS and (isinstance(value, bool) != (kind is bool) or not isinstance(value, _also(kind))):
+            raise UserError(f"{where}.{key}={value!r} must be {KINDS[kind]} ({config['_target_']})")
     needed = [n for n, one in parameters.items() if one.default is one.empty and one.kind.name == "KEYWORD_ONLY"]
     lacking = [name for name in needed if name not in given and name not in more]
     if lacking and not config.get("_partial_"):
         raise UserError(f"{where}.{lacking[0]} is missing: {config['_target_']} needs it")
+
+
+def _also(kind: type) -> tuple[type, ...]:
+    return (int, float) if kind is float else (kind,)

@@ -59,7 +59,7 @@ VERSIONS: dict[str, int] = {
     "rotate": 1,  # the perspective a question is asked under
     "majority": 1,
     "robust": 2,
-    "medevalkit": 1,
+    "medevalkit": 2,  # 1: own letters and SLAKE were told by the look of options and source
     "metrics": 1,
     "stats": 1,
     "summary": 1,

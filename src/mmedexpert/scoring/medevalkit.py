@@ -31,44 +31,47 @@ _LONGEST_SENTENCE = 400  # ours
 _LONGEST_TEXT = 20_000  # ours: characters
 
 
-def ask(record: Record) -> str:
-    """The user prompt's text, without images.
+def ask(record: Record, *, own_letters: bool = False, yes_no_as: str = "yes_no") -> str:
+    """The user prompt's text, without images: MedEvalKit's question_formats with REASONING=False.
 
-    MedEvalKit's question_formats with REASONING=False. SLAKE's yes/no questions are asked as its other closed ones.
+    `own_letters`: the options carry their own `A:` (PMC-VQA). `yes_no_as`: the wording of yes/no questions, "yes_no" or
+    "closed" (SLAKE).
     """
-    kind = "closed" if record.asked_as == "yes_no" and _is_slake(record) else record.asked_as
+    kind = yes_no_as if record.asked_as == "yes_no" else record.asked_as
     instruction = _INSTRUCTIONS[kind, record.language]
     if kind != "choice":
         return f"{record.question}\n{instruction}"
     question, options = _HEADINGS[record.language]
-    return "\n".join((f"\n{question}{record.question}", options, *choice_texts(record), instruction))
+    return "\n".join((f"\n{question}{record.question}", options, *choice_texts(record, own_letters), instruction))
 
 
-def choice_texts(record: Record) -> list[str]:
-    """The options as shown and judged: `A. text`, or as they are where they carry their own `A:` (PMC-VQA)."""
+def choice_texts(record: Record, own_letters: bool = False) -> list[str]:
+    """The options as shown and judged: `A. text`, or as they are where they carry their own `A:`."""
     options = record.options or {}
-    if _has_own_letters(options):
-        return list(options.values())
-    return [f"{letter}. {text}" for letter, text in options.items()]
+    return list(options.values()) if own_letters else [f"{letter}. {text}" for letter, text in options.items()]
 
 
-def judge(record: Record, response: str) -> Judged:
+def judge(
+    record: Record, response: str, *, own_letters: bool = False, search_tags: bool = True, strip: bool = True
+) -> Judged:
     """MedEvalKit's verdict; `scores` only for open questions, whose verdict is the exact match.
 
     `picked`: the letter, yes or no (None where neither or both occur), or the text that is compared (None if empty).
-    PMC-VQA's responses are not searched for answer tags first; VQA-RAD's and PathVQA's are stripped, SLAKE's are not.
+    What its files for single data sets do otherwise: `own_letters`, the options carry their own `A:`, and
+    `search_tags=False`, `<answer>` is not looked for first (PMC-VQA); `strip=False`, blanks around an answer count
+    (SLAKE).
     """
     if record.asked_as == "choice":
-        if _has_own_letters(record.options or {}):
+        if not search_tags:
             # The search for tags is case-sensitive and comes before lower-casing: so it finds none, and all else stays.
             response = response.replace("<answer>", "<ANSWER>")
-        verdict = score_choice(response, choice_texts(record), record.answer, "medevalkit")
+        verdict = score_choice(response, choice_texts(record, own_letters), record.answer, "medevalkit")
         return Judged(verdict.correct, verdict.picked, verdict.parsed)
 
     text, gold = boxed_content(response).strip(), record.answer.lower()
     if text == "None":
         text = answer_tags(response) or response
-    if not _is_slake(record):
+    if strip:
         text, gold = text.strip(), gold.strip()
     text = _parse(text)
     if record.asked_as == "open":
@@ -116,11 +119,3 @@ def _bleu_tokens(text: str) -> list[str]:
 def _shortened(text: str) -> str:
     sentences = text[:_LONGEST_TEXT].split(".")
     return ".".join(" ".join(sentence.split(" ")[:_LONGEST_SENTENCE]) for sentence in sentences)
-
-
-def _has_own_letters(options: dict[str, str]) -> bool:
-    return any(text.lstrip().startswith(f"{letter}:") for letter, text in options.items())
-
-
-def _is_slake(record: Record) -> bool:
-    return record.source.upper().startswith("SLAKE")

@@ -14,7 +14,6 @@ from mmedexpert.data.record import Record
 from mmedexpert.scoring import score_choice
 from mmedexpert.scoring.clauses import BOX, answer_spans
 from mmedexpert.scoring.judged import Judged
-from mmedexpert.scoring.medevalkit import choice_texts
 from mmedexpert.scoring.text import open_scores, tokens
 
 _YES_NO = {
@@ -31,7 +30,7 @@ def judge(record: Record, response: str) -> Judged:
     as scores. Raises ValueError for a yes/no question whose gold answer is neither.
     """
     if record.asked_as == "choice":
-        verdict = score_choice(response, choice_texts(record), record.answer, "robust")
+        verdict = score_choice(response, _choices(record.options or {}), record.answer, "robust")
         return Judged(verdict.correct, verdict.picked, verdict.parsed)
 
     gold = _YES_NO.get(record.answer.strip().casefold())
@@ -70,6 +69,13 @@ _CLAIM_ZH = re.compile(
     "(?:(?:\u6700\u7ec8)?(?:\u7b54\u6848|\u56de\u7b54)(?:\u5e94\u8be5)?[\u662f\u4e3a])?"
     "(\u662f\u7684?|\u5426|\u4e0d\u662f\u7684?)"
 )
+
+
+def _choices(options: dict[str, str]) -> list[str]:
+    """`A. text` each; as they are where one carries its own `A:`, whatever the data set."""
+    if any(text.lstrip().startswith(f"{letter}:") for letter, text in options.items()):
+        return list(options.values())
+    return [f"{letter}. {text}" for letter, text in options.items()]
 
 
 def read_yes_no(response: str, language: str) -> str | None:

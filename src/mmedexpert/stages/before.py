@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from hydra.utils import instantiate
 
-from mmedexpert.checks import check
+from mmedexpert import checks
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
 from mmedexpert.errors import UserError, suggestion
@@ -24,7 +22,7 @@ from mmedexpert.merging.stream import call_method
 from mmedexpert.models.backbone import resolve
 from mmedexpert.models.checkpoint import weight_files
 from mmedexpert.names import known_names, reasoner_names
-from mmedexpert.runtime.build import method
+from mmedexpert.runtime.build import build, check
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
@@ -42,8 +40,8 @@ def check_inputs(config: Config) -> Config:
         UserError: what of these would stop the command later.
     """
     work = parts(config)
-    for where, call in _calls(config, work):
-        _check_arguments(where, call)
+    for where, call, given in _calls(config, work):
+        check(call, where, given)
     if "gba" in work:
         rewards.outcome([], options=[], answer=[], weights=config.reward.weights)  # are they rewards?
     if "caci" in work:
@@ -71,34 +69,22 @@ def missing_note(config: Config) -> str:
     return f"Left out, with too few records in data {config.data.name}: {missing}." if missing else ""
 
 
-def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, Any], tuple[str, ...]]]:
+    """What the config has built: its key, the `_target_` and its values, and what the program gives beside them."""
     if "data" in work:
-        yield "data.source", config.data.source
+        yield "data.source", config.data.source, ("root", "out_dir", "seed")
     if "caci" in work:
-        yield "merge.method", config.merge.method or {}
+        yield "merge.method", config.merge.method or {}, ()
     if "benchmark" in work:
         for name, one in config.benchmark.items():
-            parts_of = {"load": one.load, "ask": one.ask, "judge": one.judge}
-            yield from ((f"benchmark.{name}.{part}", call) for part, call in parts_of.items())
-
-
-def _check_arguments(where: str, call: Mapping[str, Any]) -> None:
-    """Values that the function does not take, or not of this type."""
-    function = method(call.get("_target_"), f"{where}._target_")
-    known, hints = inspect.signature(function).parameters, get_type_hints(function)
-    for key, value in call.items():
-        if key.startswith("_"):
-            continue
-        if key not in known:
-            raise UserError(f"{where}.{key}: {function.__name__} takes no such value{suggestion(key, list(known))}")
-        kind = hints.get(key)
-        if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, kind))):
-            raise UserError(f"{where}.{key}={value!r} must be {'a whole number' if kind is int else 'a number'}")
+            yield f"benchmark.{name}.load", one.load, ("root", "out_dir")
+            for part, call in {"ask": one.ask, "judge": one.judge}.items():
+                yield f"benchmark.{name}.{part}", {**call, "_partial_": True}, ()
 
 
 def _try_merge(config: Config) -> None:
     """The rule on one entry, with the values of `merge.method` and of every point of `merge.search`."""
-    rule = instantiate(config.merge.method, _convert_="all")
+    rule = build(config.merge.method or {}, "merge.method")
     one = torch.ones(1, 1)
     given = (one, one) if declared(rule).takes == "factors" else one
     experts, reasoners = ([given] * len(names) for names in (config.specialty.names, reasoner_names(config)))
@@ -178,7 +164,7 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
         line = f"[yellow]data {data.name}: left out {told}; going on with {', '.join(kept)}[/yellow]"
         console.print(line, highlight=False, soft_wrap=True)
     found = replace(config, specialty=replace(config.specialty, names=kept, on_missing="error"))
-    check(found)  # lists with one value per specialty
+    checks.check(found)  # lists with one value per specialty
     found.specialty.missing = missing
     return found
 

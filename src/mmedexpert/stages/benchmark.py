@@ -13,7 +13,7 @@ from mmedexpert.data.records import fingerprint, load_records, move_root, save_r
 from mmedexpert.data.validation import LeftOut, image_faults, not_text, twins
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.predict import QuestionSet
-from mmedexpert.runtime.build import build, function
+from mmedexpert.runtime.build import build, function, values_of
 from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import rule_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
@@ -60,9 +60,8 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
         }
         return {"questions": float(len(records)), "left_out": float(len(bad) + len(broken))}
 
-    load = {key: value for key, value in benchmark.load.items() if key != "_target_"}
     rules = {**versions("images"), **rule_of(benchmark.load["_target_"])}
-    parts = {"load": load, "train_split": benchmark.train_split, "rules": rules, **key}
+    parts = {"load": values_of(benchmark.load), "train_split": benchmark.train_split, "rules": rules, **key}
     run = stage_run(config, "benchmark", benchmark.name, parts, work, seed=0)
     move_root(run.folder, root)
     return run

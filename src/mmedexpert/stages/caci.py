@@ -22,7 +22,7 @@ from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.reporting.tables import csv_text
 from mmedexpert.reporting.tracking import log_metrics, log_table
-from mmedexpert.runtime.build import build
+from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
@@ -50,8 +50,8 @@ def merged(config: Config) -> Run:
     conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), and with
     `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
     """
-    settings = config.merge
-    build(settings.method or {}, "merge.method")  # a value that the method does not take: told before training
+    settings, method = config.merge, config.merge.method or {}
+    build(method, "merge.method")  # a value that the method does not take: told before training
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
     base = base_of(config)
@@ -60,7 +60,7 @@ def merged(config: Config) -> Run:
     updates = {name: r.folder / "update" for name, r in reasoners.items()}
 
     def work(run: Run) -> dict[str, float]:
-        method = dict(settings.method or {})
+        chosen = dict(method)
         metrics: dict[str, float] = {}
         for part in ("model", "adapter"):
             shutil.rmtree(run.folder / part, ignore_errors=True)  # left by a try that died after the merge
@@ -69,7 +69,7 @@ def merged(config: Config) -> Run:
                 with run.phase("search"):
                     rows = search.rows(run.folder, base.folder, sources, updates)
                 best = next(row for row in rows if row["best"])
-                method |= search.points[best["point"]]
+                chosen |= search.points[best["point"]]
                 run.notes["search"] = {"chosen": search.points[best["point"]], "split": SEARCH_SPLIT}
                 numbers = {key: float(value) for key, value in best.items() if _is_number(value)}
                 metrics |= {f"search/{key}": value for key, value in numbers.items() if key != "point"}
@@ -80,7 +80,7 @@ def merged(config: Config) -> Run:
                 metrics["search/points"] = float(len(rows))
                 log_table(logger, "search", rows)
             conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
-            rule = build(method, "merge.method")
+            rule = build(chosen, "merge.method")
             with run.phase("merge"):
                 merge_adapters(base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts)
                 if settings.lora_rank is not None:
@@ -88,7 +88,7 @@ def merged(config: Config) -> Run:
                         base.folder, run.folder / "adapter", sources, updates, rule, lora_rank=settings.lora_rank
                     )
             with run.phase("report"):
-                figures = write_report(run.folder, conflicts, f"{settings.name}: {_told(method)}")
+                figures = write_report(run.folder, conflicts, f"{settings.name}: {_told(chosen)}")
             metrics |= conflicts.report()
             log_metrics(logger, {name: value for name, value in metrics.items() if not name.startswith("layers/")})
             log_table(logger, "conflicts", conflicts.table())
@@ -100,15 +100,15 @@ def merged(config: Config) -> Run:
                 write_card(
                     run.folder / part, kind="merged", title=f"merged model ({settings.name})",
                     base_model=config.model.name_or_path, base_fingerprint=fingerprint_base(base.folder),
-                    method=f"CACI, {method.get('_target_', '').rpartition('.')[2]}: {_told(method)}"
+                    method=f"CACI, {chosen.get('_target_', '').rpartition('.')[2]}: {_told(chosen)}"
                     + ("; values chosen on the validation split" if search is not None else ""),
                     data={"data of the experts": "see their cards"}, specialty=None, ingredients=ingredients,
                     metrics=None, library_name="transformers" if part == "model" else "peft",
                 )  # fmt: skip
         return metrics
 
-    options = {key: value for key, value in (settings.method or {}).items() if key != "_target_"}
-    key: dict[str, Any] = {"merge": options, "rules": rule_of(str((settings.method or {}).get("_target_", "")))}
+    rules = rule_of(str(method.get("_target_", "")))
+    key: dict[str, Any] = {"merge": values_of(method), "rules": rules}
     inputs = {"base": base.identity, **{name: r.run_id for name, r in runs.items()}}
     if settings.lora_rank is not None:
         key["lora_rank"] = settings.lora_rank
@@ -122,8 +122,8 @@ class _Search:
 
     def __init__(self, config: Config) -> None:
         self.config, self.data = config, dataset(config)
-        method = build(config.merge.method or {}, "merge.method")
-        self.points = grid_points(config.merge.search or {}, declared(method).scalings)
+        self.rule = build(config.merge.method or {}, "merge.method")
+        self.points = grid_points(config.merge.search or {}, declared(self.rule).scalings)
         records, image_root = records_of(self.data, SEARCH_SPLIT, config.specialty.names)
         name, self.content = f"{self.data.name}-{SEARCH_SPLIT}", fingerprint(records, image_root)
         self.questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
@@ -153,9 +153,8 @@ class _Search:
         )  # fmt: skip
         updates = [load_update(path, base) for path in [*experts.values(), *reasoners.values()]]
         sees = any("visual" in name for update in updates for name in update.shapes)
-        rule = build(config.merge.method or {}, "merge.method")
         numbers = Summary(num_resamples=config.eval.num_resamples, seed=config.seed)
-        for place, point in enumerate(merged_in_place(model, updates, len(experts), rule, self.points)):
+        for place, point in enumerate(merged_in_place(model, updates, len(experts), self.rule, self.points)):
             if sees:  # what the encoder keeps of an image is another vision tower's
                 engine.encoder = load_encoder(base, loading(config))
                 engine.encoder.system_prompt = encoder.system_prompt

@@ -10,7 +10,7 @@ from mmedexpert.data.record import Record
 from mmedexpert.data.records import fingerprint, move_root, save_records
 from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.build import build
+from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.fingerprints import folder_digest
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.runtime.versions import rule_of, text_of, versions
@@ -26,12 +26,12 @@ def run(config: Config) -> dict[str, Run]:
 def dataset(config: Config) -> Run:
     """The data set of the config; a changed source folder gives another run."""
     settings = config.data
-    source = {key: value for key, value in settings.source.items() if not key.startswith("_") or key == "_target_"}
+    source = {"_target_": settings.source.get("_target_"), **values_of(settings.source)}
     if settings.source.get("_needs_root_") and settings.root is None:
         raise UserError(f"data={settings.name} reads a folder: give data.root=<folder>")
     root = Path(settings.root) if settings.root else None
     key = {
-        "source": {key: value for key, value in source.items() if key != "_target_"},
+        "source": values_of(source),
         "on_bad_record": settings.on_bad_record,
         "limit": settings.limit,
         "root": root_fingerprint(root, Path(config.paths.outputs)),

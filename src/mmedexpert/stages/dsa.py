@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from peft import PeftModel
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.guidelines import instructions
 from mmedexpert.models.adapters import record_base
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base, new_folder
-from mmedexpert.models.encode import Encoder, Prompt, target_text
+from mmedexpert.models.encode import Encoder
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, console
@@ -97,9 +95,8 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
             micro_batch_tokens=config.trainer.micro_batch_tokens,
         )  # fmt: skip
         stream = sft_stream(
-            records, partial(sample, encoder, image_root), batch_size=settings.batch_size, seed=config.seed,
-            rank=rank(), ranks=ranks(),
-        )  # fmt: skip
+            records, encoder, image_root, batch_size=settings.batch_size, seed=config.seed, rank=rank(), ranks=ranks()
+        )
         with run.phase("train"), stage_logger(config, run) as logger:
             metrics = fit(
                 module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
@@ -118,12 +115,6 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
 
     inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
     return stage_run(config, "dsa", name, key, work, inputs, every_rank=True)
-
-
-def sample(encoder: Encoder, image_root: Path, record: Record) -> tuple[Prompt, list[int]]:
-    """Prompt and completion of a training record, under the perspective its trace was written from."""
-    instruction = instructions()[record.trace.perspective] if record.trace else ""
-    return encoder.prompt(record, image_root, instruction), encoder.completion(target_text(record))
 
 
 def licences(records: list[Record]) -> str:

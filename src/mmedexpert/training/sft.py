@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 from mmedexpert.data.record import Record
+from mmedexpert.guidelines import instructions
 from mmedexpert.models.backbone import core_of
-from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.encode import Encoder, Prompt, target_text
 from mmedexpert.models.packing import micro_batches, pack, token_logps
 from mmedexpert.training.fit import Stream, TrainingModule, batch_indices, share
 
@@ -136,9 +138,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
+def sample(encoder: Encoder, image_root: Path, record: Record) -> tuple[Prompt, list[int]]:
+    """Prompt and completion of a training record, under the perspective its trace was written from."""
+    instruction = instructions()[record.trace.perspective] if record.trace else ""
+    return encoder.prompt(record, image_root, instruction), encoder.completion(target_text(record))
+
+
 def sft_stream(
     records: Sequence[Record],
-    sample: Callable[[Record], tuple[Prompt, list[int]]],
+    encoder: Encoder,
+    image_root: Path,
     *,
     batch_size: int,
     seed: int,
@@ -153,6 +162,7 @@ def sft_stream(
 
     def stream(step: int) -> Iterator[Samples]:
         for chosen in batch_indices(len(records), batch_size, seed, step):
-            yield Samples(*zip(*(sample(records[i]) for i in share(chosen, rank, ranks)), strict=True))
+            mine = [sample(encoder, image_root, records[i]) for i in share(chosen, rank, ranks)]
+            yield Samples(*zip(*mine, strict=True))
 
     return stream
