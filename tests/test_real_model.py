@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
-ROOT = Path(__file__).parents[1]
+MOVED = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -55,18 +57,27 @@ def build(kind: str, folder: Path, tokenizer: Path) -> None:
 @pytest.mark.parametrize(("kind", "config"), [("qwen2_5_vl", "qwen2_5_vl_3b"), ("qwen2_vl", "qwen2_vl_2b")])
 def test_every_stage_on_a_local_folder(shared, tmp_path, kind, config):
     build(kind, tmp_path / "base", shared / "data" / "qwen_tokenizer")
-    command = [
-        sys.executable, "run.py", "debug=smoke", f"model={config}", f"model.name_or_path={tmp_path / 'base'}",
-        "model.dtype=float32", "model.max_new_tokens=8", "model.max_pixels=12544", "model.lora.r=4",
-        "trainer=cpu", "trainer.threads=2", "logger=none", f"paths.outputs={tmp_path / 'out'}",
-        "data.limit=6",
-        "dsa.steps=2", "dsa.batch_size=2", "gba.steps=1",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "out" / "latest" / "summary.json").read_text())
-    assert summary["models"]["caci"]["parse_failure_rate"] >= 0
-    merged = tmp_path / "out" / "latest" / "model"
-    assert (merged / "tokenizer.json").exists() or (merged / "vocab.json").exists()
-    names = [p.name for p in (tmp_path / "out").glob("pretrain/*")]
-    assert names == []  # a model with weights is never pretrained
+    run(
+        tmp_path / "out", f"model={config}", f"model.name_or_path={tmp_path / 'base'}", "model.dtype=float32",
+        "model.max_new_tokens=8", "model.max_pixels=12544", "model.lora.r=4", "data.limit=6", "dsa.steps=2",
+        "dsa.batch_size=2", "gba.steps=1",
+    )  # fmt: skip
+    out = tmp_path / "out"
+    assert list(out.glob("pretrain/*")) == []  # a model with weights is never pretrained
+    adapters = list(out.glob("dsa/*/adapter/adapter_model.safetensors"))
+    assert len(adapters) == 4
+    for path in adapters:  # the language model learnt, and what it was learnt on is Qwen's own
+        learnt = {name: tensor for name, tensor in load_file(path).items() if "lora_B" in name}
+        assert learnt and all("visual" not in name and tensor.abs().sum() > 0 for name, tensor in learnt.items())
+    for path in out.glob("eval/caci-*/predictions.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(rows) == 24 and all(row["finish_reason"] in ("stop", "length") for row in rows)
+        assert all(1 <= row["tokens"] <= 8 and row["image_sha256"] != [None] for row in rows)
+    merged = out / "latest" / "model"
+    before, after = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (tmp_path / "base", merged))
+    moved = {
+        n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert {name.rpartition(".layers.")[2][2:] for name in moved} == {f"{part}.weight" for part in MOVED}
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer("<|im_start|>user")["input_ids"] == [151644, 872]
