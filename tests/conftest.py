@@ -19,17 +19,22 @@ os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 torch.set_num_threads(1)
 
 
+SHARED = ("outputs", "answering")  # what is trained once for many tests
+
+
+def group(item: pytest.Item) -> str:
+    """The tests that one worker takes together: those that share what is trained once, else those of a file."""
+    return next((name for name in SHARED if name in getattr(item, "fixturenames", ())), item.path.stem)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marked here: xdist reads the groups as soon as all tests are collected."""
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests one worker takes together: those of a file, and those that share what is trained once; these first,
-    as they take longest."""
-    shared = ("outputs", "answering")
-
-    def group(item: pytest.Item) -> str:
-        return next((name for name in shared if name in getattr(item, "fixturenames", ())), item.path.stem)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    first = [*shared, "test_distributed"]
+    """The groups that take longest come first, so that no worker is left with one of them at the end."""
+    first = [*SHARED, "test_distributed", "test_pipeline"]
     items.sort(key=lambda item: first.index(group(item)) if group(item) in first else len(first))
 
 
