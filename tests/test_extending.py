@@ -71,12 +71,14 @@ def test_every_kind_of_addition_has_a_worked_change_in_two_files_at_most():
         assert 1 <= len(re.findall(r"^\+\+\+ b/", diff, re.M)) <= 2, title
 
 
+@pytest.mark.slow
 def test_what_the_changes_add_is_used(extended):
     lines = [f"exec({code!r}); print('--')" for code in USED.values()]
     shown = [part.strip() for part in python(extended, "\n".join(lines)).split("--")]
     assert {title: said for title, said in zip(USED, shown, strict=False) if said} == SHOWN
 
 
+@pytest.mark.slow
 def test_their_options_compose(extended):
     words = list(COMPOSED.values())
     code = (

@@ -80,6 +80,7 @@ def test_update_sees_the_log_probabilities_of_the_sampler(parts, weights):
     assert rollout.advantages.shape == (3, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "gspo"])
 def test_micro_batches_change_no_update(parts, tmp_path, loss_type):
     """The same rollout, in one pack and in packs of a few tokens, moves the weights alike; two updates, with KL."""
@@ -242,6 +243,7 @@ def test_report_has_trls_names(parts):
     assert {f"advantages/{name}/mean" for name in PERSPECTIVES} <= names
 
 
+@pytest.mark.slow
 def test_it_learns_to_say_what_is_rewarded(parts, monkeypatch, tmp_path):
     """Reward: the share of one token among those sampled. Ten updates must raise it clearly."""
     _, encoder, records, _ = parts

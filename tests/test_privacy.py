@@ -45,6 +45,7 @@ def test_a_command_line_loses_its_secrets(word, told):
     assert redacted([word]) == [told]
 
 
+@pytest.mark.slow
 def test_a_sweep_tells_and_keeps_no_secret(tmp_path):
     """Hydra would keep every option of a sweep as it was typed, in multirun.yaml."""
     secret = "engine.endpoint.base_url=http://me:hunter2@host/v1"

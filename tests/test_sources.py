@@ -509,6 +509,7 @@ def test_medr1_reports_what_it_cannot_use(tmp_path: Path) -> None:
 # real records
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_labelled_sets(tmp_path: Path) -> None:
     records, root, bad = labelled_images(SHARED / "labelled", tmp_path, seed=0)
