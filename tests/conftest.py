@@ -30,6 +30,11 @@ GROUPS = {
     ],
     "distributed": ["test_distributed"],
 }  # fmt: skip
+# hundreds of configurations, each composed in half a second; servers; real images
+LONG = [
+    "test_traces", "test_config", "test_unread", "test_before", "test_stream", "test_openai_engine", "test_rubrics",
+    "test_contamination", "test_speed_gpu", "test_names", "test_runs", "test_merge_files",
+]  # fmt: skip
 GROUP = {file: name for name, files in GROUPS.items() for file in files}
 
 
@@ -41,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Marked before -m chooses."""
-    if item.path.stem in GROUP:
+    if item.path.stem in (*GROUP, *LONG):
         item.add_marker(pytest.mark.slow)
 
 

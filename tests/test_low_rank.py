@@ -242,3 +242,25 @@ def test_wudi_of_updates_with_separate_inputs_is_their_sum_and_a_strong_ridge_st
     overlapping = lora(4, 4, 4, same_a=True)
     close(update(wudi(overlapping, ridge=1e9)), sum(dense(overlapping)))
     assert float((update(wudi(overlapping)) - sum(dense(overlapping))).norm()) > 0.1
+
+
+@pytest.mark.parametrize("rule", [functools.partial(core_space, inner="ties"), knots], ids=["core_space", "knots"])
+def test_updates_that_agree_are_averaged_or_added_up(rule: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    one = lora(2)[0]
+    close(update(rule([one, one])), dense([one])[0])
+    close(update(rule([one, one], normalize=False)), 2 * dense([one])[0])
+
+
+def test_core_space_is_tsv_and_weighs_the_updates_unless_told_otherwise() -> None:
+    factors = lora(2, 3)
+    close(update(core_space(factors)), update(core_space(factors, inner="tsv")))
+    for inner in ("tsv", "iso"):
+        even, weighed = (update(core_space(factors, w, inner=inner)) for w in (None, [1.0, 0.2]))
+        assert not torch.allclose(even, weighed, atol=1e-3)
+    close(update(core_space(factors, [1.0, 0.0], inner="iso")), isotropic([dense(factors)[0]], None))
+
+
+def test_the_ridge_of_wudi_is_a_thousandth() -> None:
+    factors = lora(2, 3)
+    close(update(wudi(factors)), update(wudi(factors, ridge=1e-3)))
+    assert not torch.allclose(update(wudi(factors)), update(wudi(factors, ridge=1.0)), atol=1e-3)

@@ -510,3 +510,58 @@ def test_random_masks_are_the_hash_of_row_and_column() -> None:
         for row in range(70_000, 70_003)
     ]
     assert uniform(torch.empty(3, 5), "3:w:1", first_row=70_000).tolist() == want
+
+
+RANDOM = {
+    "dare_linear": functools.partial(dare_linear, weights=None, density=0.5),
+    "dare_ties": functools.partial(dare_ties, weights=None, density=0.5),
+    "della": functools.partial(della, weights=None, density=0.5, epsilon=0.2),
+}
+
+
+@pytest.mark.parametrize("rule", list(RANDOM.values()), ids=list(RANDOM))
+def test_a_random_rule_drops_by_its_seed_its_name_and_its_masks(rule: functools.partial[Tensor]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(6, 8, generator=draw) for _ in range(2)]
+    first = rule(deltas, seed=1, name="a")
+    assert torch.equal(first, rule(deltas, seed=1, name="a"))
+    assert not torch.equal(first, rule(deltas, seed=2, name="a"))
+    assert not torch.equal(first, rule(deltas, seed=1, name="b"))
+    assert torch.equal(rule(deltas), rule(deltas, seed=0, name="", first_row=0))  # what stands for no word
+    whole = [torch.ones(6, 8, dtype=torch.bool)] * 2
+    assert torch.equal(rule(deltas, seed=1, masks=whole), rule(deltas, seed=2, masks=whole))
+    none = rule(deltas, masks=[torch.zeros(6, 8, dtype=torch.bool)] * 2)
+    assert torch.equal(none, torch.zeros(6, 8))
+
+
+def test_della_normalises_only_where_it_is_told_to() -> None:
+    deltas = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]
+    whole = {"masks": [torch.ones(1, 2, dtype=torch.bool)] * 2, "epsilon": 0.0}
+    mean = della(deltas, None, 1.0, **whole)
+    assert torch.allclose(mean, torch.tensor([[2.0, 3.0]]))
+    assert torch.allclose(della(deltas, None, 1.0, normalize=False, **whole), torch.tensor([[4.0, 6.0]]))
+    with pytest.raises(ValueError, match="sum to zero"):
+        della(deltas, [1.0, -1.0], 1.0, **whole)
+
+
+def test_ram_as_published_unless_told_otherwise() -> None:
+    """r 0.1, alpha 0.2; and the counts that are given, not those of the block."""
+    deltas = [torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])]
+    assert torch.equal(ram(deltas), ram(deltas, r=0.1, alpha=0.2, epsilon=1e-5, scaling=1.0))
+    assert torch.allclose(ram(deltas), torch.tensor([1.0, 1.02, 1.02, 1.02]))  # 1 + 0.1 * min(1/1 or 1/2, 0.2)
+    given = torch.tensor([[0, 4], [1, 10]])
+    assert torch.allclose(ram(deltas, counts=given), torch.tensor([1.0, 1.0, 1.01, 1.01]))
+    ram(deltas, r=0.0, alpha=0.0, epsilon=0.0)  # each may be zero
+
+
+def test_caci_votes_as_told_and_by_the_norms_it_is_given() -> None:
+    experts = [torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, 1.0])]
+    options = {
+        "expert_weights": None, "reasoner_weights": None, "expert_density": 1.0, "reasoner_density": 1.0,
+        "expert_scaling": 1.0, "reasoner_scaling": 1.0,
+    }  # fmt: skip
+    mass = caci(experts, [], equalize_vote=False, vote="mass", **options)
+    count = caci(experts, [], equalize_vote=False, vote="count", **options)
+    assert mass[0] == 3.0 and count[0] == -1.0  # one large value against two small ones
+    assert caci(experts, [], norms=[1.0, 1.0, 1.0], **options)[0] == 3.0
+    assert caci(experts, [], norms=[9.0, 1.0, 1.0], **options)[0] == -1.0
