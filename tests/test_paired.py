@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from mmedexpert.evaluation import stats as ours
 from mmedexpert.evaluation.stats import (
     across_seeds,
     cluster_bootstrap_ci,
@@ -193,3 +194,67 @@ def test_across_seeds():
     mean, std, count = across_seeds([0.5])
     assert (mean, count) == (0.5, 1) and math.isnan(std)
     assert all(math.isnan(value) for value in across_seeds([])[:2])
+
+
+def test_every_statistic_refuses_what_it_cannot_be_given():
+    """One fault at a time, each in one argument alone; told in a sentence."""
+    a, b, clusters = [1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0, 1, 2]
+    shapes = "one-dimensional and equally long"
+    for bad in (([a], b, clusters), (a, [b], clusters), (a, b[:2], clusters), (a, b, clusters[:2])):
+        with pytest.raises(ValueError, match=f"^a, b and clusters must be {shapes}"):
+            ours.paired_cluster_bootstrap(*bad)
+    for bad in ((a, b[:2]), ([a], [b])):
+        with pytest.raises(ValueError, match=f"^a and b must be {shapes}"):
+            ours.mcnemar_exact(*bad)
+    for bad in (([math.nan, 0, 1], b), (a, [0, 0, math.inf])):
+        with pytest.raises(ValueError, match=r"^a and b must be finite"):
+            ours.paired_cluster_bootstrap(*bad, clusters)
+    for bad in (([0.5, 0, 1], b), (a, [0, 0, 2])):
+        with pytest.raises(ValueError, match=r"^verdicts must be 0 or 1"):
+            ours.mcnemar_exact(*bad)
+    for level in (0.0, 1.0, 1.5, -0.1):
+        with pytest.raises(ValueError, match=r"^level must be in \(0, 1\)"):
+            ours.paired_cluster_bootstrap(a, b, clusters, level=level)
+        with pytest.raises(ValueError, match=r"^level must"):
+            ours.cluster_bootstrap_ci(a, clusters, level=level)
+    for bad in ([-0.01, 0.5], [0.5, 1.01]):
+        with pytest.raises(ValueError, match=r"^p values must lie in \[0, 1\]"):
+            ours.holm(bad)
+
+
+def test_the_edges_of_statistics():
+    assert ours.mcnemar_exact([1, 0], [1, 0]) == 1.0  # nothing differs
+    assert ours.mcnemar_exact([1, 0, 0], [0, 1, 0]) == 1.0  # one each way
+    assert list(ours.holm([0.0, 1.0, 0.9])) == [0.0, 1.0, 1.0]
+    mean, deviation, count = ours.across_seeds([])
+    assert math.isnan(mean) and math.isnan(deviation) and count == 0
+    mean, deviation, count = ours.across_seeds([0.5])
+    assert mean == 0.5 and math.isnan(deviation) and count == 1
+    assert ours.across_seeds([0.0, 1.0]) == (0.5, pytest.approx(0.5**0.5), 2)
+
+
+def test_what_stands_for_no_word_in_a_bootstrap():
+    """Seed 0; 2,000 resamples of an interval, 10,000 of a difference: other numbers would give other digits."""
+    draw = np.random.default_rng(0)
+    a, b = draw.random(40), draw.random(40)
+    clusters = np.arange(40) // 2
+    assert ours.cluster_bootstrap_ci(a, clusters) == ours.cluster_bootstrap_ci(
+        a, clusters, level=0.95, num_resamples=2000, seed=0
+    )
+    strata = np.arange(40) % 2
+    assert ours.macro_bootstrap_ci(a, clusters, strata) == ours.macro_bootstrap_ci(
+        a, clusters, strata, level=0.95, num_resamples=2000, seed=0
+    )
+    given = {"level": 0.95, "num_resamples": 10_000, "seed": 0}
+    assert ours.paired_cluster_bootstrap(a, b, clusters) == ours.paired_cluster_bootstrap(a, b, clusters, **given)
+    wide = ours.paired_cluster_bootstrap(a, b, clusters, level=0.5)
+    expected = np.quantile(_differences(a, b, clusters), [0.25, 0.75])
+    assert wide[1:3] == pytest.approx(expected, abs=0.01)  # of a plain loop, so a tolerance
+
+
+def _differences(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> list[float]:
+    rng, found, groups = np.random.default_rng(1), [], [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
+    for _ in range(4000):
+        chosen = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
+        found.append(float((a - b)[chosen].mean()))
+    return found
