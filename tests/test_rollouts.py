@@ -171,13 +171,21 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, condition
         ids = torch.full((count, 3), 50)
         return Completions(ids, torch.ones_like(ids), torch.zeros(count, 3), torch.ones(count).bool())
 
+    paid: list[dict[str, Any]] = []
+    outcome = rollouts.rewards.outcome
     monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(
+        rollouts.rewards, "outcome", lambda texts, **given: paid.append(given) or outcome(texts, **given)
+    )
     rollout = roll_out(
         model, encoder, asked, tmp_path, sampling=Sampling(group, 3, 0.9, 0.8, 7),
         guidance=Guidance(weights, 1.0, "none", conditioning, "group"), reward_weights={"accuracy": 1.0},
-        protocol="robust", seeds=[11, 12],
+        protocol="medevalkit", seeds=[11, 12],
     )  # fmt: skip
     (call,) = calls
+    (given,) = paid
+    assert given["protocol"] == "medevalkit" and given["weights"] == {"accuracy": 1.0}
+    assert given["answer"] == ["A"] * group + ["B"] * group
     settings = {name: call[name] for name in ("max_new_tokens", "num_generations", "temperature", "top_p", "top_k")}
     assert settings == {
         "max_new_tokens": 3, "num_generations": each, "temperature": 0.9, "top_p": 0.8, "top_k": 7,
