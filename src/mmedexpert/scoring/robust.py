@@ -14,6 +14,7 @@ from mmedexpert.data.record import Record
 from mmedexpert.scoring import score_choice
 from mmedexpert.scoring.clauses import BOX, answer_spans
 from mmedexpert.scoring.judged import Judged
+from mmedexpert.scoring.medevalkit import choice_texts
 from mmedexpert.scoring.text import open_scores, tokens
 
 _YES_NO = {
@@ -30,7 +31,8 @@ def judge(record: Record, response: str) -> Judged:
     as scores. Raises ValueError for a yes/no question whose gold answer is neither.
     """
     if record.asked_as == "choice":
-        verdict = score_choice(response, _choices(record.options or {}), record.answer, "robust")
+        texts = choice_texts(record, _own_letters(record.options or {}))
+        verdict = score_choice(response, texts, record.answer, "robust")
         return Judged(verdict.correct, verdict.picked, verdict.parsed)
 
     gold = _YES_NO.get(record.answer.strip().casefold())
@@ -71,11 +73,9 @@ _CLAIM_ZH = re.compile(
 )
 
 
-def _choices(options: dict[str, str]) -> list[str]:
-    """`A. text` each; as they are where one carries its own `A:`, whatever the data set."""
-    if any(text.lstrip().startswith(f"{letter}:") for letter, text in options.items()):
-        return list(options.values())
-    return [f"{letter}. {text}" for letter, text in options.items()]
+def _own_letters(options: dict[str, str]) -> bool:
+    """Whether an option carries its own `A:`, whatever the data set."""
+    return any(text.lstrip().startswith(f"{letter}:") for letter, text in options.items())
 
 
 def read_yes_no(response: str, language: str) -> str | None:
