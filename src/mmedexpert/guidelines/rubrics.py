@@ -1,185 +1,126 @@
-"""How far a completion follows each clinical reasoning perspective: criteria that plain rules check in its text. # ours
+"""How far a completion follows each clinical reasoning perspective: rules read its text, a linear model weighs them.
 
-The paper names the perspectives and publishes no rubric: every criterion and window below is ours, as are the cues in
-`reading`. A criterion asks for substance beside its cue: a finding, a number that agrees with another one, an answer
-the reasoning arrived at. Whether a stated finding is in the image no text shows; that is the outcome reward's part.
+The paper names the perspectives and publishes no rubric. Criteria (`perspectives.yaml`) and signs of substance are
+measured by rules (`measures.py`); their weights (`weights.yaml`) are fitted to labelled texts of our own
+(`experiments/perspectives/fit.py`).  # ours
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-from mmedexpert.guidelines.perspectives import PERSPECTIVES
-from mmedexpert.guidelines.reading import (
-    AFTER_OPTION,
-    BEFORE_OPTION,
-    EMPTY,
-    GE,
-    JOIN,
-    LE,
-    OPERATORS,
-    Place,
-    Thought,
-    numbers,
-    read,
-)
+import yaml
 
-INSTANT_WORDS, BRIEF_WORDS, LONG_WORDS = 25, 30, 60
-UPDATE_TOLERANCE = 0.02
-STOP = OPERATORS | {"criterion", "normal", ":", "("}
+from mmedexpert.guidelines.measures import criteria_of, signs_of
+from mmedexpert.guidelines.perspectives import PERSPECTIVES, perspectives
+from mmedexpert.guidelines.reading import Thought, read
+from mmedexpert.guidelines.soundness import faults
+from mmedexpert.guidelines.truth import Truth, truths_of
+
+# Where a weighed sum becomes 1/2, and how far from there it becomes 0 and 1.
+STYLE_SHIFT, STYLE_BELOW, STYLE_ABOVE = 0.25, 1.0, 2.0
+SOUND_SHIFT, SOUND_WIDTH = -0.75, 0.6
 
 
-def adherence(completion: str, options: Mapping[str, str] | None, perspective: str) -> float:
-    """How far a completion reasons in the manner of a perspective: the mean of its criteria, in [0, 1]. # ours"""
-    scores = criteria(completion, options, perspective)
-    return sum(scores.values()) / len(scores)
+@dataclass(frozen=True)
+class Grades:
+    """A completion's `scores` in [0, 1] by perspective, its `criteria` in [0, 1] by perspective and name (None: there is
+    nothing to check it by), and its `faults`: a text with one scores 0 throughout."""
+
+    scores: Mapping[str, float]
+    criteria: Mapping[str, Mapping[str, float | None]]
+    faults: tuple[str, ...]
 
 
-def criteria(completion: str, options: Mapping[str, str] | None, perspective: str) -> dict[str, float]:
-    """The criteria of one perspective, each in [0, 1]; all zero where the completion holds no thought. # ours
+def adherence(
+    completion: str, options: Mapping[str, str] | None, perspective: str, truth: Truth | None = None
+) -> float:
+    """How far a completion reasons in the manner of a perspective, in [0, 1].  # ours
 
-    `completion` is `<think>...</think><answer>C</answer>` (without think tags what precedes the answer is the thought),
-    `options` maps letters to texts; None for an open question. Raises ValueError for an unknown perspective.
+    Raises ValueError for an unknown perspective. See `grades`.
     """
+    return grades(completion, options, truth).scores[_known(perspective)]
+
+
+def criteria(
+    completion: str, options: Mapping[str, str] | None, perspective: str, truth: Truth | None = None
+) -> dict[str, float | None]:
+    """The criteria of one perspective, each in [0, 1]; None for one that needs ground truth where there is none."""
+    return dict(grades(completion, options, truth).criteria[_known(perspective)])
+
+
+def _known(perspective: str) -> str:
     if perspective not in PERSPECTIVES:
         raise ValueError(f"perspective must be one of {', '.join(PERSPECTIVES)}, got {perspective!r}")
-    scores = RUBRICS[perspective](read(completion, options))
-    return {name: float(score) for name, score in scores.items()}
+    return perspective
 
 
-def _differential(thought: Thought) -> Mapping[str, float]:
-    """Two options or more are candidates, all but one are excluded with a finding, and the answer is not."""
-    excluded: set[int] = set()
-    for sentence in filter(_substance, thought.sentences):
-        for i, token in enumerate(sentence):
-            if token == "excluded":
-                excluded |= _excluded_at(sentence, i, thought.tails)
-    tokens = {token for sentence in thought.sentences for token in sentence}
-    named = {int(token[1:]) for token in tokens if token[0] == "@"} | excluded
-    many = len(named) >= 2 and not tokens.isdisjoint(("candidate", "excluded"))
-    share = len(excluded - {thought.answered}) / (len(named) - 1) if many else 0.0
-    remains = share > 0 and thought.answered in named - excluded
-    return {"candidates": many, "exclusion": min(1.0, share), "conclusion": remains}
+def grades(completion: str, options: Mapping[str, str] | None, truth: Truth | None = None) -> Grades:
+    """All four scores of a completion with what they come from.  # ours
 
-
-def _excluded_at(sentence: list[str], i: int, tails: Mapping[str, int]) -> set[int]:
-    """The options that the exclusion at `i` is about: those right after it, else those it is said of."""
-    if "not" in sentence[max(0, i - 3) : i]:
-        return set()
-    found: list[int] = []
-    for side, skip in ((sentence[i + 1 : i + 12], BEFORE_OPTION), (sentence[max(0, i - 12) : i][::-1], AFTER_OPTION)):
-        for token in side if not found else ():
-            option = int(token[1:]) if token[0] == "@" else tails.get(token)
-            if option is not None:
-                found.append(option)
-            elif token not in (JOIN if found else skip):
-                break
-    if not found and "it" in sentence[max(0, i - 2) : i + 2]:  # the option last named before
-        found = [int(token[1:]) for token in sentence[max(0, i - 40) : i] if token[0] == "@"][-1:]
-    return set(found)
-
-
-def _intuitive(thought: Thought) -> Mapping[str, float]:
-    """A pattern is named, the answer is the first option named and soon, and little else is said.
-
-    A short text that names no pattern is a guess, so that the other two count only with the first.
+    `completion` is `<think>...</think><answer>C</answer>` (without think tags what precedes the answer is the thought),
+    `options` maps letters to texts; None for an open question. score = style * soundness * truth, where style and
+    soundness are squashed linear models, and truth is the share of the true among what a record's ground truth can
+    check (1 without any). A style without one criterion of its own is none. A text that is strong in three styles at once follows none: the third strongest style is
+    taken from all.
     """
-    pattern = any(
-        token == "pattern" and "not" not in sentence[max(0, i - 2) : i]
-        for sentence in filter(_substance, thought.sentences)
-        for i, token in enumerate(sentence)
-    )
-    option, before = thought.first
-    brevity = min(1.0, max(0.0, (LONG_WORDS - thought.words) / (LONG_WORDS - BRIEF_WORDS)))
-    committed = option == thought.answered and before < INSTANT_WORDS
-    return {"pattern": pattern, "commitment": pattern and committed, "brevity": pattern * brevity}
+    thought = read(completion, options)
+    found = criteria_of(thought)
+    known = truths_of(thought, truth)
+    checked = {name: _checked(known[name]) for name in PERSPECTIVES}
+    by_perspective: dict[str, Mapping[str, float | None]] = {
+        name: {key: found[key] for key in one.criteria} | dict(known[name])
+        for name, one in perspectives().items()
+    }  # fmt: skip
+    wrong = faults(thought)
+    if wrong:
+        return Grades(dict.fromkeys(PERSPECTIVES, 0.0), by_perspective, wrong)
+    styles, sound = weighed({**found, **signs_of(thought)})
+    return Grades({name: styles[name] * sound * checked[name] for name in PERSPECTIVES}, by_perspective, ())
 
 
-def _analytical(thought: Thought) -> Mapping[str, float]:
-    """Measurement and criterion are stated, compared with each other and rightly, and the answer comes after that."""
-    measured: list[float] = []
-    cuts: set[float] = set()
-    relations: list[tuple[float, str, float, Place]] = []
-    for n, sentence in enumerate(thought.sentences):
-        values, roles = numbers(sentence)
-        for i, token in enumerate(sentence):
-            if roles.get(i) == "measurement":
-                measured.append(values[i])
-            elif roles.get(i) == "criterion":
-                cuts.add(values[i])
-            elif token in OPERATORS:
-                left, right = _operands(sentence, i, values, measured[-1:])
-                signs = [token] if token != "~" else [GE, LE] if len(right) == 2 else []
-                if left is None:  # "a ratio above 0.50 is abnormal" names a criterion
-                    cuts.update(values[j] for j in right if roles[j] == "")
-                else:
-                    relations += [(left, sign, values[j], (n, j)) for sign, j in zip(signs, right, strict=False)]
-    holds = [{"<": a < b, ">": a > b, "=": a == b, LE: a <= b, GE: a >= b}[sign] for a, sign, b, _ in relations]
-    true = bool(holds) and all(holds)
-    at = [at for a, _, b, at in relations if (a in measured and b in cuts) or (b in measured and a in cuts)]
-    stated = {"measurement": bool(measured), "criterion": bool(cuts), "comparison": true}
-    return stated | {"agreement": true and bool(at), "conclusion": true and bool(at) and thought.concludes(at[0])}
+def _checked(known: Mapping[str, float | None]) -> float:
+    values = [value for value in known.values() if value is not None]
+    return sum(values) / len(values) if values else 1.0
 
 
-def _operands(
-    sentence: list[str], i: int, values: Mapping[int, float], latest: Sequence[float]
-) -> tuple[float | None, list[int]]:
-    """The value before the operator at `i` (by a pronoun, the latest measurement); indices of the one or two after."""
-    if sentence[i] == "=" and (i - 1 not in values or i - 2 in values or sentence[i - 2 : i - 1] == ["/"]):
-        return None, []  # a definition, or arithmetic such as 14 / 25 = 0.56
-    left: float | None = None
-    for j in range(i - 1, max(i - 7, -1), -1):
-        token, before = sentence[j], sentence[j - 1] if j else ""
-        pronoun = token in ("this", "it") or (token == "which" and before == ",")
-        if j in values or (pronoun and latest and before not in ("if", "when", "whether", "unless")):
-            left = values.get(j, latest[0] if latest else None)
-        if j in values or pronoun or token in STOP or (token == "," and j < i - 1):
-            break
-    right: list[int] = []
-    for j in range(i + 1, min(i + 10, len(sentence))):
-        if sentence[j] in OPERATORS or sentence[j] == ",":
-            break
-        right += [j] if j in values else []
-    return left, right[:2]
+@cache
+def weights() -> dict[str, dict[str, float]]:
+    """The fitted weights by perspective and `sound`, each with its `bias`, read from `weights.yaml`."""
+    return yaml.safe_load(files(__package__).joinpath("weights.yaml").read_text(encoding="utf-8"))
 
 
-def _bayesian(thought: Thought) -> Mapping[str, float]:
-    """Prior, effect of a finding and posterior are stated, they agree, and the answer comes after them.
-
-    With likelihood ratios: posterior odds = prior odds * their product, to two percentage points; else the direction is
-    that of the verb. A posterior above one half must be that of the answer, where the prior says whose it is.
-    """
-    found: dict[str, list[tuple[float, Place]]] = {"prior": [], "posterior": [], "lr": []}
-    direction, effect, finding = 0, False, False
-    for n, sentence in enumerate(thought.sentences):
-        values, roles = numbers(sentence)
-        for i, role in roles.items():
-            if role in found and values[i] > 0:
-                found[role].append((values[i], (n, i)))
-        about = not {"probability", "prior", "posterior"}.isdisjoint(sentence)
-        verb = about * (("raise" in sentence) - ("reduce" in sentence))
-        direction = direction or verb
-        previous, finding = finding, _substance(sentence)
-        effect = effect or ((verb != 0 or "lr" in roles.values()) and (finding or previous))
-    stated = {"prior": bool(found["prior"]), "effect": effect, "posterior": bool(found["posterior"])}
-    if not (found["prior"] and found["posterior"]):
-        return stated | {"update": False, "conclusion": False}
-    (prior, start), (posterior, end) = found["prior"][0], found["posterior"][-1]
-    ratios = [value for value, _ in found["lr"]]
-    odds = [prior / (1 - prior) * math.prod(chosen) for chosen in (ratios, set(ratios))]  # one may be stated twice
-    nearest = min(abs(posterior - 1 + 1 / (1 + x)) for x in odds)
-    consistent = nearest <= UPDATE_TOLERANCE + 1e-9 if ratios else direction * (posterior - prior) > 0
-    subjects = {token for token in thought.sentences[start[0]] if token[0] == "@"}
-    of_another = posterior > 0.5 and bool(subjects) and f"@{thought.answered}" not in subjects
-    return stated | {"update": consistent, "conclusion": consistent and thought.concludes(end) and not of_another}
+def weighed(
+    features: Mapping[str, float], model: Mapping[str, Mapping[str, float]] | None = None
+) -> tuple[dict[str, float], float]:
+    """Each perspective's style in [0, 1] and the soundness in [0, 1] of measured `features`, by `model` (`weights`)."""
+    model = model or weights()
+    sums = {name: _sum(row, features) for name, row in model.items()}
+    styles = {
+        name: _squash(sums[name] + STYLE_SHIFT, STYLE_BELOW, STYLE_ABOVE)
+        if any(features[key] for key, criterion in one.criteria.items() if criterion.alone)
+        else 0.0
+        for name, one in perspectives().items()
+    }
+    third = sorted(styles.values())[1]
+    damped = max(0.0, 1 - 2 * max(0.0, third - 0.5))
+    sound = _squash(sums["sound"] + SOUND_SHIFT, SOUND_WIDTH, SOUND_WIDTH)
+    return {name: style * damped for name, style in styles.items()}, sound
 
 
-def _substance(sentence: list[str]) -> bool:
-    """Whether a sentence holds a word that may be a finding."""
-    return any(len(token) > 2 and token[0].isalpha() and token not in EMPTY for token in sentence)
+def _sum(row: Mapping[str, Any], features: Mapping[str, float]) -> float:
+    return row["bias"] + sum(weight * features[name] for name, weight in row.items() if name != "bias")
 
 
-RUBRICS: dict[str, Callable[[Thought], Mapping[str, float]]] = {
-    "differential": _differential, "intuitive": _intuitive, "analytical": _analytical, "bayesian": _bayesian,
-}  # fmt: skip
+def _squash(value: float, below: float, above: float) -> float:
+    return min(1.0, max(0.0, 0.5 + 0.5 * value / (below if value < 0 else above)))
+
+
+def measured(completion: str, options: Mapping[str, str] | None) -> tuple[Thought, dict[str, float]]:
+    """What a completion is weighed by, for fitting: its thought, and its criteria and signs by name."""
+    thought = read(completion, options)
+    return thought, {**criteria_of(thought), **signs_of(thought)}

@@ -1,0 +1,85 @@
+"""Cues as data (`cues.yaml`): what a word or phrase does in a line of reasoning, looked up word by word.  # ours
+
+A word is looked up once and remembered, so that reading costs a dictionary access a word, however many cues there are.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import yaml
+
+_CHARACTERS = {0x2019: "'", 0x2013: "-", 0x2212: "-", 0x2014: ";", 0x2A: " ", 0x23: " ", 0x60: " ", 0x5F: " "}
+_SPELLINGS = (("n't", " not"), ("cannot", "can not"), ("tumour", "tumor"), ("<=", "≤"), (">=", "≥"), ("per cent", "%"))
+_PERCENT = re.compile(r"\bpercent\b")
+_DIGRAPH = re.compile(r"[ao]e(?=[dmstcglnpr])(?!s\b)")  # haematoma, oedema; not "does"
+Phrase = tuple[str, tuple[str, ...]]  # the cue, and the words that must follow
+
+
+class Word(NamedTuple):
+    """What a word is by itself: its cues, and the phrases that begin with it."""
+
+    cues: tuple[str, ...]
+    phrases: tuple[Phrase, ...]
+    generic: bool  # talk that is never a finding
+    clinical: bool  # a concrete word that findings are stated in
+
+
+def normal(text: str) -> str:
+    """Lower case, one kind of dash, apostrophe and negation, no markdown marks, American spelling where it differs."""
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_CHARACTERS)
+    for old, new in _SPELLINGS:
+        text = text.replace(old, new)
+    return _DIGRAPH.sub("e", _PERCENT.sub("%", text))
+
+
+@cache
+def cues() -> dict[str, list[str]]:
+    """The phrases of each cue, read from `cues.yaml`."""
+    rows = yaml.safe_load(files(__package__).joinpath("cues.yaml").read_text(encoding="utf-8"))
+    return {name: [phrase.strip() for phrase in text.split(",") if phrase.strip()] for name, text in rows.items()}
+
+
+@cache
+def _index() -> tuple[Mapping[str, list[Phrase]], Mapping[str, list[Phrase]], Mapping[str, list[Phrase]]]:
+    """Phrases by their first word: whole, by its beginning (`argu*`), by its ending (`*itis`)."""
+    whole: dict[str, list[Phrase]] = {}
+    beginning: dict[str, list[Phrase]] = {}
+    ending: dict[str, list[Phrase]] = {}
+    for cue, phrases in cues().items():
+        for phrase in phrases:
+            words = [
+                "*" * word.startswith("*") + normal(word.strip("*")) + "*" * word.endswith("*") for word in phrase.split()
+            ]
+            first, *rest = " ".join(words).split()
+            if first.startswith("*"):
+                ending.setdefault(first[1:], []).append((cue, tuple(rest)))
+            elif first.endswith("*"):
+                beginning.setdefault(first[:-1], []).append((cue, tuple(rest)))
+            else:
+                whole.setdefault(first, []).append((cue, tuple(rest)))
+    return whole, beginning, ending
+
+
+@lru_cache(maxsize=50_000)
+def look_up(word: str) -> Word:
+    """What `word`, as `normal` writes it, is by itself."""
+    whole, beginning, ending = _index()
+    found = list(whole.get(word, ()))
+    for size in range(1, min(len(word), 30) + 1):
+        found += beginning.get(word[:size], ())
+        found += ending.get(word[-size:], ()) if size < len(word) else ()
+    alone = {cue for cue, rest in found if not rest}
+    kinds = tuple(sorted(alone - {"generic", "clinical"}))
+    phrases = tuple(sorted((cue, rest) for cue, rest in found if rest))
+    return Word(kinds, phrases, "generic" in alone, "clinical" in alone)
+
+
+def matches(word: str, pattern: str) -> bool:
+    """Whether a word is what a later word of a phrase asks for."""
+    return word.startswith(pattern[:-1]) if pattern[-1] == "*" else word == pattern

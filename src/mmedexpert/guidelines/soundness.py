@@ -1,0 +1,189 @@
+"""Faults that make a text worthless as reasoning, whatever it says: placeholders, refusal, repetition, contradiction.
+
+A text with a fault scores 0 on every perspective. Each rule is for a kind of text that a policy may try.  # ours
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from mmedexpert.guidelines.reading import Sentence, Thought
+
+FEWEST_FINDINGS, FEWEST_CLINICAL = 3, 4
+DISTINCT_SENTENCES, DISTINCT_FOURS = 0.6, 0.55  # shares, below which a text repeats itself
+_PLACEHOLDER = re.compile(
+    r"\[[^\W\d][^\]\n]{0,40}\]|_{2,}|\{[a-z ]+\}|\.{4,}|\bxxx+\b|\bx ?%|\bn/a\b|\btbd\b"
+    r"|<(?:symptom|treatment|condition|option|finding|diagnosis|value|disease|feature|result|number|name|test|organ|sign"
+    r"|age|drug)s?>"
+    r"|\b(?:diagnosis|finding|condition|disease|feature) (?:[0-9]|[xyzabc]\b(?! ))"
+    r"|\b(?:x|y|z) (?:is|percent|and (?:y|z))\b"
+)
+_REFUSAL = re.compile(
+    r"\bas an? (?:ai|language)\b|\bconsult (?:a|your|with)\b|\bseek (?:medical|professional)"
+    r"|\bi(?:'m| am)? (?:can not|can't|unable|not able|will not|won't|must decline|do not feel|sorry)\b[^.]{0,60}"
+    r"\b(?:provid|giv|answer|help|diagnos|interpret|assist|offer|view|see|comment|advis)"
+    r"|\bunable to (?:view|provide|interpret|give|offer|diagnos)"
+)
+_FALSE_SHARE = 0.2  # of letters that no European script has
+_CONCESSIONS = frozenset("but yet although though".split())
+_DENIALS = frozenset("not never without hard cannot".split())
+
+
+def faults(thought: Thought) -> tuple[str, ...]:
+    """The names of the faults of a thought, none where it is sound."""
+    return tuple(name for name, found in FAULTS.items() if found(thought))
+
+
+def _few_findings(thought: Thought) -> bool:
+    """Fewer than three things are stated: words that are no talk about reasoning, or measurements."""
+    findings = set().union(*(sentence.findings for sentence in thought.sentences))
+    measured = sum(not number.chance for sentence in thought.sentences for number in sentence.numbers)
+    return len(findings) + measured < FEWEST_FINDINGS
+
+
+def _off_the_subject(thought: Thought) -> bool:
+    """No option is named, and hardly anything concrete of medicine is said."""
+    sentences = thought.sentences
+    clinical = set().union(*(sentence.clinical for sentence in sentences))
+    measured = sum(not number.chance for sentence in sentences for number in sentence.numbers)
+    return not any(sentence.options for sentence in sentences) and len(clinical) + measured < FEWEST_CLINICAL
+
+
+def _repeats(thought: Thought) -> bool:
+    """The same sentence again and again, be it with other options and numbers, or the same four words."""
+    masked = [sentence.masked for sentence in thought.sentences]
+    fours = [tuple(thought.words[place : place + 4]) for place in range(len(thought.words) - 3)]
+    return _distinct(masked) < DISTINCT_SENTENCES or _distinct(fours) < DISTINCT_FOURS
+
+
+def _distinct(items: Sequence[object]) -> float:
+    return len(set(items)) / len(items) if items else 1.0
+
+
+def _language(thought: Thought) -> bool:
+    """Another script, or many function words of other languages: the cues are English."""
+    foreign = sum(letter > "\u03ff" and letter.isalpha() for letter in thought.text)
+    return foreign > _FALSE_SHARE * len(thought.text) or thought.cue("foreign") >= max(4, 0.06 * len(thought.words))
+
+
+def _false_comparison(thought: Thought) -> bool:
+    """As many comparisons are false as true ("0.42, above the limit of 0.50")."""
+    compared = [truth for sentence in thought.sentences for truth in sentence.compared]
+    return compared.count(False) > max(0, compared.count(True) - 1)
+
+
+def _copied(thought: Thought) -> bool:
+    """The options are listed, and not one word connects a finding with any of them."""
+    connected = thought.cue("cause", "arrow", "against", "exclude", "update", "instant", "picture")
+    return not thought.open and not connected and any(len(sentence.options) >= 3 for sentence in thought.sentences)
+
+
+def _answer_excluded(thought: Thought) -> bool:
+    """The answer was put aside for good before it is given."""
+    current: int | None = None
+    for sentence in thought.sentences:
+        if sentence.options:
+            current = next(iter(sentence.options)) if len(sentence.options) == 1 else None
+        if thought.answered is None or current != thought.answered:
+            continue
+        if sentence.options and _denied(sentence, sentence.options[current]):
+            return True
+        if "ruled" in sentence.cues and (sentence.options or len(sentence.tokens) <= 5):
+            at = sentence.first["ruled"]
+            if _DENIALS.isdisjoint(sentence.tokens[max(0, at - 3) : at]):
+                return True
+    return False
+
+
+def _denied(sentence: Sentence, place: int) -> bool:
+    """ "Measles: no." """
+    tokens = sentence.tokens
+    said = any(
+        tokens[at : at + 2] in ([":", "no"], ["-", "no"], [":", "not"]) and at - place <= 6 for at in range(len(tokens))
+    )
+    return said and _CONCESSIONS.isdisjoint(tokens)
+
+
+def _flipped(thought: Thought) -> bool:
+    """One option is argued for to the end, and another one is given."""
+    answered, sentences = thought.answered, thought.sentences
+    if answered is None or not sentences:
+        return False
+    named: dict[int, list[int]] = {}
+    for place, sentence in enumerate(sentences):
+        for option in sentence.options:
+            named.setdefault(option, []).append(place)
+    own, last = named.get(answered, []), sentences[-1]
+    bare = list(last.options) == [answered] and len(last.findings) <= 2  # the answer and no more
+    for option, places in named.items():
+        if option == answered or len(places) < 2 or thought.naming.share(option) <= 0.5:
+            continue
+        about = [sentences[place] for place in places]
+        if any({"exclude", "ruled"} & one.marks for one in about) or sum("against" in one.marks for one in about) * 2 > len(
+            about
+        ):
+            continue
+        if places[-1] >= len(sentences) - 4 and len(named) <= 2 and (not own or (own == [len(sentences) - 1] and bare)):
+            return True
+        before = any(list(sentences[place].options) == [option] for place in places if -3 <= place - len(sentences) < -1)
+        rejected = all(_rejected(sentences[place], option) for place in own[:-1])
+        if bare and before and len(own) > 1 and rejected:
+            return True
+    return False
+
+
+def _rejected(sentence: Sentence, option: int) -> bool:
+    """A sentence that names the answer to argue it down, or in favour of another option."""
+    argued = "against" in sentence.marks and ("would" in sentence.tokens or option in sentence.options)
+    return "exclude" in sentence.marks or argued
+
+
+def _wrong_way(thought: Thought) -> bool:
+    """Chances move against what is said of them: a finding that supports a disease makes it less likely, twice."""
+    last: dict[int | None, float] = {}
+    right = wrong = 0
+    for sentence in thought.sentences:
+        if len(sentence.options) > 1 or not sentence.chances:
+            continue
+        option = next(iter(sentence.options), None)
+        before, after = last.get(option, last.get(None)), sentence.chances[-1]
+        if len(sentence.chances) > 1 and "from" in sentence.tokens:
+            before = sentence.chances[0]
+            stated = [number for number in sentence.numbers if number.chance]
+            if stated[-1].place and sentence.tokens[stated[-1].place - 1] == "from":  # "now 13%, up from 60%"
+                before, after = after, before
+        up, down = "up" in sentence.cues, "down" in sentence.cues
+        if before is not None and up != down and after != before:
+            right, wrong = right + ((after > before) == up), wrong + ((after > before) != up)
+        last[option] = last[None] = sentence.chances[-1]
+    return wrong >= 2 and wrong > right
+
+
+def _falls(thought: Thought) -> bool:
+    """The answer ends less likely than it began, and below one half."""
+    first: dict[int | None, float] = {}
+    last: dict[int | None, float] = {}
+    for sentence in thought.sentences:
+        if len(sentence.options) <= 1 and sentence.chances:
+            option = next(iter(sentence.options), None)
+            first.setdefault(option, sentence.chances[0])
+            last[option] = last[None] = sentence.chances[-1]
+    own = thought.answered
+    return own is not None and own in last and last[own] < min(0.5, first[own]) and last[None] == last[own]
+
+
+FAULTS: Mapping[str, Callable[[Thought], bool]] = {
+    "few findings": _few_findings,
+    "off the subject": _off_the_subject,
+    "placeholder": lambda thought: _PLACEHOLDER.search(thought.text) is not None,
+    "refusal": lambda thought: _REFUSAL.search(thought.text) is not None,
+    "repetition": _repeats,
+    "language": _language,
+    "false comparison": _false_comparison,
+    "options copied": _copied,
+    "answer excluded": _answer_excluded,
+    "another option argued for": _flipped,
+    "chances against the words": _wrong_way,
+    "answer grows unlikely": _falls,
+}
