@@ -34,8 +34,9 @@ SOUND = (  # what soundness is weighed by; styles are weighed by everything
     "findings", "concrete", "generic", "talk", "retold", "connected", "named", "concluded",
     "weighed", "argued", "updated", "holds", "mechanism", "at_once",
 )  # fmt: skip
-HEADER = """# Fitted by experiments/perspectives/fit.py to the labelled texts beside it and to traces of drawn records: edit neither by
-# hand. A row is a logistic regression over the criteria of perspectives.yaml and the signs of measures.py.  # ours
+HEADER = """# Fitted by experiments/perspectives/fit.py to the labelled texts beside it and to traces of drawn records: do not
+# edit by hand. A row is a logistic regression over the criteria of perspectives.yaml and the signs of measures.py.
+# ours
 """
 Row = tuple[str, str, dict[str, str] | None, tuple[str, ...], float]  # author, completion, options, strategies, weight
 
@@ -90,7 +91,8 @@ class Texts:
         return model
 
     def _regress(self, rows: np.ndarray, target: np.ndarray, columns: np.ndarray) -> dict[str, float]:
-        x, sign, weight = self.features[rows][:, columns], 2 * target[rows] - 1, self.weight[rows] / self.weight[rows].sum()
+        x, sign = self.features[rows][:, columns], 2 * target[rows] - 1
+        weight = self.weight[rows] / self.weight[rows].sum()
 
         def loss(beta: np.ndarray) -> tuple[float, np.ndarray]:
             margin = sign * (x @ beta[1:] + beta[0])
@@ -113,6 +115,7 @@ class Texts:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Fit, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the file differs")
     given = parser.parse_args(arguments)
@@ -121,13 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unseen: list[Rationale] = []
     for author in AUTHORS:
         without = texts.fit(texts.author != author)
-        part = [texts.scored(place, without) for place in np.flatnonzero(texts.author == author)]
+        part = [texts.scored(place, without) for place in np.flatnonzero(texts.author == author).tolist()]
         print(f"{author}, left out:", _told(part))
         unseen += part
     print("all authors, each left out once:", _told(unseen))
     model = texts.fit(np.ones(len(texts.author), dtype=bool))
-    print("all authors, fitted to all:", _told([texts.scored(place, model) for place in np.flatnonzero(own)]))
-    print("traces of drawn records:", _told([texts.scored(place, model) for place in np.flatnonzero(~own)]))
+    print("all authors, fitted to all:", _told([texts.scored(place, model) for place in np.flatnonzero(own).tolist()]))
+    print("traces of drawn records:", _told([texts.scored(place, model) for place in np.flatnonzero(~own).tolist()]))
     text = HEADER + yaml.safe_dump(model, sort_keys=False, allow_unicode=True)
     if given.check:
         return int(WEIGHTS.read_text(encoding="utf-8") != text)

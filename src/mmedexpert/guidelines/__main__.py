@@ -53,7 +53,11 @@ def show(rationales: Sequence[Rationale], title: str, count: int, console: Conso
         told = [f"\n{one.id}: labelled {label}; {scores}"]
         for name in one.strategies or (max(one.scores, key=lambda key: one.scores[key]),):
             held = criteria(one.completion, one.options, name)
-            told.append(f"  {name}: " + ", ".join(f"{what} {value:.2f}" for what, value in held.items()))
+            told.append(
+                f"  {name}: " + ", ".join(f"{what} {value:.2f}" for what, value in held.items() if value is not None)
+            )
+        if one.faults:
+            told.append(f"  faults: {', '.join(one.faults)}")
         text = " ".join(one.completion.split())
         told.append("  " + (text if len(text) <= SHOWN else text[:SHOWN] + " ..."))
         console.print("\n".join(told), highlight=False, markup=False)

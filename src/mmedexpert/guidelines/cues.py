@@ -26,7 +26,9 @@ class Word(NamedTuple):
 
     cues: tuple[str, ...]
     phrases: tuple[Phrase, ...]
+    start: str  # what its inflected forms have in common
     generic: bool  # talk that is never a finding
+    finding: bool  # may be one
     clinical: bool  # a concrete word that findings are stated in
 
 
@@ -36,6 +38,11 @@ def normal(text: str) -> str:
     for old, new in _SPELLINGS:
         text = text.replace(old, new)
     return _DIGRAPH.sub("e", _PERCENT.sub("%", text))
+
+
+def beginning(word: str) -> str:
+    """What inflected forms of a word have in common: all but its last four letters, five letters at least."""
+    return word if len(word) <= 5 else word[: max(5, len(word) - 4)]
 
 
 @cache
@@ -49,35 +56,38 @@ def cues() -> dict[str, list[str]]:
 def _index() -> tuple[Mapping[str, list[Phrase]], Mapping[str, list[Phrase]], Mapping[str, list[Phrase]]]:
     """Phrases by their first word: whole, by its beginning (`argu*`), by its ending (`*itis`)."""
     whole: dict[str, list[Phrase]] = {}
-    beginning: dict[str, list[Phrase]] = {}
+    starting: dict[str, list[Phrase]] = {}
     ending: dict[str, list[Phrase]] = {}
     for cue, phrases in cues().items():
         for phrase in phrases:
             words = [
-                "*" * word.startswith("*") + normal(word.strip("*")) + "*" * word.endswith("*") for word in phrase.split()
+                "*" * word.startswith("*") + normal(word.strip("*")) + "*" * word.endswith("*")
+                for word in phrase.split()
             ]
             first, *rest = " ".join(words).split()
             if first.startswith("*"):
                 ending.setdefault(first[1:], []).append((cue, tuple(rest)))
             elif first.endswith("*"):
-                beginning.setdefault(first[:-1], []).append((cue, tuple(rest)))
+                starting.setdefault(first[:-1], []).append((cue, tuple(rest)))
             else:
                 whole.setdefault(first, []).append((cue, tuple(rest)))
-    return whole, beginning, ending
+    return whole, starting, ending
 
 
 @lru_cache(maxsize=50_000)
 def look_up(word: str) -> Word:
     """What `word`, as `normal` writes it, is by itself."""
-    whole, beginning, ending = _index()
+    whole, starting, ending = _index()
     found = list(whole.get(word, ()))
     for size in range(1, min(len(word), 30) + 1):
-        found += beginning.get(word[:size], ())
+        found += starting.get(word[:size], ())
         found += ending.get(word[-size:], ()) if size < len(word) else ()
     alone = {cue for cue, rest in found if not rest}
     kinds = tuple(sorted(alone - {"generic", "clinical"}))
     phrases = tuple(sorted((cue, rest) for cue, rest in found if rest))
-    return Word(kinds, phrases, "generic" in alone, "clinical" in alone)
+    generic = "generic" in alone
+    finding = len(word) > 2 and not generic and not word.endswith("ly")
+    return Word(kinds, phrases, beginning(word), generic, finding, "clinical" in alone)
 
 
 def matches(word: str, pattern: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines.perspectives import PERSPECTIVES
-from mmedexpert.guidelines.rubrics import adherence
+from mmedexpert.guidelines.rubrics import grades
 
 LOW, HALF = 0.25, 0.5  # ours: what a text without reasoning may score; what each of two strategies must
 
@@ -27,6 +27,7 @@ class Rationale:
     options: Mapping[str, str] | None
     strategies: tuple[str, ...]
     scores: Mapping[str, float]  # of every rubric, in [0, 1]
+    faults: tuple[str, ...] = ()
 
     def right(self) -> bool:
         """One strategy: it alone scores highest. Two: both at least one half. None: nothing above one quarter."""
@@ -67,8 +68,8 @@ def _parse(entry: Any, where: str, number: int) -> Rationale:
         raise UserError(f"{where} has no text: give completion, or rationale and answer")
     if options is not None and not (isinstance(options, dict) and all(isinstance(v, str) for v in options.values())):
         raise UserError(f"{where}: options must map letters to texts, or be null")
-    scores = {name: adherence(text, options, name) for name in PERSPECTIVES}
-    return Rationale(str(entry.get("id", number)), text, options, names, scores)
+    found = grades(text, options)
+    return Rationale(str(entry.get("id", number)), text, options, names, found.scores, found.faults)
 
 
 def confusion(rationales: Sequence[Rationale]) -> list[dict[str, str]]:

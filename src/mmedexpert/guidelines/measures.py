@@ -44,7 +44,7 @@ def signs_of(thought: Thought) -> dict[str, float]:
     sentences, size = thought.sentences, max(1, len(thought.words))
     findings = len(set().union(*(one.findings for one in sentences)))
     clinical = len(set().union(*(one.clinical for one in sentences)))
-    measured = sum(not number.chance for one in sentences for number in one.numbers)
+    measured = thought.measured()
     told = thought.cue("restate")
     connected = thought.cue("cause", "arrow", "against", "exclude", "update", "instant", "picture")
     return {

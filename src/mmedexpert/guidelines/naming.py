@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mmedexpert.guidelines.cues import look_up, normal
+from mmedexpert.guidelines.cues import beginning, look_up, normal
 
 MARKS = "abcdefghijklmnop"  # an option named in full becomes one word: qoptionaq, qoptionbq, ...
 MOST = len(MARKS)
@@ -20,14 +20,9 @@ _QUALIFIER = frozenset(
 )  # fmt: skip
 # Initials of examinations, places and doses, which no option is meant by.
 _PLAIN = frozenset(
-    "ct mri mr ecg ekg us xr cxr pet iv im po wbc rbc hb na k ph bp hr rr icu er ed ok or the and ap pa lr rll rul lll lul "
-    "rml lv rv la ra".split()
+    "ct mri mr ecg ekg us xr cxr pet iv im po wbc rbc hb na k ph bp hr rr icu er ed ok or the and ap pa lr rll rul lll "
+    "lul rml lv rv la ra".split()
 )
-
-
-def beginning(word: str) -> str:
-    """What inflected forms of a word have in common: all but its last four letters, five letters at least."""
-    return word if len(word) <= 5 else word[: max(5, len(word) - 4)]
 
 
 class Naming:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mmedexpert.guidelines.cues import look_up
 
 UNITS = frozenset(
-    "hg cm2 cm3 mm2 mm3 pg pmol nmol sd mm cm m ml l bpm hu mmhg ms s mv kg g mg µg ng mmol µmol iu u years year yr yrs y "
-    "months month weeks week days day d hours hour h min minutes hz db beats kpa °c c f mosm".split()
+    "hg cm2 cm3 mm2 mm3 pg pmol nmol sd mm cm m ml l bpm hu mmhg ms s mv kg g mg µg ng mmol µmol iu u years year yr "
+    "yrs y months month weeks week days day d hours hour h min minutes hz db beats kpa °c c f mosm".split()
 )
 _FEW = "one|two|three|four|five|six|seven|eight|nine"
 _MANY = rf"{_FEW}|ten|twenty|fifty|hundred|thousand"
@@ -21,7 +21,7 @@ _TOLD = re.compile(
     r"|\b\d+(?:\.\d+)? ?(?:to|:) ?1\b|\b1 ?: ?\d+|\bx ?\d|\d ?x\b"
 )
 _TELLING = frozenset(f"{_FEW}|half|quarter|third|x".split("|"))
-_STRENGTH = frozenset("lr lr+ lr- ratio ratios sensitivity specificity".split())  # of a finding: no chance of a disease
+_STRENGTH = frozenset("lr lr+ lr- sensitivity specificity likelihood".split())  # of a finding: no chance of a disease
 _ARROWS = ("→", "->")
 _ABOUT = frozenset("about roughly maybe around to ~ perhaps near ≈ at now from".split())
 _AFTER = frozenset(["", ",", ";", ")", "now", "→", "->", "vs", "for", "to", "and"])
@@ -36,25 +36,27 @@ _SIGNS |= dict.fromkeys(f"{_BELOW} {_LESS}".split(), operator.lt)
 # What may stand between the first number and the comparison, and between the comparison and the second number.
 _BEFORE = UNITS | frozenset(
     "is are was were , of which that well far clearly already still being % / ( at and so therefore it this lies stays "
-    "sits measures patient value result measurement ratio the likewise also here with he she not no slightly just much".split()
+    "sits measures patient value result measurement ratio the likewise also here with he she not no slightly just "
+    "much".split()
 )
 _BETWEEN = frozenset(
     "the a an its normal limit upper lower cut-off cutoff threshold ceiling criterion criteria of than reference range "
-    "value for adult adults accepted about roughly usual our mature maximum minimum ( diagnostic guideline floor line mark "
-    "bar permitted allowed permissible recommended lower-limit".split()
+    "value for adult adults accepted about roughly usual our mature maximum minimum ( diagnostic guideline floor line "
+    "mark bar permitted allowed permissible recommended lower-limit".split()
 )
 _REACH = 7  # words to either side
 
 
 @dataclass(slots=True)
 class Number:
-    """A number at a place of its sentence; `chance`: it is how probable something is."""
+    """A number at a place of its sentence; `chance`: it is how probable something is, in per cent or not."""
 
     value: float
     place: int
     percent: bool = False
     unit: str = ""
     chance: bool = False
+    strength: bool = False  # of a finding: a likelihood ratio, a sensitivity
 
 
 def chances(
@@ -67,9 +69,10 @@ def chances(
     """
     found: list[float] = []
     for number in numbers:
-        before = tokens[max(0, number.place - 3) : number.place]
+        before = tokens[max(0, number.place - 4) : number.place]
         last = before[-1] if before else ""
-        if not _STRENGTH.isdisjoint(before) and last != "now":
+        if _is_strength(before) and last != "now":
+            number.strength = True
             continue
         if number.percent:
             number.chance = number.value <= 100
@@ -85,6 +88,13 @@ def chances(
             found.append(number.value / 100 if number.percent or number.value > 1 else number.value)
     told = 0 if not numbers and _TELLING.isdisjoint(tokens) else len(_TOLD.findall(" ".join(tokens)))
     return found, told
+
+
+def _is_strength(before: Sequence[str]) -> bool:
+    """Whether a number after these words says how strong a finding is ("a likelihood ratio of about 8")."""
+    if "likelihood" in before:
+        return "ratio" in before or "ratios" in before
+    return not _STRENGTH.isdisjoint(before[-3:])
 
 
 def comparisons(tokens: Sequence[str], numbers: Sequence[Number]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""The four clinical reasoning perspectives: definition, instructions, criteria and source of each (`perspectives.yaml`)."""
+"""The four clinical reasoning perspectives (`perspectives.yaml`): definition, instructions, criteria and source."""
 
 from __future__ import annotations
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from mmedexpert.guidelines.cues import Word, look_up, matches, normal
-from mmedexpert.guidelines.naming import Naming, beginning
+from mmedexpert.guidelines.cues import Phrase, look_up, matches, normal
+from mmedexpert.guidelines.naming import Naming
 from mmedexpert.guidelines.numbers import UNITS, Number, chances, comparisons
 from mmedexpert.scoring import score_choice
 
 _TOKEN = re.compile(
-    r"(?P<n>(?<![^\W_])\d{1,6}(?:,\d{3})*(?:\.\d+)?)"
-    r"|(?P<w>[^\W\d_](?:[^\W_]|['-](?=[^\W_]))*\+?)"
-    r"|(?P<o>->|=>|[→⇒↑↓<>≤≥=%/~≈])|(?P<e>[!?;\n]+|\.(?!\d))|(?P<c>[,:(\[)\]-])"
+    r"(?<![^\W_])\d{1,6}(?:,\d{3})*(?:\.\d+)?|[^\W\d_](?:[^\W_]|['-](?=[^\W_]))*\+?|->|=>|[→⇒↑↓<>≤≥=%/~≈,:(\[)\]-]"
 )
+_END = re.compile(r"[!?;\n]+|\.(?!\d)")
 _HEADING = re.compile(r"(?m)^[\W\d_]*([^\W\d_][\w' -]{2,40}?)\s*(?::| - | → )")
 _LISTED = re.compile(
-    r"\b(?:candidates?|differential(?: diagnos[ei]s)?)\b[^.;:\n]{0,40}?(?:\b(?:is|are|includes?)\b|:)+ ?([^.;\n]{1,300})"
+    r"\b(?:candidates?|differential(?: diagnos[ei]s)?)\b[^.;:\n]{0,40}?(?:\b(?:is|are|includes?)\b|:)+ ?"
+    r"([^.;\n]{1,300})"
 )
 _SEPARATOR = re.compile(r", (?:and |or |a |an )?| and | or | versus | vs ")
 _OPEN_NAMES = 12  # ours: so many candidates of an open question are followed through its text
@@ -46,6 +47,20 @@ class Sentence:
     marks: set[str] = field(default_factory=set)
     masked: str = ""  # its words with options and numbers alike: what repetition is counted in
 
+    def measured(self) -> int:
+        """Measurements: numbers that are neither a chance nor a finding's strength, beside the name of something."""
+        if not (self.findings or self.clinical or self.options or any(number.unit for number in self.numbers)):
+            return 0
+        return sum(not (number.chance or number.strength) for number in self.numbers)
+
+    def count(self, cue: str, place: int) -> None:
+        """A cue at a place."""
+        if cue in self.cues:
+            self.cues[cue] += 1
+            self.first[cue] = min(place, self.first[cue])
+        else:
+            self.cues[cue], self.first[cue] = 1, place
+
 
 @dataclass(slots=True)
 class Thought:
@@ -59,9 +74,9 @@ class Thought:
     naming: Naming
     open: bool
 
-    def count(self, *marks: str) -> int:
-        """Sentences that hold all of these marks."""
-        return sum(sentence.marks.issuperset(marks) for sentence in self.sentences)
+    def measured(self) -> int:
+        """Measurements of all sentences."""
+        return sum(sentence.measured() for sentence in self.sentences)
 
     def cue(self, *names: str) -> int:
         """How often these cues occur."""
@@ -83,7 +98,7 @@ def read(completion: str, options: Mapping[str, str] | None) -> Thought:
         choices = [f"{letter}. {option}" for letter, option in options.items()]
         picked = score_choice(completion, choices, next(iter(options)), "robust").picked
         names = [normal(option) for option in options.values()]
-        answered = list(options).index(picked) if picked in options else None
+        answered = list(options).index(picked) if picked is not None and picked in options else None
     else:
         names, answered = _candidates(completion, text)
     naming = Naming(names, raw)
@@ -107,78 +122,98 @@ def _candidates(completion: str, text: str) -> tuple[list[str], int | None]:
     return list(dict.fromkeys(names))[:_OPEN_NAMES], 0 if chosen else None
 
 
-def _sentences(
-    text: str, naming: Naming, letters: list[str], *, closed: bool
-) -> tuple[list[Sentence], list[str], int]:
-    """The sentences of a marked text, all its words, and how many of them fit any case."""
-    known: dict[str, tuple[Word, int | None, str, bool]] = {}
-    shared = naming.shared or ("\0",)
+class _Entry(NamedTuple):
+    """All that a token means in this text."""
 
-    def learn(word: str) -> tuple[Word, int | None, str, bool]:
-        found, option = look_up(word), naming.option(word)
-        named = option is not None if closed else option == 0  # an open question's candidates are its own words
-        finding = len(word) > 2 and not found.generic and not word.endswith("ly")
-        own = not named and not word.startswith(shared)
-        known[word] = entry = (found, option, beginning(word) if own and (finding or found.clinical) else "", finding)
+    word: bool
+    number: bool
+    generic: bool
+    masked: str
+    cues: tuple[str, ...] = ()
+    phrases: tuple[Phrase, ...] = ()
+    option: int | None = None
+    finding: str = ""  # its beginning where it may be a finding
+    clinical: str = ""
+    plain: bool = False  # nothing but a word
+
+
+def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -> tuple[list[Sentence], list[str], int]:
+    """The sentences of a marked text, all its words, and how many of them fit any case."""
+    shared = naming.shared or ("\0",)
+    known: dict[str, _Entry] = {}
+
+    def learn(token: str) -> _Entry:
+        found = look_up(token)
+        if token[0].isdecimal():
+            entry = _Entry(False, True, False, "0", found.cues, found.phrases)
+        elif not token[0].isalpha():
+            entry = _Entry(False, False, False, "", found.cues, found.phrases)
+        else:
+            option = naming.option(token)
+            named = option is not None if closed else option == 0  # an open question's candidates are its own words
+            start = "" if named or token.startswith(shared) else found.start
+            finding, clinical = start * found.finding, start * found.clinical
+            plain = not (found.cues or found.phrases or finding or clinical) and option is None
+            masked = token if option is None else "@"
+            entry = _Entry(
+                True, False, found.generic, masked, found.cues, found.phrases, option, finding, clinical, plain
+            )
+        known[token] = entry
         return entry
 
     sentences: list[Sentence] = []
     words: list[str] = []
     generic = 0
-    current, masked = Sentence([]), list[str]()
-    for match in _TOKEN.finditer(text):
-        kind, token = match.lastgroup, match.group()
-        if kind == "e":
-            if current.words or current.numbers:
-                current.masked = " ".join(masked)
-                sentences.append(current)
-            current, masked = Sentence([]), []
+    for part in _END.split(text):
+        tokens: list[str] = _TOKEN.findall(part)
+        if not tokens:
             continue
-        place = len(current.tokens)
-        current.tokens.append(token)
-        if kind == "n":
-            current.numbers.append(Number(float(token.replace(",", "")), place))
-            masked.append("0")
-            continue
-        if kind != "w":
-            found = look_up(token)
-        else:
-            found, option, start, finding = known.get(token) or learn(token)
-            words.append(token)
-            current.words += 1
-            generic += found.generic
-            if option is None:
-                masked.append(token)
-            else:
-                current.options.setdefault(option, place)
-                masked.append("@")
-            if start:
-                if finding:
-                    current.findings.add(start)
-                if found.clinical:
-                    current.clinical.add(start)
-        for cue in found.cues:
-            current.cues[cue] = current.cues.get(cue, 0) + 1
-            current.first.setdefault(cue, place)
-    if current.words or current.numbers:
-        current.masked = " ".join(masked)
-        sentences.append(current)
-    for sentence in sentences:
-        _phrases(sentence, letters)
-        _units(sentence)
+        sentence, masked = Sentence(tokens), list[str]()
+        begun: list[tuple[int, tuple[Phrase, ...]]] = []  # places of words that phrases begin with
+        for place, token in enumerate(tokens):
+            entry = known.get(token) or learn(token)
+            if entry.word:
+                words.append(token)
+                sentence.words += 1
+                generic += entry.generic
+                masked.append(entry.masked)
+                if entry.plain:
+                    continue
+                if entry.option is not None:
+                    sentence.options.setdefault(entry.option, place)
+                if entry.finding:
+                    sentence.findings.add(entry.finding)
+                if entry.clinical:
+                    sentence.clinical.add(entry.clinical)
+            elif entry.number:
+                sentence.numbers.append(Number(float(token.replace(",", "")), place))
+                masked.append(entry.masked)
+            for cue in entry.cues:
+                sentence.count(cue, place)
+            if entry.phrases:
+                begun.append((place, entry.phrases))
+        if sentence.words or sentence.numbers:
+            sentence.masked = " ".join(masked)
+            _phrases(sentence, begun, letters)
+            _units(sentence)
+            sentences.append(sentence)
     return sentences, words, generic
 
 
-def _phrases(sentence: Sentence, letters: list[str]) -> None:
+def _phrases(sentence: Sentence, begun: list[tuple[int, tuple[Phrase, ...]]], letters: list[str]) -> None:
     """Cues of several words, and options by their letter ("option B")."""
     tokens, size = sentence.tokens, len(sentence.tokens)
-    for place, token in enumerate(tokens):
-        for cue, rest in look_up(token).phrases:
+    for place, phrases in begun:
+        for cue, rest in phrases:
             end = place + 1 + len(rest)
-            if end <= size and all(map(matches, tokens[place + 1 : end], rest)):
-                sentence.cues[cue] = sentence.cues.get(cue, 0) + 1
-                sentence.first[cue] = min(place, sentence.first.get(cue, place))
-        if token in ("option", "choice") and letters:
+            if (
+                end <= size
+                and matches(tokens[place + 1], rest[0])
+                and all(map(matches, tokens[place + 2 : end], rest[1:]))
+            ):
+                sentence.count(cue, place)
+    for place, token in enumerate(tokens) if letters else ():
+        if token in ("option", "choice"):
             following = [word for word in tokens[place + 1 : place + 3] if word != "("][:1]
             if following and following[0] in letters:
                 sentence.options.setdefault(letters.index(following[0]), place)

@@ -7,6 +7,7 @@ measured by rules (`measures.py`); their weights (`weights.yaml`) are fitted to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,12 +25,17 @@ from mmedexpert.guidelines.truth import Truth, truths_of
 # Where a weighed sum becomes 1/2, and how far from there it becomes 0 and 1.
 STYLE_SHIFT, STYLE_BELOW, STYLE_ABOVE = 0.25, 1.0, 2.0
 SOUND_SHIFT, SOUND_WIDTH = -0.75, 0.6
+# How strong a text's third style may be before it costs, and where it costs everything.
+THIRD_FREE, THIRD_NONE = 0.5, 0.8
+FOUR_WORDS = 60
 
 
 @dataclass(frozen=True)
 class Grades:
-    """A completion's `scores` in [0, 1] by perspective, its `criteria` in [0, 1] by perspective and name (None: there is
-    nothing to check it by), and its `faults`: a text with one scores 0 throughout."""
+    """A completion's `scores` in [0, 1] by perspective, its `criteria` in [0, 1] by perspective and name, its `faults`.
+
+    A criterion is None where there is nothing to check it by; a text with a fault scores 0 throughout.
+    """
 
     scores: Mapping[str, float]
     criteria: Mapping[str, Mapping[str, float | None]]
@@ -63,10 +69,10 @@ def grades(completion: str, options: Mapping[str, str] | None, truth: Truth | No
     """All four scores of a completion with what they come from.  # ours
 
     `completion` is `<think>...</think><answer>C</answer>` (without think tags what precedes the answer is the thought),
-    `options` maps letters to texts; None for an open question. score = style * soundness * truth, where style and
-    soundness are squashed linear models, and truth is the share of the true among what a record's ground truth can
-    check (1 without any). A style without one criterion of its own is none. A text that is strong in three styles at once follows none: the third strongest style is
-    taken from all.
+    `options` maps letters to texts; None for an open question. score = style * soundness * truth: style and soundness
+    are squashed linear models, truth is the product of what a record's ground truth can check (1 without any). A style
+    without one criterion of its own is none. A text strong in three styles at once follows none: what the third
+    strongest has above `THIRD_FREE` is taken from all.
     """
     thought = read(completion, options)
     found = criteria_of(thought)
@@ -76,16 +82,24 @@ def grades(completion: str, options: Mapping[str, str] | None, truth: Truth | No
         name: {key: found[key] for key in one.criteria} | dict(known[name])
         for name, one in perspectives().items()
     }  # fmt: skip
-    wrong = faults(thought)
+    wrong = faults(thought) + (("four templates",) if _four_templates(thought, found) else ())
     if wrong:
         return Grades(dict.fromkeys(PERSPECTIVES, 0.0), by_perspective, wrong)
     styles, sound = weighed({**found, **signs_of(thought)})
     return Grades({name: styles[name] * sound * checked[name] for name in PERSPECTIVES}, by_perspective, ())
 
 
+def _four_templates(thought: Thought, found: Mapping[str, float]) -> bool:
+    """The marks of all four perspectives in no more words than one takes: templates, one after the other."""
+    chancy = bool(found["chances"] and thought.cue("prior") and thought.cue("posterior"))
+    recognised = bool(found["typical"] or found["recognised"])
+    deduced = bool(found["holds"] or found["compared"] or found["mechanism"])
+    several = bool(found["listed"] and found["excluded"])
+    return chancy and recognised and deduced and several and len(thought.words) < FOUR_WORDS
+
+
 def _checked(known: Mapping[str, float | None]) -> float:
-    values = [value for value in known.values() if value is not None]
-    return sum(values) / len(values) if values else 1.0
+    return math.prod(value for value in known.values() if value is not None)
 
 
 @cache
@@ -107,7 +121,7 @@ def weighed(
         for name, one in perspectives().items()
     }
     third = sorted(styles.values())[1]
-    damped = max(0.0, 1 - 2 * max(0.0, third - 0.5))
+    damped = min(1.0, max(0.0, (THIRD_NONE - third) / (THIRD_NONE - THIRD_FREE)))
     sound = _squash(sums["sound"] + SOUND_SHIFT, SOUND_WIDTH, SOUND_WIDTH)
     return {name: style * damped for name, style in styles.items()}, sound
 

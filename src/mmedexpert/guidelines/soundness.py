@@ -5,9 +5,11 @@ A text with a fault scores 0 on every perspective. Each rule is for a kind of te
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from mmedexpert.guidelines.numbers import Number
 from mmedexpert.guidelines.reading import Sentence, Thought
 
 FEWEST_FINDINGS, FEWEST_CLINICAL = 3, 4
@@ -25,7 +27,7 @@ _REFUSAL = re.compile(
     r"\b(?:provid|giv|answer|help|diagnos|interpret|assist|offer|view|see|comment|advis)"
     r"|\bunable to (?:view|provide|interpret|give|offer|diagnos)"
 )
-_FALSE_SHARE = 0.2  # of letters that no European script has
+_OTHER_SCRIPT, _FALSE_SHARE = re.compile(r"[^\W\d_\u0000-\u03ff]"), 0.2  # letters but Latin and Greek
 _CONCESSIONS = frozenset("but yet although though".split())
 _DENIALS = frozenset("not never without hard cannot".split())
 
@@ -38,22 +40,22 @@ def faults(thought: Thought) -> tuple[str, ...]:
 def _few_findings(thought: Thought) -> bool:
     """Fewer than three things are stated: words that are no talk about reasoning, or measurements."""
     findings = set().union(*(sentence.findings for sentence in thought.sentences))
-    measured = sum(not number.chance for sentence in thought.sentences for number in sentence.numbers)
-    return len(findings) + measured < FEWEST_FINDINGS
+    return len(findings) + thought.measured() < FEWEST_FINDINGS
 
 
 def _off_the_subject(thought: Thought) -> bool:
     """No option is named, and hardly anything concrete of medicine is said."""
     sentences = thought.sentences
     clinical = set().union(*(sentence.clinical for sentence in sentences))
-    measured = sum(not number.chance for sentence in sentences for number in sentence.numbers)
-    return not any(sentence.options for sentence in sentences) and len(clinical) + measured < FEWEST_CLINICAL
+    stated = len(clinical) + thought.measured()
+    return not any(sentence.options for sentence in sentences) and stated < FEWEST_CLINICAL
 
 
 def _repeats(thought: Thought) -> bool:
     """The same sentence again and again, be it with other options and numbers, or the same four words."""
     masked = [sentence.masked for sentence in thought.sentences]
-    fours = [tuple(thought.words[place : place + 4]) for place in range(len(thought.words) - 3)]
+    words = thought.words
+    fours = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return _distinct(masked) < DISTINCT_SENTENCES or _distinct(fours) < DISTINCT_FOURS
 
 
@@ -63,7 +65,7 @@ def _distinct(items: Sequence[object]) -> float:
 
 def _language(thought: Thought) -> bool:
     """Another script, or many function words of other languages: the cues are English."""
-    foreign = sum(letter > "\u03ff" and letter.isalpha() for letter in thought.text)
+    foreign = 0 if thought.text.isascii() else len(_OTHER_SCRIPT.findall(thought.text))
     return foreign > _FALSE_SHARE * len(thought.text) or thought.cue("foreign") >= max(4, 0.06 * len(thought.words))
 
 
@@ -117,20 +119,22 @@ def _flipped(thought: Thought) -> bool:
     own, last = named.get(answered, []), sentences[-1]
     bare = list(last.options) == [answered] and len(last.findings) <= 2  # the answer and no more
     for option, places in named.items():
-        if option == answered or len(places) < 2 or thought.naming.share(option) <= 0.5:
-            continue
         about = [sentences[place] for place in places]
-        if any({"exclude", "ruled"} & one.marks for one in about) or sum("against" in one.marks for one in about) * 2 > len(
-            about
-        ):
+        if option == answered or len(places) < 2 or thought.naming.share(option) <= 0.5 or _argued_down(about):
             continue
-        if places[-1] >= len(sentences) - 4 and len(named) <= 2 and (not own or (own == [len(sentences) - 1] and bare)):
+        late = places[-1] >= len(sentences) - 4
+        if late and len(named) <= 2 and (not own or (own == [len(sentences) - 1] and bare)):
             return True
-        before = any(list(sentences[place].options) == [option] for place in places if -3 <= place - len(sentences) < -1)
-        rejected = all(_rejected(sentences[place], option) for place in own[:-1])
-        if bare and before and len(own) > 1 and rejected:
+        just_before = any(list(one.options) == [option] for one in sentences[-3:-1])
+        if bare and just_before and len(own) > 1 and all(_rejected(sentences[place], option) for place in own[:-1]):
             return True
     return False
+
+
+def _argued_down(about: Sequence[Sentence]) -> bool:
+    """Whether an option is put aside in one of the sentences about it, or argued against in most."""
+    against = sum("against" in one.marks for one in about)
+    return against * 2 > len(about) or any({"exclude", "ruled"} & one.marks for one in about)
 
 
 def _rejected(sentence: Sentence, option: int) -> bool:
@@ -160,6 +164,22 @@ def _wrong_way(thought: Thought) -> bool:
     return wrong >= 2 and wrong > right
 
 
+def _still(thought: Thought) -> bool:
+    """One prior and one posterior that are the same number, or that move against the likelihood ratios between them."""
+    held = [sentence for sentence in thought.sentences if sentence.chances]
+    stated = [chance for sentence in held for chance in sentence.chances]
+    if len(stated) != 2 or "prior" not in held[0].cues or "posterior" not in held[-1].cues:
+        return False
+    ratios = [number.value for sentence in thought.sentences for number in sentence.numbers if _ratio(sentence, number)]
+    strength, (first, last) = math.prod(ratios), stated
+    return first == last or (bool(ratios) and strength != 1 and (last > first) != (strength > 1))
+
+
+def _ratio(sentence: Sentence, number: Number) -> bool:
+    before = sentence.tokens[max(0, number.place - 3) : number.place]
+    return number.strength and not number.percent and not {"sensitivity", "specificity"} & set(before)
+
+
 def _falls(thought: Thought) -> bool:
     """The answer ends less likely than it began, and below one half."""
     first: dict[int | None, float] = {}
@@ -186,4 +206,5 @@ FAULTS: Mapping[str, Callable[[Thought], bool]] = {
     "another option argued for": _flipped,
     "chances against the words": _wrong_way,
     "answer grows unlikely": _falls,
+    "chances that do not follow": _still,
 }

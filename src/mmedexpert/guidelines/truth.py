@@ -50,7 +50,7 @@ def _stated(thought: Thought, truth: Truth) -> float | None:
     words = normal(truth.guideline.finding).split()
     plain: list[float] = []
     for sentence in thought.sentences:
-        numbers = [number.value for number in sentence.numbers if not number.chance]
+        numbers = [one.value for one in sentence.numbers if not (one.chance or one.strength)]
         if numbers and all(any(token.startswith(word) for token in sentence.tokens) for word in words):
             return numbers[0]
         if "limit" not in sentence.marks:
@@ -70,7 +70,7 @@ def thresholds(thought: Thought, stated: float | None) -> set[float]:
         for sentence in thought.sentences
         if "limit" in sentence.marks
         for number in sentence.numbers
-        if not number.chance and number.value != stated
+        if not (number.chance or number.strength) and number.value != stated
     }
 
 
