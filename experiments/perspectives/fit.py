@@ -34,8 +34,8 @@ SOUND = (  # what soundness is weighed by; styles are weighed by everything
     "findings", "concrete", "generic", "talk", "retold", "connected", "named", "concluded",
     "weighed", "argued", "updated", "holds", "mechanism", "at_once",
 )  # fmt: skip
-HEADER = """# Fitted by experiments/perspectives/fit.py to the labelled texts beside it and to traces of drawn records: do not
-# edit by hand. A row is a logistic regression over the criteria of perspectives.yaml and the signs of measures.py.
+HEADER = """# Fitted by experiments/perspectives/fit.py to the labelled texts beside it and to traces of drawn records:
+# not to be edited. A row is a logistic regression over the criteria of perspectives.yaml and the signs of measures.py.
 # ours
 """
 Row = tuple[str, str, dict[str, str] | None, tuple[str, ...], float]  # author, completion, options, strategies, weight

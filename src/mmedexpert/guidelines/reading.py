@@ -66,6 +66,7 @@ class Sentence:
 class Thought:
     """A thought, read. `answered` is the option of its answer (0 for an open question's), `text` as `normal` has it."""
 
+    raw: str
     text: str
     sentences: list[Sentence]
     words: list[str]
@@ -108,7 +109,7 @@ def read(completion: str, options: Mapping[str, str] | None) -> Thought:
         sentence.chances, sentence.told = chances(sentence.tokens, sentence.numbers, sentence.options, chancy)
         sentence.compared = comparisons(sentence.tokens, sentence.numbers)
         _mark(sentence, answered)
-    return Thought(text, sentences, words, generic, answered, naming, not options)
+    return Thought(raw, text, sentences, words, generic, answered, naming, not options)
 
 
 def _candidates(completion: str, text: str) -> tuple[list[str], int | None]:

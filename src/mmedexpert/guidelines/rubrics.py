@@ -28,6 +28,7 @@ SOUND_SHIFT, SOUND_WIDTH = -0.75, 0.6
 # How strong a text's third style may be before it costs, and where it costs everything.
 THIRD_FREE, THIRD_NONE = 0.5, 0.8
 FOUR_WORDS = 60
+UNSUPPORTED = 0.25  # what a style is worth at most without one criterion of its own that counts alone
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def grades(completion: str, options: Mapping[str, str] | None, truth: Truth | No
     `completion` is `<think>...</think><answer>C</answer>` (without think tags what precedes the answer is the thought),
     `options` maps letters to texts; None for an open question. score = style * soundness * truth: style and soundness
     are squashed linear models, truth is the product of what a record's ground truth can check (1 without any). A style
-    without one criterion of its own is none. A text strong in three styles at once follows none: what the third
-    strongest has above `THIRD_FREE` is taken from all.
+    without one criterion of its own is worth a quarter. A text strong in three styles at once follows none: what the
+    third strongest has above `THIRD_FREE` is taken from all.
     """
     thought = read(completion, options)
     found = criteria_of(thought)
@@ -116,9 +117,8 @@ def weighed(
     sums = {name: _sum(row, features) for name, row in model.items()}
     styles = {
         name: _squash(sums[name] + STYLE_SHIFT, STYLE_BELOW, STYLE_ABOVE)
-        if any(features[key] for key, criterion in one.criteria.items() if criterion.alone)
-        else 0.0
-        for name, one in perspectives().items()
+        * (1.0 if any(features[key] for key, one in spec.criteria.items() if one.alone) else UNSUPPORTED)
+        for name, spec in perspectives().items()
     }
     third = sorted(styles.values())[1]
     damped = min(1.0, max(0.0, (THIRD_NONE - third) / (THIRD_NONE - THIRD_FREE)))

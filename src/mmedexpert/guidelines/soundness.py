@@ -196,7 +196,7 @@ def _falls(thought: Thought) -> bool:
 FAULTS: Mapping[str, Callable[[Thought], bool]] = {
     "few findings": _few_findings,
     "off the subject": _off_the_subject,
-    "placeholder": lambda thought: _PLACEHOLDER.search(thought.text) is not None,
+    "placeholder": lambda thought: _PLACEHOLDER.search(thought.raw.casefold()) is not None,
     "refusal": lambda thought: _REFUSAL.search(thought.text) is not None,
     "repetition": _repeats,
     "language": _language,
