@@ -16,7 +16,8 @@ USED = {
     "A reward": "from mmedexpert.training.rewards import outcome; print(outcome(['x'], options=[None], answer=['y'], "
     "weights={'brevity': 2.0})[0])",
     "A perspective": "from mmedexpert.guidelines import PERSPECTIVES, adherence; print(len(PERSPECTIVES), "
-    "adherence('<think>Wide because of fluid.</think><answer>A</answer>', {'A': 'x', 'B': 'y'}, PERSPECTIVES[4]))",
+    "adherence('<think>Fluid fills the lower lobe of the left lung. Fluid also lies behind the stiff heart.</think>"
+    "<answer>A</answer>', {'A': 'Edema', 'B': 'Fracture'}, PERSPECTIVES[4]))",
     "A merge method": "import torch; from mmedexpert.merging.stream import call_method; "
     "from mmedexpert.merging.methods import largest; one, other = torch.tensor([1., -3.]), torch.tensor([-2., 1.]); "
     "print(call_method(largest, [one], [other], 'x').tolist())",

@@ -9,7 +9,7 @@ import pytest
 
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines.__main__ import main
-from mmedexpert.guidelines.labelled import Rationale, confusion, measures, read_labelled, worst
+from mmedexpert.guidelines.labelled import Rationale, confusion, held, measures, read_labelled, worst
 
 D, INT, A, B = "differential", "intuitive", "analytical", "bayesian"
 
@@ -54,9 +54,12 @@ def write(path: Path, content: object) -> Path:
 
 
 def test_a_file_is_scored_and_shown(tmp_path, capsys):
-    thought = "Prior 50% of mass. Spicules, likelihood ratio 4. Posterior 80%. So mass."
+    thought = (
+        "Prior 50% of cancer in a woman of sixty. Spicules about a dense core in the left breast, likelihood ratio 4. "
+        "Posterior 80%. So cancer."
+    )
     entries = [
-        {"strategy": B, "rationale": thought, "answer": "mass"},
+        {"strategy": B, "rationale": thought, "answer": "cancer"},
         {"id": "[x]", "strategy": [A, D], "completion": "<think>A mass.</think>", "options": {"A": "mass"}},
         {"strategy": None, "completion": ""},
     ]  # fmt: skip
@@ -67,7 +70,8 @@ def test_a_file_is_scored_and_shown(tmp_path, capsys):
     assert main([str(path), "--worst", "2"]) == 0
     said = capsys.readouterr().out
     assert "own strategy highest     1.00" in said and "AUC bayesian" in said
-    assert said.count("[x]: labelled analytical and differential") == 1 and "conclusion 0.00" in said
+    assert said.count("[x]: labelled analytical and differential") == 1 and "mechanism 0.00" in said
+    assert "faults: few findings" in said
 
 
 @pytest.mark.parametrize(
@@ -90,9 +94,12 @@ def test_a_file_that_is_none_is_one_line(tmp_path, capsys, content, told):
     assert main([str(tmp_path / "none.json")]) == 2
 
 
-def test_the_figures_of_the_labelled_sets_are_those_that_are_written_down(shared):
-    """docs/perspectives.md of the development data, measured at 9e04e1e: the rules have not changed since."""
-    for name, own, none in (("rationales", 0.38, 0.75), ("rationales_b", 0.44, 0.81)):
-        found = measures(read_labelled(shared / "data" / "perspectives" / f"{name}.json"))
-        assert round(found["own strategy highest"], 2) == own and round(found["none: at most 0.25"], 2) == none
-        assert found["two: both at least 0.5"] == 0
+def test_criteria_are_counted_by_label(tmp_path):
+    entries = [
+        {"strategy": A, "completion": "<think>2.1 cm > 2.0 cm, the limit of a rim.</think>", "options": None},
+        {"strategy": B, "completion": "<think>The rim is 2.1 cm wide.</think>", "options": None},
+        {"strategy": None, "completion": "<think>3 cm > 2 cm</think>", "options": None},
+    ]  # fmt: skip
+    rows = {row["criterion"]: row for row in held(read_labelled(write(tmp_path / "x.json", entries)))}
+    assert rows["holds"] == {"perspective": A, "criterion": "holds", "own": "1.00", "others": "0.00", "none": "1.00"}
+    assert rows["compared"]["none"] == "1.00" and rows["chain"]["own"] == "0.00" and len(rows) == 22

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -13,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmedexpert.errors import UserError
-from mmedexpert.guidelines.labelled import Rationale, confusion, measures, read_labelled, worst
+from mmedexpert.guidelines.labelled import Rationale, confusion, held, measures, read_labelled, worst
 from mmedexpert.guidelines.perspectives import PERSPECTIVES
-from mmedexpert.guidelines.rubrics import criteria
 
 SHOWN = 300  # characters of a text
 
@@ -37,30 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(rationales: Sequence[Rationale], title: str, count: int, console: Console) -> None:
-    """The table of labels against rubrics, the measures, and the worst cases with the criteria of what they miss."""
-    rows = confusion(rationales)
-    table = Table(title=escape(f"{title}: mean score"), box=box.SIMPLE_HEAD, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column == "labelled" else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    """The table of labels against rubrics, the measures, how often each criterion holds, and the worst cases."""
+    _table(f"{title}: mean score", confusion(rationales), console)
     for name, value in measures(rationales).items():
         console.print(f"  {name:<24} {value:.2f}", highlight=False)
+    _table("\nShare of texts in which a criterion holds, by label", held(rationales), console)
     for one in worst(rationales, count):
         label = " and ".join(one.strategies) or "none of them"
         scores = ", ".join(f"{name} {one.scores[name]:.2f}" for name in PERSPECTIVES)
         told = [f"\n{one.id}: labelled {label}; {scores}"]
         for name in one.strategies or (max(one.scores, key=lambda key: one.scores[key]),):
-            held = criteria(one.completion, one.options, name)
-            told.append(
-                f"  {name}: " + ", ".join(f"{what} {value:.2f}" for what, value in held.items() if value is not None)
-            )
+            values = one.criteria.get(name, {}).items()
+            told.append(f"  {name}: " + ", ".join(f"{what} {value:.2f}" for what, value in values if value is not None))
         if one.faults:
             told.append(f"  faults: {', '.join(one.faults)}")
         text = " ".join(one.completion.split())
         told.append("  " + (text if len(text) <= SHOWN else text[:SHOWN] + " ..."))
         console.print("\n".join(told), highlight=False, markup=False)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, str]], console: Console) -> None:
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("labelled", "perspective", "criterion") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmedexpert.errors import UserError
-from mmedexpert.guidelines.perspectives import PERSPECTIVES
+from mmedexpert.guidelines.perspectives import PERSPECTIVES, perspectives
 from mmedexpert.guidelines.rubrics import grades
 
 LOW, HALF = 0.25, 0.5  # ours: what a text without reasoning may score; what each of two strategies must
@@ -28,6 +28,7 @@ class Rationale:
     strategies: tuple[str, ...]
     scores: Mapping[str, float]  # of every rubric, in [0, 1]
     faults: tuple[str, ...] = ()
+    criteria: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # by perspective
 
     def right(self) -> bool:
         """One strategy: it alone scores highest. Two: both at least one half. None: nothing above one quarter."""
@@ -69,7 +70,7 @@ def _parse(entry: Any, where: str, number: int) -> Rationale:
     if options is not None and not (isinstance(options, dict) and all(isinstance(v, str) for v in options.values())):
         raise UserError(f"{where}: options must map letters to texts, or be null")
     found = grades(text, options)
-    return Rationale(str(entry.get("id", number)), text, options, names, found.scores, found.faults)
+    return Rationale(str(entry.get("id", number)), text, options, names, found.scores, found.faults, found.criteria)
 
 
 def confusion(rationales: Sequence[Rationale]) -> list[dict[str, str]]:
@@ -86,6 +87,22 @@ def confusion(rationales: Sequence[Rationale]) -> list[dict[str, str]]:
         }
         for label, found in groups.items() if found
     ]  # fmt: skip
+
+
+def held(rationales: Sequence[Rationale]) -> list[dict[str, str]]:
+    """How often each criterion holds (at least one half) in texts of its own strategy, of others alone, and of none."""
+    rows = []
+    for name, one in perspectives().items():
+        for criterion in one.criteria:
+            row = {"perspective": name, "criterion": criterion}
+            own = [text for text in rationales if name in text.strategies]
+            others = [text for text in rationales if text.strategies and name not in text.strategies]
+            none = [text for text in rationales if not text.strategies]
+            for title, part in (("own", own), ("others", others), ("none", none)):
+                values = [text.criteria[name][criterion] or 0.0 for text in part]
+                row[title] = f"{sum(value >= HALF for value in values) / len(values):.2f}" if values else "-"
+            rows.append(row)
+    return rows
 
 
 def measures(rationales: Sequence[Rationale]) -> dict[str, float]:

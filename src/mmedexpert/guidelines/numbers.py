@@ -20,7 +20,8 @@ _TOLD = re.compile(
     r"|\b(?:one|two|three)[- ](?:quarter|third|fifth|tenth|half)s?\b|\b(?:half|a quarter|a third|quarter)\b"
     r"|\b\d+(?:\.\d+)? ?(?:to|:) ?1\b|\b1 ?: ?\d+|\bx ?\d|\d ?x\b"
 )
-_TELLING = frozenset(f"{_FEW}|half|quarter|third|x".split("|"))
+_TELLING, _PARTS = frozenset(_FEW.split("|")), frozenset("half quarter third x".split())
+_OUT_OF = frozenset("in of out times quarter quarters third thirds fifth fifths tenth tenths half".split())
 _STRENGTH = frozenset("lr lr+ lr- sensitivity specificity likelihood".split())  # of a finding: no chance of a disease
 _ARROWS = ("→", "->")
 _ABOUT = frozenset("about roughly maybe around to ~ perhaps near ≈ at now from".split())
@@ -86,7 +87,9 @@ def chances(
             )
         if number.chance:
             found.append(number.value / 100 if number.percent or number.value > 1 else number.value)
-    told = 0 if not numbers and _TELLING.isdisjoint(tokens) else len(_TOLD.findall(" ".join(tokens)))
+    tells = numbers or not _PARTS.isdisjoint(tokens)
+    tells = tells or not (_TELLING.isdisjoint(tokens) or _OUT_OF.isdisjoint(tokens))
+    told = len(_TOLD.findall(" ".join(tokens))) if tells else 0
     return found, told
 
 

@@ -120,7 +120,7 @@ def weighed(
         * (1.0 if any(features[key] for key, one in spec.criteria.items() if one.alone) else UNSUPPORTED)
         for name, spec in perspectives().items()
     }
-    third = sorted(styles.values())[1]
+    third = sorted(styles.values(), reverse=True)[2]
     damped = min(1.0, max(0.0, (THIRD_NONE - third) / (THIRD_NONE - THIRD_FREE)))
     sound = _squash(sums["sound"] + SOUND_SHIFT, SOUND_WIDTH, SOUND_WIDTH)
     return {name: style * damped for name, style in styles.items()}, sound

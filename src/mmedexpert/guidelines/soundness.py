@@ -14,12 +14,15 @@ from mmedexpert.guidelines.reading import Sentence, Thought
 
 FEWEST_FINDINGS, FEWEST_CLINICAL = 3, 4
 DISTINCT_SENTENCES, DISTINCT_FOURS = 0.6, 0.55  # shares, below which a text repeats itself
-_PLACEHOLDER = re.compile(
-    r"\[[^\W\d][^\]\n]{0,40}\]|_{2,}|\{[a-z ]+\}|\.{4,}|\bxxx+\b|\bx ?%|\bn/a\b|\btbd\b"
+_BRACKETS = re.compile(
+    r"\[[^\W\d][^\]\n]{0,40}\]|_{2,}|\{[a-z ]+\}"
     r"|<(?:symptom|treatment|condition|option|finding|diagnosis|value|disease|feature|result|number|name|test|organ|sign"
     r"|age|drug)s?>"
-    r"|\b(?:diagnosis|finding|condition|disease|feature) (?:[0-9]|[xyzabc]\b(?! ))"
+)
+_DUMMY = re.compile(
+    r"\b(?:diagnosis|finding|condition|disease|feature) (?:[0-9]|[xyzabc]\b(?! ))"
     r"|\b(?:x|y|z) (?:is|percent|and (?:y|z))\b"
+    r"|\bxxx+\b|\bx ?%|\bn/a\b|\btbd\b|\.{4,}"
 )
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|language)\b|\bconsult (?:a|your|with)\b|\bseek (?:medical|professional)"
@@ -49,6 +52,12 @@ def _off_the_subject(thought: Thought) -> bool:
     clinical = set().union(*(sentence.clinical for sentence in sentences))
     stated = len(clinical) + thought.measured()
     return not any(sentence.options for sentence in sentences) and stated < FEWEST_CLINICAL
+
+
+def _placeholder(thought: Thought) -> bool:
+    """ "[finding]", "____", "Diagnosis 1", "X%"."""
+    raw = thought.raw.casefold()
+    return (not {"[", "_", "{", "<"}.isdisjoint(raw) and _BRACKETS.search(raw) is not None) or bool(_DUMMY.search(raw))
 
 
 def _repeats(thought: Thought) -> bool:
@@ -196,7 +205,7 @@ def _falls(thought: Thought) -> bool:
 FAULTS: Mapping[str, Callable[[Thought], bool]] = {
     "few findings": _few_findings,
     "off the subject": _off_the_subject,
-    "placeholder": lambda thought: _PLACEHOLDER.search(thought.raw.casefold()) is not None,
+    "placeholder": _placeholder,
     "refusal": lambda thought: _REFUSAL.search(thought.text) is not None,
     "repetition": _repeats,
     "language": _language,
