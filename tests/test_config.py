@@ -21,6 +21,7 @@ from mmedexpert.checks import home, typed
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.quiet import one_line
 from mmedexpert.schema import Config, GbaConfig, keys
+from mmedexpert.stages.common import loading
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [
@@ -75,6 +76,11 @@ def test_an_experiment_overrides_its_groups_and_debug_overrides_it():
     assert composed("experiment=table_main", "model=tiny", "protocol=robust").model.name == "tiny"
     assert composed("experiment=medevalkit", "model=qwen2_vl_2b").model.max_new_tokens == 8192
     assert composed("experiment=ablation_merge", "debug=smoke").dsa.steps == 8
+
+
+def test_real_models_are_told_more_than_the_tiny_one():
+    assert loading(composed("model=qwen2_vl_2b")).instructions == "full"
+    assert loading(composed()).instructions == "small"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

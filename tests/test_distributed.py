@@ -26,6 +26,7 @@ from mmedexpert.models.backbone import add_lora
 from mmedexpert.stages import common
 from mmedexpert.training.fit import fit, gathered, share, trained_weights
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
+from mmedexpert.training.grading import RulesGrader
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
 from mmedexpert.training.sft import Samples, SftModule
 
@@ -132,7 +133,7 @@ def sampled(tiny: Any, root: Path, **devices: Any) -> str:
         with gathered(policy):
             return roll_out(
                 policy, encoder, batch, root, sampling=Sampling(4, 6, 1.0, 1.0, 0), protocol="robust",
-                guidance=Guidance((0.0,) * 4, 1.0, "none", "free", "group"),
+                grader=RulesGrader(), guidance=Guidance((0.0,) * 4, 1.0, "none", "free", "group"),
                 reward_weights={"accuracy": 1.0, "format": 0.2}, seeds=seeds,
             )  # fmt: skip
 

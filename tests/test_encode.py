@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from mmedexpert.guidelines import instructions
 from mmedexpert.models.encode import IMAGE_TOKEN, TAGS, Encoder, target_text
 from mmedexpert.sources.phantom.source import phantom
+from mmedexpert.training.sft import sample
 
 # sha256 of the ids below, made before texts were searched for special tokens
 PHANTOM_IDS = "d0cc7f53b6da6ddfe500e266e729b591e1b99918ac742979a83113754fc522c4"
@@ -50,6 +51,15 @@ def test_ids_of_the_phantoms_are_what_they_were(tiny, records):
             digest.update(json.dumps(tiny[1].prompt(record, records[1], instruction).input_ids).encode())
         digest.update(json.dumps(tiny[1].completion(target_text(record))).encode())
     assert digest.hexdigest() == PHANTOM_IDS
+
+
+def test_instructions_are_in_the_style_of_the_model(tiny, records):
+    _, encoder = tiny
+    assert encoder.instructions == instructions("small")
+    full = Encoder(encoder.tokenizer, encoder.image_processor, style="full")
+    record = next(one for one in records[0] if one.trace)
+    prompt, _ = sample(full, records[1], record)
+    assert instructions("full")[record.trace.perspective].strip() in full.decode(prompt.input_ids)
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Think in <think></think>, answer in <answer></answer>."])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,6 +23,7 @@ from mmedexpert.evaluation.predict import (
 )
 from mmedexpert.evaluation.summary import Summary, majority_accuracy, random_accuracy
 from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.guidelines.rubrics import Grades
 from mmedexpert.models.encode import prompt_text
 from mmedexpert.reporting.tables import unanswered
 from mmedexpert.scoring import medevalkit
@@ -61,7 +61,7 @@ class Scripted:
 
 
 def ask(engine, asked: QuestionSet, path: Path, **options):
-    settings = {"protocol": "robust", "perspectives": "rotate", "title": "t"} | options
+    settings = {"protocol": "robust", "perspectives": "rotate", "style": "small", "title": "t"} | options
     return predict(engine, asked, path, **settings)
 
 
@@ -151,7 +151,7 @@ def test_a_refused_question_is_wrong_unparsed_and_named(tmp_path, protocol):
     for row in (rows[1], rows[3]):
         assert (row["finish_reason"], row["refused"], row["response"]) == ("refused", "400 too long", "")
         assert row["robust"] == row["medevalkit"] == {"correct": False, "picked": None, "parsed": False}
-        assert row["adherence"] == {} and row["gold"] == "A"
+        assert row["adherence"] == row["criteria"] == {} and row["gold"] == "A"
     assert "refused" not in rows[0] and rows[0][protocol]["correct"]
     assert judge_again(tmp_path / "p.jsonl", asked)[1] == rows[3]  # and stays so
     found = Summary(num_resamples=50, seed=0).of(rows, asked.records, protocol=protocol, specialties=["all"])
@@ -211,9 +211,12 @@ def test_protocols_differ_in_prompt_and_both_judge(tmp_path):
     (row,) = ask(ours, asked, tmp_path / "a.jsonl", perspectives="bayesian")
     (other,) = ask(theirs, asked, tmp_path / "b.jsonl", protocol="medevalkit")
     assert ours.asked[0].text == prompt_text(asked.records[0], instructions()["bayesian"])
+    longer = Scripted(lambda ask: "Option B")
+    ask(longer, asked, tmp_path / "c.jsonl", perspectives="bayesian", style="full")
+    assert longer.asked[0].text == prompt_text(asked.records[0], instructions("full")["bayesian"])
     assert theirs.asked[0].text == medevalkit.ask(asked.records[0])
     assert row["perspective"] == "bayesian" and set(row["adherence"]) == {"bayesian"}
-    assert other["perspective"] is None and other["adherence"] == {}
+    assert other["perspective"] is None and other["adherence"] == other["criteria"] == {}
     assert row["robust"] == other["robust"] and row["medevalkit"] == other["medevalkit"]
     assert len(row["prompt_sha256"]) == 64 and row["image_sha256"] == other["image_sha256"]
 
@@ -226,25 +229,62 @@ def test_judging_again_asks_nothing_and_mends_the_file(tmp_path):
     assert sorted(judge_again(path, asked), key=lambda row: row["id"]) == rows
     assert path.stat().st_mtime_ns == before
     unread = {"correct": False, "picked": None, "parsed": False}
-    for stale in ({"robust": unread}, {"scores": {"robust": {"f1": 1.0}}}, {"adherence": {"intuitive": 0.123}}):
+    for stale in (
+        {"robust": unread}, {"scores": {"robust": {"f1": 1.0}}}, {"adherence": {"intuitive": 0.123}},
+        {"criteria": {"brevity": None}},
+    ):  # fmt: skip
         path.write_text("".join(json.dumps(row | stale) + "\n" for row in rows))
         assert judge_again(path, asked) == rows == read_predictions(path)  # in the order of the file
 
 
+CRITERIA = {"size": None}
+
+
+class Rubrics:
+    """Rubrics that say the same of every text, and remember of what they were asked."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.seen = []
+        place = "mmedexpert.evaluation.predict"
+        monkeypatch.setattr(f"{place}.truth_of", lambda record: record.latent.get("truth"))
+        monkeypatch.setattr(f"{place}.grades", self.grades)
+
+    def grades(self, *asked) -> Grades:
+        self.seen.append(asked)
+        scores = {name: (k + 1) / 8 for k, name in enumerate(PERSPECTIVES)}
+        return Grades(scores, {name: CRITERIA | {name: 1.0} for name in PERSPECTIVES}, ())
+
+
 def test_judging_again_follows_the_rubrics(tmp_path, monkeypatch):
-    asked = questions(tmp_path, [record(i) for i in range(4)])
+    """With the question's own options (None: open) and, of drawn images, what is true of them."""
+    records = [record(0), record(1, latent={"truth": "0.57"}), record(2, "lung", options=None, kind="open")]
+    asked = questions(tmp_path, records)
     path = tmp_path / "p.jsonl"
     before = {row["id"]: row["perspective"] for row in ask(Scripted(lambda ask: "B"), asked, path)}
-    seen = []
-
-    def rubric(response, options, perspective):
-        seen.append((response, options, perspective))
-        return 0.75
-
-    monkeypatch.setattr("mmedexpert.evaluation.predict.adherence", rubric)
+    rubrics = Rubrics(monkeypatch)
     rows = judge_again(path, asked)
-    assert [row["adherence"] for row in rows] == [{before[row["id"]]: 0.75} for row in rows]
-    assert seen == [("B", OPTIONS, before[row["id"]]) for row in rows] and read_predictions(path) == rows
+    for row in rows:
+        name = before[row["id"]]
+        assert row["adherence"] == {name: (PERSPECTIVES.index(name) + 1) / 8}
+        assert row["criteria"] == {"size": None, name: 1.0}
+    told = {"q0": (OPTIONS, None), "q1": (OPTIONS, "0.57"), "q2": (None, None)}
+    assert rubrics.seen == [("B", *told[row["id"]]) for row in rows] and read_predictions(path) == rows
+
+
+def test_what_was_kept_of_a_killed_run_is_judged_by_todays_rules(tmp_path, monkeypatch):
+    """A run killed under older rules is not a mixture of both."""
+    asked = questions(tmp_path, [record(i) for i in range(4)])
+    path = tmp_path / "p.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        ask(Scripted(lambda ask: "<answer>B</answer>", die_after=2), asked, path)
+    older = [{key: value for key, value in row.items() if key != "criteria"} for row in read_predictions(path)]
+    path.write_text("".join(json.dumps(row | {"robust": {"correct": False}}) + "\n" for row in older))
+    Rubrics(monkeypatch)
+    engine = Scripted(lambda ask: "<answer>B</answer>")
+    rows = ask(engine, asked, path)
+    assert len(engine.asked) == 2 and all(row["robust"]["correct"] for row in rows)
+    assert [row["criteria"] for row in rows] == [{"size": None, row["perspective"]: 1.0} for row in rows]
+    assert sorted(read_predictions(path), key=lambda row: row["id"]) == rows
 
 
 @pytest.mark.parametrize("change", ["lost", "other"])
@@ -278,7 +318,7 @@ def prediction(picked: str | None, logp: float | None = None, gold: str = "B", *
     plain = {
         "id": "q", "image_group": "g", "specialties": ["all"], "modality": "", "body_system": "", "kind": "choice",
         "groups": {}, "perspective": "intuitive", "gold": gold, "robust": verdict, "medevalkit": verdict, "scores":
-        {"robust": {}, "medevalkit": {}}, "adherence": {}, "finish_reason": "stop", "mean_logp": logp,
+        {"robust": {}, "medevalkit": {}}, "adherence": {}, "criteria": {}, "finish_reason": "stop", "mean_logp": logp,
     }  # fmt: skip
     return plain | fields
 
@@ -296,22 +336,6 @@ def prediction(picked: str | None, logp: float | None = None, gold: str = "B", *
 )
 def test_the_vote_of_four_perspectives(answers, winner):
     assert vote([prediction(*answer) for answer in answers])["robust"]["picked"] == winner
-
-
-def test_the_gain_of_voting_is_paired_with_the_mean_of_single_perspectives():
-    rng = np.random.default_rng(0)
-    records = [record(i, image=f"{i % 20}.png") for i in range(40)]
-    rows = [
-        prediction("B" if rng.random() < 0.6 else "A", -1.0, id=one.id, image_group=one.image_group, perspective=name)
-        for one in records
-        for name in PERSPECTIVES
-    ]
-    found = Summary(num_resamples=200, seed=0).of(rows, records, protocol="robust", specialties=["all"])
-    single = found["vote"]["robust"]
-    mean = np.mean([single[name]["accuracy"] for name in PERSPECTIVES])
-    assert single["gain"]["mean"] == pytest.approx(found["macro_accuracy"] - mean)
-    assert single["gain"]["ci_low"] < single["gain"]["mean"] < single["gain"]["ci_high"]
-    assert found["n"] == 40 and found["protocols"]["robust"]["n"] == 40
 
 
 def test_summary_says_what_it_counts():

@@ -16,6 +16,7 @@ from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.advantages import group_relative, guideline_based
 from mmedexpert.training.fit import fit
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
+from mmedexpert.training.grading import Grading, RulesGrader
 from mmedexpert.training.rollouts import Guidance, Sampling, assign_perspectives, report, roll_out
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -49,13 +50,15 @@ def sample(
     tokens=6,
     scale=1.0,
     gate="correct",
+    grader=None,
 ):
     policy, encoder, records, root = parts
     return roll_out(
         policy, encoder, records, root, sampling=Sampling(group, tokens, 1.0, 1.0, 0),
         guidance=Guidance(weights, scale, gate, conditioning, "group"),
         reward_weights={"accuracy": 1.0, "format": 0.2},
-        protocol="robust", seeds=[100 * seed + place for place in range(len(records))],
+        protocol="robust", grader=grader or RulesGrader(),
+        seeds=[100 * seed + place for place in range(len(records))],
     )  # fmt: skip
 
 
@@ -132,16 +135,15 @@ def test_training_calls_the_published_function(parts, monkeypatch, gate):
     right = (torch.rand(24, generator=rng) < 0.5).float().tolist()
     style = torch.rand(24, 4, generator=rng)
 
-    def scores(texts, options, perspectives):
-        asked = torch.tensor([[p == name for name in PERSPECTIVES] for p in perspectives])
-        return style.masked_fill(~asked, torch.nan).tolist()
+    def grader(cases):
+        asked = torch.tensor([[case.perspective == name for name in PERSPECTIVES] for case in cases])
+        return Grading(style.masked_fill(~asked, torch.nan).tolist(), [{}] * len(cases), {})
 
     monkeypatch.setattr(
         "mmedexpert.training.rewards.outcome", lambda *_, **__: (right, {"accuracy": right, "format": right})
     )
-    monkeypatch.setattr("mmedexpert.training.rewards.adherence_matrix", scores)
     weights = (1.0, 0.5, 0.0, 2.0)
-    rollout = sample(parts, weights=weights, group=8, scale=0.7, gate=gate)
+    rollout = sample(parts, weights=weights, group=8, scale=0.7, gate=gate, grader=grader)
     outcome = torch.tensor(right).view(3, 8)
     wanted = guideline_based(
         outcome, rollout.adherence, weights, scale=0.7, gate=outcome == 1.0 if gate == "correct" else None
@@ -319,7 +321,7 @@ def test_the_modules_update_is_of_the_distribution_that_was_sampled(parts, tmp_p
     rollout = roll_out(
         policy, encoder, records, root, sampling=Sampling(8, 6, temperature, 1.0, 0),
         guidance=Guidance((1.0,) * 4, 1.0, "correct", "prompted", "group"), reward_weights={"accuracy": 1.0},
-        protocol="robust", seeds=range(len(records)),
+        protocol="robust", grader=RulesGrader(), seeds=range(len(records)),
     )  # fmt: skip
     packed = pack(policy, encoder, rollout.prompts, rollout.completions)
     plain = packed.matrix(token_logps(policy, packed, temperature)[0], rollout.mask.shape[1])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmedexpert.guidelines import PERSPECTIVES, Guideline, guidelines, instructions
+from mmedexpert.guidelines.perspectives import perspectives
 
 
 def rule(
@@ -90,4 +91,14 @@ def test_every_guideline_is_complete(name: str) -> None:
 def test_order_of_the_perspectives() -> None:
     assert PERSPECTIVES == ("differential", "intuitive", "analytical", "bayesian")
     assert tuple(instructions()) == PERSPECTIVES
-    assert len({text.strip() for text in instructions().values()} - {""}) == len(PERSPECTIVES)
+    for style in ("small", "full"):
+        assert len({text.strip() for text in instructions(style).values()} - {""}) == len(PERSPECTIVES)
+    assert instructions()["bayesian"] == "Reason by Bayesian update."
+    assert min(len(text.split()) for text in instructions("full").values()) > 20
+
+
+def test_every_perspective_is_told_whole() -> None:
+    for one in perspectives().values():
+        assert "Savage" in one.source and one.definition.endswith(".")
+        texts = [text for criterion in one.criteria.values() for text in (criterion.meaning, criterion.example)]
+        assert len(one.criteria) >= 5 and len(set(texts)) == 2 * len(one.criteria) and all(texts)

@@ -1,17 +1,11 @@
-"""Outcome rewards and the adherence matrix, as the trainer and TRL call them."""
+"""Outcome rewards, as the trainer and TRL call them."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmedexpert.errors import UserError
-from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.guidelines.rubrics import adherence
-from mmedexpert.training.rewards import accuracy, adherence_matrix, answer_format, outcome
+from mmedexpert.training.rewards import accuracy, answer_format, outcome
 
 OPTIONS = {"A": "Normal heart", "B": "Cardiomegaly"}
 GOOD = "<think>Pattern: wide heart shadow. So cardiomegaly B.</think><answer>B</answer>"
@@ -82,24 +76,3 @@ def test_outcome_is_the_weighted_sum_of_its_parts() -> None:
 def test_outcome_refuses_a_weight_of_no_reward() -> None:
     with pytest.raises(UserError, match=r"'length'.*accuracy, format"):
         outcome(TEXTS, **columns(TEXTS), weights={"accuracy": 1.0, "length": 0.1})
-
-
-@given(st.lists(st.tuples(st.sampled_from(TEXTS), st.sampled_from([None, *PERSPECTIVES])), max_size=8))
-@settings(max_examples=50, deadline=None)
-def test_adherence_matrix_scores_what_was_asked(rows: list[tuple[str, str | None]]) -> None:
-    texts, asked = [text for text, _ in rows], [name for _, name in rows]
-    matrix = adherence_matrix(texts, [OPTIONS] * len(rows), asked)
-    assert len(matrix) == len(rows)
-    for text, prompted, row in zip(texts, asked, matrix, strict=True):
-        for name, score in zip(PERSPECTIVES, row, strict=True):
-            if prompted in (None, name):
-                assert score == adherence(text, OPTIONS, name)
-            else:
-                assert math.isnan(score)
-
-
-def test_errors_of_the_adherence_matrix() -> None:
-    with pytest.raises(ValueError, match="lateral"):
-        adherence_matrix([GOOD], [OPTIONS], ["lateral"])
-    with pytest.raises(ValueError):
-        adherence_matrix([GOOD, GOOD], [OPTIONS], [None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmedexpert.models.generate import Completions
 from mmedexpert.training import rollouts
 from mmedexpert.training.advantages import group_relative
 from mmedexpert.training.fit import step_seed
+from mmedexpert.training.grading import PAIRS, Case, Grading, RulesGrader
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, report, roll_out
 
 B, G, K = 3, 4, 4
@@ -37,6 +39,9 @@ def made(tokens: int = 5, seed: int = 0, old: bool = True) -> Rollout:
         {"accuracy": [float(n % 3 == 0) for n in rows], "format": [float(n) for n in rows]}, adherence,
         torch.randn(B, G, K, generator=draw), torch.randn(B, G, generator=draw), {"gen": 2.0 + seed, "reward": 0.5},
         torch.randn(B * G, tokens, generator=draw) if old else None,
+        [{PERSPECTIVES[n % 3]: {"first": n / 1000, "second": None}} for n in rows],
+        {"judged": 12.0, "missing": 3.0 + seed, "calls": 9.0, "cached": 2.0, "tokens": 50.0, "seconds": 0.25}
+        | dict(zip(PAIRS, (20.0, 5.0, 10.0, 15.0), strict=True)),
     )  # fmt: skip
 
 
@@ -49,7 +54,7 @@ def rows_of(rollout: Rollout) -> list[list[Any]]:
         row += [rollout.sampling_logps[i, :n].tolist(), rollout.mask[i].sum().item(), rollout.finished[i].item()]
         row += [rollout.old_logps[i, :n].tolist() if rollout.old_logps is not None else None]
         row += [float(rollout.outcome[b, g]), rollout.adherence[b, g].nan_to_num(-1).tolist()]
-        row += [rollout.terms[b, g].tolist(), float(rollout.advantages[b, g])]
+        row += [rollout.criteria[i], rollout.terms[b, g].tolist(), float(rollout.advantages[b, g])]
         found.append([*row, {name: values[i] for name, values in rollout.parts.items()}])
     return found
 
@@ -65,6 +70,13 @@ def test_groups_are_taken_and_joined_with_all_that_belongs_to_them(old):
         assert rows_of(both) == expected and both.mask.shape == (2 * B * G, 8)
         assert both.sampling_logps.shape == both.mask.shape and both.outcome.shape == (2 * B, G)
         assert both.seconds == {"gen": 5.0, "reward": 1.0}
+        assert both.graded == {
+            "judged": 24.0, "missing": 7.0, "calls": 18.0, "cached": 4.0, "tokens": 100.0, "seconds": 0.5, "both": 40.0,
+            "rules_alone": 10.0, "judge_alone": 20.0, "neither": 30.0,
+        }  # fmt: skip
+    assert one.take([1]).graded == one.graded  # of all that were graded, as seconds are
+    plain = replace(one, criteria=[], graded={})
+    assert plain.take([1]).criteria == [] and plain.join(replace(other, criteria=[])).graded == other.graded
 
 
 def test_groups_without_an_advantage_do_not_move_the_policy():
@@ -87,7 +99,8 @@ def test_the_report_is_of_what_its_names_say():
         "completions/max_terminated_length": max(ended), "advantages/std": rollout.advantages.std(),
         "adherence": asked[~asked.isnan()].mean(), "rewards/accuracy/mean": 1 / 3, "rewards/format/mean": 5.5,
         "rewards/accuracy/std": torch.tensor(rollout.parts["accuracy"]).std(),
-        "rewards/format/std": torch.arange(12.0).std(),
+        "rewards/format/std": torch.arange(12.0).std(), "grader/missing": 0.25, "grader/calls": 9.0,
+        "grader/cached": 2.0, "grader/tokens": 50.0, "grader/seconds": 0.25, "grader/kappa": 0.4,
     }  # fmt: skip
     for k, name in enumerate(PERSPECTIVES[:3]):
         followed = asked[..., k]
@@ -96,6 +109,10 @@ def test_the_report_is_of_what_its_names_say():
         expected[f"advantages/{name}/mean_abs"] = rollout.terms[..., k].abs().mean()
     assert set(found) == set(expected)  # nothing of the perspective that nobody was asked for
     assert found == pytest.approx({name: float(value) for name, value in expected.items()})
+
+
+def test_rules_report_nothing_of_a_grader():
+    assert not [name for name in report(replace(made(), graded={})) if name.startswith("grader")]
 
 
 def test_the_report_of_groups_that_agree_and_of_completions_that_never_end():
@@ -130,7 +147,8 @@ def test_a_row_of_the_table_is_one_completion(tmp_path):
         assert {name: value for name, value in row.items() if not name.startswith("adherence")} == {
             "step": 7, "record": record.id, "image": str(tmp_path / record.images[0]), "question": record.question,
             "perspective": rollout.perspectives[i] or "none", "completion": f"text {i}", "answer": record.answer,
-            "accuracy": float(i % 3 == 0), "format": float(i), "advantage": float(rollout.advantages[i // G, i % G]),
+            "accuracy": float(i % 3 == 0), "format": float(i),
+            "criteria": f"first={i / 1000:.2g} second=-", "advantage": float(rollout.advantages[i // G, i % G]),
         }  # fmt: skip
 
 
@@ -171,6 +189,12 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, condition
         ids = torch.full((count, 3), 50)
         return Completions(ids, torch.ones_like(ids), torch.zeros(count, 3), torch.ones(count).bool())
 
+    graded: list[Case] = []
+
+    def grader(cases: Any) -> Grading:
+        graded.extend(cases)
+        return RulesGrader()(cases)
+
     paid: list[dict[str, Any]] = []
     outcome = rollouts.rewards.outcome
     monkeypatch.setattr(rollouts, "generate", generate)
@@ -180,7 +204,7 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, condition
     rollout = roll_out(
         model, encoder, asked, tmp_path, sampling=Sampling(group, 3, 0.9, 0.8, 7),
         guidance=Guidance(weights, 1.0, "none", conditioning, "group"), reward_weights={"accuracy": 1.0},
-        protocol="medevalkit", seeds=[11, 12],
+        protocol="medevalkit", grader=grader, seeds=[11, 12],
     )  # fmt: skip
     (call,) = calls
     (given,) = paid
@@ -195,6 +219,11 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, condition
     told = [instructions()[name] if name else "" for name in distinct]
     expected = [encoder.prompt(record, tmp_path, text).input_ids for record in asked for text in told]
     assert [prompt.input_ids for prompt in call["prompts"]] == expected
+    images = [(tmp_path / f"{n}.png",) for n in range(2) for _ in range(group)]
+    repeated = [record for record in asked for _ in range(group)]
+    rows = zip(repeated, rollout.texts, rollout.perspectives, images, strict=True)
+    assert graded == [Case(*row) for row in rows]
+    assert [set(found) for found in rollout.criteria] == [set(case.asked) for case in graded]
     assert rollout.perspectives == [name for name in distinct for _ in range(each)] * 2
     assert [p.input_ids for p in rollout.prompts] == [ids for ids in expected for _ in range(each)]
     assert set(rollout.seconds) == {"gen", "reward"} and all(0 <= value < 60 for value in rollout.seconds.values())

@@ -151,6 +151,24 @@ def test_a_measurement_is_held_against_the_true_value(stated: str, share: float)
         assert found == pytest.approx(share * scores(text.replace("0.57", stated))[place], abs=0.02)
 
 
+def test_the_answer_must_be_what_the_guideline_says_of_the_stated_measurement() -> None:
+    assert criteria(said(INTUITIVE), HEART, "intuitive", ADULT)["conclusion"] == 1.0
+    small = INTUITIVE.replace("0.57", "0.45")  # and calls it a wide heart
+    assert scores(small)[1] == 1.0 and scores(small, truth=Truth(guidelines()["ctr_adult"], 0.45))[1] == 0.0
+    assert criteria(said("Wide heart shadow."), HEART, "intuitive", ADULT)["conclusion"] is None
+
+
+def test_a_comparison_is_of_what_was_measured() -> None:
+    other = "Cardiothoracic ratio 0.57. Criterion for an adult: 0.50. 0.80. 0.50 < 0.80 so high cardiomegaly B."
+    assert criteria(said(other), HEART, "analytical")["holds"] == 0.0
+    assert scores(other, truth=ADULT)[2] < 0.5 < scores(ANALYTICAL, truth=ADULT)[2]
+    for whole in (
+        "The cardiothoracic ratio of 0.57 is above 0.50.",
+        "The rim measures 2.4 cm, above the limit of 2 cm.",
+    ):
+        assert criteria(said(whole), HEART, "analytical")["holds"] == 1.0
+
+
 def test_a_chance_must_move_towards_the_true_label() -> None:
     assert scores(BAYESIAN, truth=ADULT)[3] == 1.0
     of_another = BAYESIAN.replace("cardiomegaly", "normal heart").replace(" B.", " A.")

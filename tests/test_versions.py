@@ -462,7 +462,7 @@ def summary(folder: Path) -> Any:
         for place, _ in enumerate(asks):
             yield place, Reply(TEXTS[place % len(TEXTS)], 3, ("stop", "length")[place % 5 == 0], 0.0, -place / 9)
 
-    options: dict[str, Any] = {"protocol": "robust", "perspectives": "vote", "title": "q"}
+    options: dict[str, Any] = {"protocol": "robust", "perspectives": "vote", "style": "small", "title": "q"}
     rows = predict(engine, questions, folder / "predictions.jsonl", **options)
     clean = {one.id for one in asked[::3]}
     drawn = Summary(num_resamples=200, seed=0)

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import RESERVED, trained_names
 from mmedexpert.runtime.typos import no_such_key
-from mmedexpert.schema import Config
+from mmedexpert.schema import Config, JudgeConfig, RewardConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.instructions": ("small", "full"),
     "gba.gate": ("none", "correct"),
     "gba.conditioning": ("prompted", "prompted_weighted", "free"),
     "gba.init": ("merged_experts", "base", "sft_all", "each"),
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
+    "reward.grader": ("rules", "judge", "hybrid"),
     "protocol": ("auto", "robust", "medevalkit"),
     "engine.name": ("transformers", "openai"),
     "eval.split": ("val", "test"),
@@ -45,12 +48,14 @@ POSITIVE = (
     "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.num_nodes", "pretrain.images",
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
     "pretrain.checkpoint_every", "engine.endpoint.concurrency", "engine.endpoint.timeout_s",
-    "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s",
+    "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s", "reward.judge.concurrency", "reward.judge.timeout_s",
+    "reward.judge.max_new_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
     "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
-    "engine.endpoint.retries", "eval.llm_judge.retries", "dsa.warmup_ratio", "gba.warmup_ratio", "model.lora.dropout",
+    "engine.endpoint.retries", "eval.llm_judge.retries", "reward.judge.retries", "dsa.warmup_ratio",
+    "gba.warmup_ratio", "model.lora.dropout",
 )  # fmt: skip
 AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
 ABOVE_0_OR_NULL = ("data.limit", "trainer.micro_batch_tokens", "trainer.threads", "gba.epsilon_high")
@@ -184,8 +189,26 @@ def check(config: Config) -> None:
     judge = config.eval.llm_judge
     if (judge.base_url is None) != (judge.model is None):
         raise UserError("eval.llm_judge needs both base_url and model, or neither")
+    _check_grader(config.reward)
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
+
+
+def _check_grader(reward: RewardConfig) -> None:
+    """A judge has a server, and its options a grader that asks it."""
+    judge, plain = reward.judge, JudgeConfig()
+    if reward.grader != "rules":
+        if not judge.base_url or not judge.model:
+            raise UserError(
+                f"reward.grader={reward.grader} needs reward.judge.base_url=<...>/v1 and "
+                "reward.judge.model=<served name>"
+            )
+        return
+    if given := [f.name for f in fields(judge) if getattr(judge, f.name) != getattr(plain, f.name)]:
+        raise UserError(
+            f"reward.judge.{given[0]} is not read here: reward.grader=rules asks no judge: add reward.grader=judge or "
+            "hybrid"
+        )
 
 
 def _check_names(config: Config) -> None:

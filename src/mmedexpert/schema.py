@@ -53,6 +53,7 @@ class ModelConfig:
     max_pixels: int = MISSING
     gradient_checkpointing: bool = False
     system_prompt: str | None = None
+    instructions: str = "full"
     max_new_tokens: int = MISSING
     dsa_lr: float = MISSING
     dsa_steps: int = MISSING
@@ -126,21 +127,6 @@ class GbaConfig:
 
 
 @dataclass
-class RewardConfig:
-    name: str = MISSING
-    weights: dict[str, float] = MISSING
-    protocol: str = MISSING
-
-
-@dataclass
-class MergeConfig:
-    name: str = MISSING
-    method: dict[str, Any] | None = None
-    search: Any = None  # a dictionary or null: Hydra merges none of a command into a null that is typed as one
-    lora_rank: int | None = None
-
-
-@dataclass
 class EndpointConfig:
     """An OpenAI-compatible server."""
 
@@ -151,6 +137,32 @@ class EndpointConfig:
     concurrency: int = 16
     timeout_s: float = 300.0
     retries: int = 5
+
+
+@dataclass
+class JudgeConfig(EndpointConfig):
+    """A server whose model grades completions, and what it is shown of them."""
+
+    max_new_tokens: int = 1024
+    shows_images: bool = True
+    shows_answer: bool = False
+
+
+@dataclass
+class RewardConfig:
+    name: str = MISSING
+    weights: dict[str, float] = MISSING
+    protocol: str = MISSING
+    grader: str = "rules"
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass
+class MergeConfig:
+    name: str = MISSING
+    method: dict[str, Any] | None = None
+    search: Any = None  # a dictionary or null: Hydra merges none of a command into a null that is typed as one
+    lora_rank: int | None = None
 
 
 @dataclass

@@ -11,9 +11,9 @@ import base64
 import io
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import openai
@@ -29,6 +29,8 @@ from mmedexpert.runtime.privacy import without_password
 GONE = 20  # ours: this many questions in a row that the server could not take (and `concurrency` more): it is gone
 CONNECT_SECONDS = 5.0  # ours: the openai client's own default; a dead host is told apart from a slow answer
 CHECK_RETRIES = 2  # ours: few, so that a server that is not there is told at once
+Format = Mapping[str, Any] | None  # a `response_format`
+Formats = Sequence[Format] | None
 ABORTED = ("abort", "error")  # how vLLM and SGLang end an answer that they gave up, for instance on shutdown
 
 
@@ -68,9 +70,13 @@ class OpenAIEngine:
         self.timeout_s = timeout_s
         self.retries = retries
         self._logprobs = True  # until the server refuses
+        self._formats = True  # so, too
 
-    def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
+    def __call__(self, asks: Sequence[Ask], formats: Formats = None) -> Iterator[tuple[int, Reply]]:
         """(place in `asks`, reply), each as soon as it is there; images are read when their question's turn comes.
+
+        `formats` holds OpenAI's `response_format` (a JSON schema) of each question. It is a wish: a server that refuses
+        it is asked without, and a reply may be of another form.
 
         A question that the server refuses for good (HTTP 400, 413, 415, 422: too long, an image it does not take), or
         whose image cannot be opened, gets a `refusal`.
@@ -78,13 +84,13 @@ class OpenAIEngine:
         Raises UserError before the first question where the server is not there, refuses the key, is no such server or
         does not serve the model; and after the last reply where questions stayed without one.
         """
-        replies = self._replies(asks)
+        replies = self._replies(asks, formats or [None] * len(asks))
         alive = weakref.ref(replies)
         # One left half-read would, when the interpreter ends, wait for the event loop's thread, which no longer runs.
         atexit.register(_close, alive)
         return replies
 
-    def _replies(self, asks: Sequence[Ask]) -> Generator[tuple[int, Reply], None, None]:
+    def _replies(self, asks: Sequence[Ask], formats: Sequence[Format]) -> Generator[tuple[int, Reply], None, None]:
         if not asks:
             return
         failed: list[str] = []
@@ -92,7 +98,7 @@ class OpenAIEngine:
         # The event loop has its own thread: requests go on while the caller writes a reply to disk. Leaving the block
         # by an exception (Ctrl-C, the caller's own) cancels them.
         with receive, start_blocking_portal() as portal:
-            work = portal.start_task_soon(self._answer_all, asks, send, failed)
+            work = portal.start_task_soon(self._answer_all, asks, formats, send, failed)
             while True:
                 try:
                     reply = portal.call(receive.receive)
@@ -108,8 +114,9 @@ class OpenAIEngine:
             )
 
     async def _answer_all(
-        self, asks: Sequence[Ask], send: MemoryObjectSendStream[tuple[int, Reply]], failed: list[str]
-    ) -> int:
+        self, asks: Sequence[Ask], formats: Sequence[Format], send: MemoryObjectSendStream[tuple[int, Reply]],
+        failed: list[str],
+    ) -> int:  # fmt: skip
         """Send every answer and refusal down the stream, append reasons to `failed`; the number of replies sent."""
         turn = iter(enumerate(asks))  # shared by the workers: each question is taken once
         workers = min(self.concurrency, len(asks))
@@ -119,7 +126,7 @@ class OpenAIEngine:
             nonlocal answered, in_a_row
             for place, ask in turn:
                 try:
-                    reply = await self._answer(client, ask, self.max_new_tokens, workers)
+                    reply = await self._answer(client, ask, self.max_new_tokens, workers, formats[place])
                 except Exception as error:  # a hostile body can raise almost anything
                     if _own_fault(error):
                         answered += 1
@@ -178,20 +185,27 @@ class OpenAIEngine:
         names = ", ".join(served[:20]) or "nothing"
         raise UserError(f"{self.address} does not serve {self.model!r}{reason} but {names}: name one of these")
 
-    async def _answer(self, client: openai.AsyncOpenAI, ask: Ask, max_tokens: int, workers: int = 1) -> Reply:
+    async def _answer(
+        self, client: openai.AsyncOpenAI, ask: Ask, max_tokens: int, workers: int = 1, wish: Format = None
+    ) -> Reply:
         messages = await anyio.to_thread.run_sync(_messages, ask, self.system_prompt)
         start = time.perf_counter()
-        wanted = self._logprobs
+        wanted, wish = self._logprobs, wish if self._formats else None
         try:
-            done = await self._ask(client, messages, max_tokens)
+            done = await self._ask(client, messages, max_tokens, wish)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not (wanted and "logprob" in _reason(error)):
+            if wanted and "logprob" in _reason(error):
+                self._logprobs = False  # some servers refuse to tell; the others in flight come here, too
+                return await self._answer(client, ask, max_tokens, workers, wish)
+            if wish is None:
                 raise
-            self._logprobs = False  # some servers refuse to tell; the others in flight come here, too
-            done = await self._ask(client, messages, max_tokens)
+            # Servers word it in many ways: where the question alone is taken, it was the format that was refused.
+            reply = await self._answer(client, ask, max_tokens, workers)
+            self._formats = False
+            return reply
         return _reply(done, (time.perf_counter() - start) / workers)
 
-    async def _ask(self, client: openai.AsyncOpenAI, messages: Any, max_tokens: int) -> Any:
+    async def _ask(self, client: openai.AsyncOpenAI, messages: Any, max_tokens: int, wish: Format) -> Any:
         return await client.chat.completions.create(
             model=self.model,
             messages=messages,
@@ -199,6 +213,7 @@ class OpenAIEngine:
             temperature=0.0,
             frequency_penalty=0.0,  # `transformers serve` derives its repetition penalty, here 1, from it
             logprobs=True if self._logprobs else openai.omit,
+            response_format=openai.omit if wish is None else cast(Any, wish),
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.predict import PROTOCOLS, vote
+from mmedexpert.evaluation.predict import PROTOCOLS, Prediction, vote
 from mmedexpert.evaluation.stats import (
     across_seeds,
     cluster_bootstrap_ci,
@@ -25,11 +25,13 @@ from mmedexpert.runtime.identity import labels_of
 
 PAIRED_RESAMPLES = 10_000  # ours: the smallest p is 0.0002, so that Holm over 100 comparisons can still find one
 Number = dict[str, Any]  # one row of comparison.csv: shares in [0, 1], None where there is no number
+ANSWER = ("id", "image_group", "kind", "perspective", "mean_logp", "adherence", "criteria", *PROTOCOLS)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a comparison needs of a question's prediction (the vote, where it was asked under several perspectives)."""
+    """What a comparison needs of a question's prediction (the vote, where it was asked under several perspectives);
+    `answers` are those under a perspective, each with its keys of ANSWER."""
 
     gold: str
     image_group: str
@@ -37,6 +39,7 @@ class Question:
     correct: dict[str, bool]
     parsed: bool
     truncated: bool
+    answers: tuple[Prediction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,10 @@ def _read_run(file: Path) -> EvalRun:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{file} line {number} is no prediction ({error!r}): evaluate again") from error
     questions = {
-        i: _question(vote(list(answers.values())) if len(answers) > 1 else next(iter(answers.values())))
+        i: replace(
+            _question(vote(list(answers.values())) if len(answers) > 1 else next(iter(answers.values()))),
+            answers=tuple({key: row[key] for key in ANSWER if key in row} for p, row in answers.items() if p),
+        )
         for i, answers in rows.items()
     }
     if not questions:

@@ -17,7 +17,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine, Reply
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES, instructions
-from mmedexpert.guidelines.rubrics import adherence
+from mmedexpert.guidelines.rubrics import grades
+from mmedexpert.guidelines.truth import truth_of
 from mmedexpert.models.encode import prompt_text
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
@@ -60,9 +61,10 @@ def perspectives_of(identity: str, setting: str) -> tuple[str | None, ...]:
 
 
 def asks_of(
-    questions: QuestionSet, *, protocol: str, perspectives: str, blank: Path | None = None
+    questions: QuestionSet, *, protocol: str, perspectives: str, style: str, blank: Path | None = None
 ) -> list[tuple[Record, str | None, Ask]]:
     """What a model is asked: each record under each of its perspectives, in order (see `predict`)."""
+    told = instructions(style)
     asked: list[tuple[Record, str | None, Ask]] = []
     for record in questions.records:
         images = tuple(blank or questions.image_root / name for name in record.images)
@@ -70,7 +72,7 @@ def asks_of(
             if protocol == "medevalkit":
                 text = questions.ask(record)
             else:
-                text = prompt_text(record, instructions()[perspective] if perspective else "")
+                text = prompt_text(record, told[perspective] if perspective else "")
             asked.append((record, perspective, Ask(record.id, text, images)))
     return asked
 
@@ -82,19 +84,25 @@ def predict(
     *,
     protocol: str,
     perspectives: str,
+    style: str,
     title: str,
     blank: Path | None = None,
 ) -> list[Prediction]:
     """Greedy answers to all questions, one JSON line each in `path`, on disk as soon as it is there.
 
-    Questions already answered in `path` are not asked again; those refused are. A refused question is a row like the
-    others, wrong and unparsed, with the reason in `refused`; UserError where most are refused, which is a setting's
-    fault. Protocol medevalkit asks in MedEvalKit's words and without
-    perspectives, robust in those of training. `blank` is shown in place of every image (a baseline: what the text
-    alone gives away).
+    Questions already answered in `path` are not asked again but judged by today's rules; those refused are asked. A
+    refused question is a row like the others, wrong and unparsed, with the reason in `refused`; UserError where most
+    are refused, which is a setting's fault. Protocol medevalkit asks in MedEvalKit's words and without perspectives,
+    robust in those of training, with the perspectives' instructions of `style` (small, full). `blank` is shown in place
+    of every image (a baseline: what the text alone gives away).
     """
-    asked = asks_of(questions, protocol=protocol, perspectives=perspectives, blank=blank)
-    kept = {_key(row): row for row in read_predictions(path) if row.get("finish_reason") != REFUSED}
+    asked = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style, blank=blank)
+    record_of = {record.id: record for record in questions.records}
+    kept = {
+        _key(row): _judged_again(questions, record_of[row["id"]], row) if row["id"] in record_of else row
+        for row in read_predictions(path)
+        if row.get("finish_reason") != REFUSED
+    }
     write_atomic(path, _lines(list(kept.values())))  # without a line that a kill cut off
     todo = [item for item in asked if (item[0].id, item[1]) not in kept]
     correct = done = refused = 0
@@ -153,38 +161,42 @@ def _row(questions: QuestionSet, record: Record, perspective: str | None, ask: A
 def judgement(
     questions: QuestionSet, record: Record, response: str, perspective: str | None, *, refused: bool
 ) -> dict[str, Any]:
-    """What rules say of a response: both protocols' verdicts, an open answer's text metrics, and adherence in [0, 1].
+    """What rules say of a response: both protocols' verdicts, an open answer's text metrics, and of the perspective it
+    was asked under the adherence in [0, 1] and the criteria (name to value in [0, 1], None where it cannot be checked).
 
-    A refused question is wrong and unparsed under both (MedEvalKit would read A out of an empty response), and has no
-    adherence.  # ours
+    A refused question is wrong and unparsed under both (MedEvalKit would read A out of an empty response), and has
+    neither adherence nor criteria.  # ours
     """
     judged = {"robust": robust.judge(record, response), "medevalkit": questions.judge(record, response)}
     scores = {name: one.scores for name, one in judged.items()}
     if refused:
-        return {**{name: dict(UNANSWERED) for name in judged}, "scores": scores, "adherence": {}}
+        return {**{name: dict(UNANSWERED) for name in judged}, "scores": scores, "adherence": {}, "criteria": {}}
     plain = {name: {k: v for k, v in asdict(one).items() if k != "scores"} for name, one in judged.items()}
-    score = {perspective: adherence(response, record.options or {}, perspective)} if perspective else {}
-    return {**plain, "scores": scores, "adherence": score}
+    followed: dict[str, Any] = {"adherence": {}, "criteria": {}}
+    if perspective:
+        found = grades(response, record.options, truth_of(record))
+        followed = {
+            "adherence": {perspective: found.scores[perspective]}, "criteria": dict(found.criteria[perspective]),
+        }  # fmt: skip
+    return {**plain, "scores": scores, **followed}
+
+
+def _judged_again(questions: QuestionSet, record: Record, row: Prediction) -> Prediction:
+    refused = row.get("finish_reason") == REFUSED
+    return row | judgement(questions, record, row["response"], row["perspective"], refused=refused)
 
 
 def judge_again(path: Path, questions: QuestionSet) -> list[Prediction]:
     """The predictions in `path`, judged by today's rules without asking; the file is rewritten where they differ.
 
-    Verdicts, scores and adherence follow from the responses alone. UserError for a file of other questions.
+    Verdicts, scores, adherence and criteria follow from the responses alone. UserError for a file of other questions.
     """
     record_of = {record.id: record for record in questions.records}
     before = read_predictions(path)
     if other := sorted({row["id"] for row in before} ^ set(record_of)):
         fix = "delete the run's folder to have them asked again"
         raise UserError(f"{path} does not hold the questions of {questions.name} (such as {other[0]}): {fix}")
-    rows = [
-        row
-        | judgement(
-            questions, record_of[row["id"]], row["response"], row["perspective"],
-            refused=row.get("finish_reason") == REFUSED,
-        )
-        for row in before
-    ]  # fmt: skip
+    rows = [_judged_again(questions, record_of[row["id"]], row) for row in before]
     if rows != before:
         write_atomic(path, _lines(rows))
     return rows
@@ -221,7 +233,8 @@ def majority_engine(train: Sequence[Record], test: Sequence[Record]) -> Engine:
 def vote(rows: Sequence[Prediction]) -> Prediction:
     """One question's answers under several perspectives as one: the outcome picked most often; on ties the one whose
     answers have the highest mean token log-probability. Answers that cannot be parsed have no vote."""
-    voted = {**rows[0], "perspective": "vote", "adherence": {k: v for row in rows for k, v in row["adherence"].items()}}
+    adherences = {k: v for row in rows for k, v in row["adherence"].items()}
+    voted = {**rows[0], "perspective": "vote", "adherence": adherences, "criteria": {}}  # each perspective has its own
     for protocol in PROTOCOLS:
         outcomes: dict[str, list[Prediction]] = {}
         for row in rows:

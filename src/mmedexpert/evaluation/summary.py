@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mmedexpert.data.record import Record
+from mmedexpert.evaluation.perspectives import measured
 from mmedexpert.evaluation.predict import PROTOCOLS, REFUSED, Prediction, vote
 from mmedexpert.evaluation.stats import cluster_bootstrap_ci, macro_bootstrap_ci
-from mmedexpert.guidelines import PERSPECTIVES
 
 
 class Summary:
@@ -41,7 +41,8 @@ class Summary:
         breakdowns: Sequence[str] = (),
         clean: Collection[str] | None = None,
     ) -> dict[str, Any]:
-        """A model's numbers under `protocol`, and under `protocols` the same for both, with breakdowns and baselines.
+        """A model's numbers under `protocol`, and under `protocols` the same for both, with breakdowns and baselines;
+        under `perspectives` what each of them changes (`perspectives.measured`).
 
         `clean` are the ids of questions whose images were not in training (None: not compared).
         """
@@ -49,8 +50,9 @@ class Summary:
         for row in predictions:
             asked[row["id"]].append(row)
         rows = [vote(group) if len(group) > 1 else group[0] for group in asked.values()]
+        perspectives = measured(predictions, self.mean)
         out = self._macro(rows, specialties, protocol)
-        out |= {
+        return out | {
             "protocol": protocol,
             "parse_failure_rate": float(np.mean([not row["robust"]["parsed"] for row in rows])),
             "truncation_rate": float(np.mean([row["finish_reason"] == "length" for row in predictions])),
@@ -61,17 +63,13 @@ class Summary:
                 if row["finish_reason"] == REFUSED
             ],
             "adherence": {
-                name: float(np.mean(scores))
-                for name in PERSPECTIVES
-                if (scores := [row["adherence"][name] for row in predictions if name in row["adherence"]])
+                name: one["adherence"] for name, one in perspectives["each"].items() if one["adherence"] is not None
             },
             "n": len(rows),
             "protocols": {name: self._protocol(rows, name, breakdowns, clean) for name in PROTOCOLS},
             "baselines": {"random": random_accuracy(records), "majority": majority_accuracy(records)},
+            "perspectives": perspectives,
         }
-        if len(predictions) > len(rows):
-            out["vote"] = {name: self._vote(asked, rows, name) for name in PROTOCOLS}
-        return out
 
     def _macro(self, rows: Sequence[Prediction], specialties: Sequence[str], protocol: str) -> dict[str, Any]:
         members = [(row, name) for name in specialties for row in rows if name in row["specialties"]]
@@ -98,23 +96,6 @@ class Summary:
         if clean is not None:
             out["clean"] = self.accuracy([row for row in rows if row["id"] in clean], protocol)
         return out
-
-    def _vote(
-        self, asked: dict[str, list[Prediction]], voted: Sequence[Prediction], protocol: str
-    ) -> dict[str, dict[str, float]]:
-        """Accuracy under each perspective alone, and the gain of the vote over their mean, question by question."""
-        singles = {
-            name: self.accuracy(
-                [row for rows in asked.values() for row in rows if row["perspective"] == name], protocol
-            )
-            for name in PERSPECTIVES
-        }
-        gains = [
-            row[protocol]["correct"] - float(np.mean([single[protocol]["correct"] for single in asked[row["id"]]]))
-            for row in voted
-        ]
-        gain = self.mean(gains, voted)
-        return {**singles, "gain": {"mean": gain["accuracy"], "ci_low": gain["ci_low"], "ci_high": gain["ci_high"]}}
 
 
 def random_accuracy(records: Sequence[Record]) -> float:

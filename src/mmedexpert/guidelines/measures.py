@@ -124,7 +124,16 @@ def _brief(thought: Thought) -> float:
 
 
 def _holds(thought: Thought) -> float:
-    return float(any(True in one.compared for one in thought.sentences))
+    """A true comparison of what was measured: of a number beside a name, in its own sentence or in one before it."""
+    named: set[float] = set()
+    for sentence in thought.sentences:
+        about = bool(sentence.findings or any(number.unit for number in sentence.numbers))
+        if about and "limit" not in sentence.cues:
+            named |= {number.value for number in sentence.numbers}
+        for one, other, truth in sentence.compared:
+            if truth and (about or one in named or other in named):
+                return 1.0
+    return 0.0
 
 
 def _prior(thought: Thought) -> float:

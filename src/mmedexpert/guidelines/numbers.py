@@ -100,12 +100,12 @@ def _is_strength(before: Sequence[str]) -> bool:
     return not _STRENGTH.isdisjoint(before[-3:])
 
 
-def comparisons(tokens: Sequence[str], numbers: Sequence[Number]) -> list[bool]:
-    """Whether each "a is above the limit of b" of a sentence is true."""
+def comparisons(tokens: Sequence[str], numbers: Sequence[Number]) -> list[tuple[float, float, bool]]:
+    """Each "a is above the limit of b" of a sentence: a, b, and whether it is true."""
     if len(numbers) < 2:
         return []
     at = {number.place: number for number in numbers}
-    found: list[bool] = []
+    found: list[tuple[float, float, bool]] = []
     for place, token in enumerate(tokens):
         if token not in _SIGNS:
             continue
@@ -121,5 +121,6 @@ def comparisons(tokens: Sequence[str], numbers: Sequence[Number]) -> list[bool]:
             continue
         if {"and", "so"} & set(between) and not {"is", "it", "this", "lies"} & set(between):
             continue  # another thing is compared
-        found.append(_SIGNS[token](one.value, other.value) != bool({"not", "no"} & set(between)))
+        denied = bool({"not", "no"} & set(between))
+        found.append((one.value, other.value, _SIGNS[token](one.value, other.value) != denied))
     return found

@@ -31,7 +31,8 @@ _OPEN_NAMES = 12  # ours: so many candidates of an open question are followed th
 @dataclass(slots=True)
 class Sentence:
     """A sentence: `cues` how often, `marks` what it holds, `options` to their first place, `findings` and `clinical`
-    beginnings of words, `chances` in [0, 1], `compared` whether each comparison of two numbers is true."""
+    beginnings of words, `chances` in [0, 1],
+    `compared` pairs of numbers and whether what is said of them is true."""
 
     tokens: list[str]
     words: int = 0
@@ -43,7 +44,7 @@ class Sentence:
     numbers: list[Number] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     told: int = 0  # chances in words: one in ten, half
-    compared: list[bool] = field(default_factory=list)
+    compared: list[tuple[float, float, bool]] = field(default_factory=list)
     marks: set[str] = field(default_factory=set)
     masked: str = ""  # its words with options and numbers alike: what repetition is counted in
 

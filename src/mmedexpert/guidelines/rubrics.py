@@ -22,6 +22,7 @@ from mmedexpert.guidelines.reading import Thought, read
 from mmedexpert.guidelines.soundness import faults
 from mmedexpert.guidelines.truth import Truth, truths_of
 
+DATA = ("guidelines.yaml", "perspectives.yaml", "cues.yaml", "weights.yaml")  # what a score depends on beside code
 # Where a weighed sum becomes 1/2, and how far from there it becomes 0 and 1.
 STYLE_SHIFT, STYLE_BELOW, STYLE_ABOVE = 0.25, 1.0, 2.0
 SOUND_SHIFT, SOUND_WIDTH = -0.75, 0.6

@@ -80,7 +80,7 @@ def _language(thought: Thought) -> bool:
 
 def _false_comparison(thought: Thought) -> bool:
     """As many comparisons are false as true ("0.42, above the limit of 0.50")."""
-    compared = [truth for sentence in thought.sentences for truth in sentence.compared]
+    compared = [truth for sentence in thought.sentences for _, _, truth in sentence.compared]
     return compared.count(False) > max(0, compared.count(True) - 1)
 
 

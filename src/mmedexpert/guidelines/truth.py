@@ -33,13 +33,16 @@ def truth_of(record: Record) -> Truth | None:
 
 
 def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, float | None]]:
-    """By perspective: `measurement`, and `threshold` (analytical) or `direction` (Bayesian), each in [0, 1].
+    """By perspective: `measurement`, `conclusion`, and `threshold` (analytical) or `direction` (Bayesian), in [0, 1].
 
     None where there is no truth, or nothing is stated that could be held against it.
     """
     stated = _stated(thought, truth) if truth else None
     near = _nearness(stated, truth) if truth and stated is not None else None
-    found: dict[str, dict[str, float | None]] = {name: {"measurement": near} for name in PERSPECTIVES}
+    follows = _conclusion(thought, stated, truth) if truth and stated is not None else None
+    found: dict[str, dict[str, float | None]] = {
+        name: {"measurement": near, "conclusion": follows} for name in PERSPECTIVES
+    }
     found["analytical"]["threshold"] = _threshold(thought, truth, stated) if truth else None
     found["bayesian"]["direction"] = _direction(thought, truth) if truth else None
     return dict(found)
@@ -61,6 +64,12 @@ def _stated(thought: Thought, truth: Truth) -> float | None:
 def _nearness(stated: float, truth: Truth) -> float:
     scale = max(truth.guideline.cuts)
     return min(1.0, max(0.0, (FAR - abs(stated - truth.value) / scale) / (FAR - CLOSE)))
+
+
+def _conclusion(thought: Thought, stated: float, truth: Truth) -> float:
+    """Whether the answer is what the guideline says of the measurement that is stated."""
+    label = normal(truth.guideline.labels[truth.guideline.level(stated)])
+    return float(thought.answered is not None and thought.naming.names[thought.answered] == label)
 
 
 def thresholds(thought: Thought, stated: float | None) -> set[float]:

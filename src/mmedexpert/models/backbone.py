@@ -40,6 +40,7 @@ class Loading:
     max_pixels: int
     system_prompt: str | None
     device: str
+    instructions: str = "small"  # style of the perspectives' instructions
 
 
 def core_of(model: Any) -> Any:
@@ -180,7 +181,7 @@ def load_encoder(folder: Path, loading: Loading) -> Encoder:
         raise UserError(
             f"{folder} has no chat template: add chat_template.json or chat_template.jinja from the model hub"
         )
-    return Encoder(tokenizer, images, system_prompt=loading.system_prompt)
+    return Encoder(tokenizer, images, system_prompt=loading.system_prompt, style=loading.instructions)
 
 
 def save_backbone(folder: Path, model: PreTrainedModel, encoder: Encoder) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmedexpert.data.images import open_image
 from mmedexpert.data.record import Record
+from mmedexpert.guidelines import instructions
 
 IMAGE_TOKEN = "<|image_pad|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of the trained format: tokens of the tiny tokenizer
@@ -57,11 +58,21 @@ def target_text(record: Record) -> str:
 
 
 class Encoder:
-    """Tokenises prompts and completions and patches images, keeping `cache_bytes` of the last used images in memory."""
+    """Tokenises prompts and completions and patches images, keeping `cache_bytes` of the last used images in memory.
+
+    `style` (small, full) is that of the perspectives' instructions, which are `instructions` by perspective.
+    """
 
     def __init__(
-        self, tokenizer: Any, image_processor: Any, *, system_prompt: str | None = None, cache_bytes: int = CACHE_BYTES
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        system_prompt: str | None = None,
+        style: str = "small",
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        self.instructions = instructions(style)
         self.tokenizer, self.image_processor, self.system_prompt = tokenizer, image_processor, system_prompt
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.end_ids: list[int] = [tokenizer.convert_tokens_to_ids("<|im_end|>")]

@@ -15,12 +15,14 @@ from rich.table import Table
 
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import BASELINES
+from mmedexpert.reporting.perspectives import SAID, perspective_rows
 from mmedexpert.runtime.runs import Run, explained
 
 Row = dict[str, str]
 # columns of text
 LEFT = (
     "benchmark", "model", "job", "stage", "name", "folder", "protocol", "source", "numbers", "run_id", "state", "why",
+    "asked under", "questions", "criteria",
 )  # fmt: skip
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -122,8 +124,8 @@ def print_result(runs: Mapping[str, Run], note: str = "") -> None:
     if evaluated:
         public = {n.removeprefix("benchmarks/"): s for n, s in evaluated.items() if s["question_set"]["public"]}
         own = {name: one for name, one in evaluated.items() if not one["question_set"]["public"]}
-        if voted := [row for name, one in (own | public).items() if "vote" in one for row in vote_rows(name, one)]:
-            print_table(voted, "One perspective against the vote of four", "gain: vote minus mean of the four, paired.")
+        if asked_under := perspective_rows({name: one["perspectives"] for name, one in (own | public).items()}):
+            print_table(asked_under, "Perspectives", SAID)
         if own:
             pipeline = runs.get("pipeline")
             rows = model_rows(pipeline.summary) if pipeline else [_row(name, one) for name, one in own.items()]
@@ -213,18 +215,6 @@ def unanswered(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"({row['refused'][:120]}); all in summary.json"
             )
     return lines
-
-
-def vote_rows(name: str, one: Mapping[str, Any]) -> list[Row]:
-    """One row per protocol: accuracy under each perspective alone, of the vote, and the gain with its interval."""
-    return [
-        {
-            "model": name, "protocol": protocol,
-            **{p: f"{found[p]['accuracy']:.2f}" for p in PERSPECTIVES},
-            "vote [95% CI]": interval(one["protocols"][protocol]), "gain [95% CI]": interval(found["gain"], "mean"),
-        }
-        for protocol, found in one["vote"].items()
-    ]  # fmt: skip
 
 
 def _main_numbers(run: Run) -> dict[str, str]:

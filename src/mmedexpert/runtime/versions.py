@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -37,7 +38,7 @@ VERSIONS: dict[str, int] = {
     "sft": 1,
     "sampling": 3,  # 2: random numbers by the batch instead of by the prompt
     "rewards": 2,
-    "rubrics": 1,
+    "rubrics": 2,  # 1: read the phantoms' wording alone
     "advantages": 2,  # 1: weights divided by their sum, not centred behind the gate
     "losses": 1,
     "gba": 2,  # how an update uses a rollout
@@ -62,7 +63,7 @@ VERSIONS: dict[str, int] = {
     "medevalkit": 2,  # 1: own letters and SLAKE were told by the look of options and source
     "metrics": 1,
     "stats": 1,
-    "summary": 1,
+    "summary": 2,  # 1: of the perspectives, single accuracies and the vote's gain alone
     "overlap": 1,  # which test questions count as seen in training
 }
 PACKAGE = "mmedexpert."
@@ -103,6 +104,11 @@ def _source_of(module: str) -> str:
     except (ImportError, OSError, TypeError, ValueError):
         text = module
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of what `value` is as JSON: data that decides a result, for a run's key."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache

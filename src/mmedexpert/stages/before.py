@@ -46,8 +46,8 @@ def check_inputs(config: Config) -> Config:
         rewards.outcome([], options=[], answer=[], weights=config.reward.weights)  # are they rewards?
     if "caci" in work:
         _try_merge(config)
+    _check_keys(config, work)
     if "eval" in work:
-        _check_keys(config)
         _check_models(config)
     if "data" in work:
         data = dataset(config)
@@ -92,12 +92,19 @@ def _try_merge(config: Config) -> None:
         call_method(functools.partial(rule, **point), list(experts), list(reasoners), "the settings")
 
 
-def _check_keys(config: Config) -> None:
-    for where, endpoint in (("engine.endpoint", config.engine.endpoint), ("eval.llm_judge", config.eval.llm_judge)):
-        if endpoint.base_url is None or (where == "engine.endpoint" and config.engine.name != "openai"):
+def _check_keys(config: Config, work: set[str]) -> None:
+    """Addresses and keys of the servers that this command asks."""
+    asked = {
+        "engine.endpoint": (config.engine.endpoint, "eval" in work and config.engine.name == "openai"),
+        "eval.llm_judge": (config.eval.llm_judge, "eval" in work),
+        "reward.judge": (config.reward.judge, "gba" in work and config.reward.grader != "rules"),
+    }
+    for where, (endpoint, needed) in asked.items():
+        if not needed or endpoint.base_url is None:
             continue
         if not endpoint.base_url.startswith(("http://", "https://")):
-            raise UserError(f"{where}.base_url={endpoint.base_url} is no web address: write http://localhost:8000/v1")
+            shown = endpoint.base_url.rpartition("@")[2]  # before it stands a user and password
+            raise UserError(f"{where}.base_url={shown} is no web address: write http://localhost:8000/v1")
         variable = endpoint.api_key_env
         if variable is not None and not os.environ.get(variable):
             raise UserError(

@@ -11,6 +11,7 @@ from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.evaluation.predict import QuestionSet, predict
 from mmedexpert.evaluation.summary import Summary
+from mmedexpert.guidelines import instructions
 from mmedexpert.merging.apply import merge_adapters
 from mmedexpert.merging.conflicts import COLUMNS, Conflicts
 from mmedexpert.merging.figures import conflict_figures
@@ -25,7 +26,7 @@ from mmedexpert.reporting.tracking import log_metrics, log_table
 from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, write_json
-from mmedexpert.runtime.versions import rule_of, text_of, versions
+from mmedexpert.runtime.versions import digest, rule_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import dsa, gba
@@ -133,7 +134,7 @@ class _Search:
             "protocol": self.protocol, "perspectives": config.eval.perspectives,
             "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
             "rules": versions("prompts", "rotate", "metrics", "stats", self.protocol),
-            "instructions": text_of("perspectives.yaml"),
+            "instructions": digest(instructions(config.model.instructions)),
         }  # fmt: skip
 
     def rows(
@@ -160,7 +161,8 @@ class _Search:
                 engine.encoder.system_prompt = encoder.system_prompt
             answers = predict(
                 engine, self.questions, folder / "search" / f"{place:04d}.jsonl", protocol=self.protocol,
-                perspectives=config.eval.perspectives, title=f"point {place + 1} of {len(self.points)}",
+                perspectives=config.eval.perspectives, style=config.model.instructions,
+                title=f"point {place + 1} of {len(self.points)}",
             )  # fmt: skip
             found = numbers.of(
                 answers, self.questions.records, protocol=self.protocol, specialties=config.specialty.names

@@ -103,6 +103,7 @@ def loading(config: Config) -> Loading:
         model.max_pixels,
         model.system_prompt,
         device_of(config),
+        model.instructions,
     )
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
+from mmedexpert.guidelines import instructions
 from mmedexpert.models.adapters import record_base
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base, new_folder
@@ -17,7 +18,7 @@ from mmedexpert.models.encode import Encoder
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, console
-from mmedexpert.runtime.versions import text_of, versions
+from mmedexpert.runtime.versions import digest, versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import (
     content_of,
@@ -78,7 +79,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         "model": model_key(config),
         "trainer": training_key(config),
         "rules": versions("prompts", "batches", "optimiser", "sft"),
-        "instructions": text_of("perspectives.yaml"),
+        "instructions": digest(instructions(config.model.instructions)),
     }
 
     def work(run: Run) -> dict[str, float]:

@@ -20,6 +20,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
 from mmedexpert.evaluation.summary import Summary
+from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.names import BLANK_IMAGE, MAJORITY
 from mmedexpert.reporting.cards import record_evaluation
@@ -77,7 +78,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     settings, questions = config.eval, asked.questions
     protocol = config.protocol if config.protocol != "auto" else ("medevalkit" if asked.public else "robust")
     perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
-    asks = asks_of(questions, protocol=protocol, perspectives=perspectives)
+    asks = asks_of(questions, protocol=protocol, perspectives=perspectives, style=config.model.instructions)
     words = json.dumps([(record.id, perspective, ask.text) for record, perspective, ask in asks])
     key: dict[str, Any] = {
         "asked": hashlib.sha256(words.encode()).hexdigest()[:16],
@@ -124,7 +125,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
             rows = predict(
                 _engine(config, subject, questions, protocol), questions, run.folder / "predictions.jsonl",
                 protocol=protocol, title=f"{subject.name} {questions.name}",
-                perspectives=perspectives, blank=blank,
+                perspectives=perspectives, style=config.model.instructions, blank=blank,
             )  # fmt: skip
         with run.phase("summarise"):
             flat = summarise(run, rows)
@@ -209,7 +210,7 @@ def _rules(config: Config, questions: QuestionSet) -> str:
             **versions("robust", "medevalkit", "metrics", "stats", "rubrics", "summary"),
             **rule_followed_by(questions.judge),
         },
-        "guidelines": text_of("guidelines.yaml"),
+        "guidelines": {name: text_of(name) for name in DATA},
         "settings": {k: settings[k] for k in ("num_resamples", "contamination", "llm_judge", "protocol")},
         "seed": config.seed,
     }

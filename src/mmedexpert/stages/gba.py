@@ -14,7 +14,8 @@ from peft import PeftModel
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.models.adapters import LoraAdapter, concatenate_lora, record_base
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start_from_
 from mmedexpert.models.checkpoint import fingerprint_base
@@ -23,10 +24,11 @@ from mmedexpert.reporting.cards import write_card
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
+from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import gather, rank
 from mmedexpert.runtime.runs import Run
-from mmedexpert.runtime.versions import text_of, versions
-from mmedexpert.schema import Config, LoggerConfig
+from mmedexpert.runtime.versions import digest, text_of, versions
+from mmedexpert.schema import Config, LoggerConfig, RewardConfig
 from mmedexpert.scoring import Protocol
 from mmedexpert.stages import dsa
 from mmedexpert.stages.common import (
@@ -45,6 +47,8 @@ from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.advantages import RewardScale
 from mmedexpert.training.fit import fit, gathered
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
+from mmedexpert.training.grading import Grader, grader_of
+from mmedexpert.training.judge import VERSION
 from mmedexpert.training.losses import LossType
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, roll_out
 
@@ -108,12 +112,14 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, "train", specialties)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
+        grader = grader_of(_reward(config), Path(config.paths.outputs) / "grades.jsonl")
         encoder, policy = load_encoder(base.folder, loading(config)), _policy(config, base, starts)
         curve = run.folder / "curve.jsonl"
         with run.phase("train"), stage_logger(config, run) as logger:
             stream = rollout_stream(
-                records, _sampler(config, policy, encoder, image_root), prompts_per_step=settings.prompts_per_step,
-                num_iterations=settings.num_iterations, seed=config.seed, dynamic_sampling=settings.dynamic_sampling,
+                records, _sampler(config, policy, encoder, image_root, grader),
+                prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
+                dynamic_sampling=settings.dynamic_sampling,
                 settle=partial(_scale_by_batch, _guidance(config)) if settings.scale_rewards == "batch" else None,
                 watch=_Watch(curve, image_root, logger, config.logger),
             )  # fmt: skip
@@ -140,21 +146,43 @@ def _key(config: Config, specialties: list[str]) -> dict[str, Any]:
         "specialties": specialties,
         "gba": _settings(config),
         "lora": asdict(config.model.lora),
-        "reward": {k: v for k, v in asdict(config.reward).items() if k != "name"},
+        "reward": _reward_key(config),
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "trainer": training_key(config),
         "rules": versions(*RULES, config.reward.protocol),
-        "instructions": text_of("perspectives.yaml"),
-        "guidelines": text_of("guidelines.yaml"),
+        "instructions": digest(instructions(config.model.instructions)),
+        "guidelines": {name: text_of(name) for name in DATA} if _weighted(config) else None,
     }
 
 
 def _settings(config: Config) -> dict[str, Any]:
     """The settings of GBA that act: where no perspective has weight, scale and gate act on nothing."""
     settings = {k: v for k, v in asdict(config.gba).items() if k not in ("name", "checkpoint_every")}
-    if not config.gba.scale or not any(config.gba.weights):
+    if not _weighted(config):
         settings |= {"weights": [0.0] * len(PERSPECTIVES), "scale": 0.0, "gate": "none"}
     return settings
+
+
+def _weighted(config: Config) -> bool:
+    """Whether any perspective has weight."""
+    return bool(config.gba.scale and any(config.gba.weights))
+
+
+def _reward(config: Config) -> RewardConfig:
+    """The reward that acts: where no perspective has weight no judge is paid, and the rules measure adherence."""
+    return config.reward if _weighted(config) else replace(config.reward, grader="rules")  # ours
+
+
+def _reward_key(config: Config) -> dict[str, Any]:
+    """What of the reward decides a reasoner; of a judge's server not its speed, nor how it is logged in to."""
+    reward, judge = _reward(config), config.reward.judge
+    key: dict[str, Any] = {"weights": reward.weights, "protocol": reward.protocol}
+    if reward.grader == "rules":
+        return key
+    address = without_password(judge.base_url or "").rstrip("/")
+    sees = {"images": judge.shows_images, "answer": judge.shows_answer}
+    told = {"server": [address, judge.model, judge.revision], "prompt": VERSION, "sees": sees}
+    return key | {"grader": reward.grader, "judge": {**told, "max_new_tokens": judge.max_new_tokens}}
 
 
 def _policy(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> PeftModel:
@@ -189,7 +217,7 @@ def _guidance(config: Config) -> Guidance:
 
 
 def _sampler(
-    config: Config, policy: PeftModel, encoder: Encoder, image_root: Path
+    config: Config, policy: PeftModel, encoder: Encoder, image_root: Path, grader: Grader
 ) -> Callable[[list[Record], list[int]], Rollout]:
     """What samples and scores a group for each record, by the record's seed."""
     settings, guidance = config.gba, _guidance(config)
@@ -201,7 +229,8 @@ def _sampler(
         with gathered(policy):
             return roll_out(
                 policy, encoder, records, image_root, sampling=sampling, guidance=guidance,
-                reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol), seeds=seeds,
+                reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol),
+                grader=grader, seeds=seeds,
             )  # fmt: skip
 
     return sample
@@ -209,6 +238,8 @@ def _sampler(
 
 def _write_cards(config: Config, run: Run, base: Base, data: Mapping[str, Any], starts: Sequence[LoraAdapter]) -> None:
     told = "GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in _settings(config).items())
+    if (reward := _reward(config)).grader != "rules":
+        told += f", graded by {reward.grader} ({reward.judge.model})"
     titles = {"adapter": "reasoner (GBA)", "update": "reasoner's RL update alone (GBA)"}
     for part, title in titles.items():
         write_card(

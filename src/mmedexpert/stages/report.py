@@ -17,11 +17,15 @@ from mmedexpert.evaluation.comparison import (
     Number,
     accuracies,
     aligned,
+    by_benchmark,
     paired,
     paired_over_seeds,
     read_runs,
     seed_rows,
 )
+from mmedexpert.evaluation.perspectives import measured, rows_of_numbers
+from mmedexpert.evaluation.summary import Summary
+from mmedexpert.reporting.perspectives import SAID, perspective_rows
 from mmedexpert.reporting.tables import Row, csv_text, latex, markdown, print_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, run_id, write_json
@@ -32,6 +36,7 @@ OVER_SEEDS = (
     "In percentage points; of each question the mean over seeds, against the reference under the same seeds. The "
     "interval says how much the questions matter, the spread over seeds how much the training does."
 )
+ByModel = dict[str, dict[str, dict[str, Any]]]  # benchmark to model to what `perspectives.measured` found
 PUBLISHED_UNDER = "medevalkit"  # ours: which of our two numbers stands beside those of others
 METHODS = (
     "Accuracy in percent over questions; intervals: 95% bootstrap, clustered on image. Paired: the same questions; "
@@ -68,15 +73,36 @@ def run(config: Config) -> dict[str, Run]:
         tests, missing = paired(runs, against, seed=config.seed)
         numbers, notes = numbers + tests + paired_over_seeds(runs, against, seed=config.seed), notes + missing
 
+    found = perspectives_of(runs, num_resamples=config.eval.num_resamples, seed=config.seed)
+    numbers += [
+        {"table": "perspectives", "benchmark": benchmark, "model": model, **number}
+        for benchmark, models in found.items()
+        for model, one in models.items()
+        for number in rows_of_numbers(one)
+    ]
+
     identity = run_id("report", {"runs": [str(r.path.resolve()) for r in runs], "against": settings.against})
     folder = Path(settings.out) if settings.out else Path(config.paths.outputs) / "report" / f"comparison-{identity}"
-    write(folder, runs, numbers, notes, sources)
+    write(folder, runs, numbers, notes, sources, found)
+    if asked_under := _perspectives(found):
+        print_table(asked_under, "Perspectives", SAID)
     if over_seeds := [_over_seeds(n) for n in numbers if n["table"] == "paired_seeds" and n["protocol"] == "robust"]:
         print_table(over_seeds, "Paired differences over seeds", OVER_SEEDS)
     print_table(
         overview(numbers), "Comparison", "\n".join([METHODS, *notes, f"{folder}/comparison.md .tex .csv .json"])
     )
     return {}
+
+
+def perspectives_of(runs: Sequence[EvalRun], *, num_resamples: int, seed: int) -> ByModel:
+    """What each perspective changes in every run, over the questions that are compared."""
+    mean = Summary(num_resamples=num_resamples, seed=seed).mean
+    return {
+        benchmark: {
+            run.label: measured([row for q in run.questions.values() for row in q.answers], mean) for run in members
+        }
+        for benchmark, members in by_benchmark(runs)
+    }
 
 
 def load_published(path: Path) -> list[Source]:
@@ -101,14 +127,19 @@ def load_published(path: Path) -> list[Source]:
 
 
 def write(
-    folder: Path, runs: Sequence[EvalRun], numbers: Sequence[Number], notes: Sequence[str], sources: Sequence[Source]
+    folder: Path,
+    runs: Sequence[EvalRun],
+    numbers: Sequence[Number],
+    notes: Sequence[str],
+    sources: Sequence[Source],
+    perspectives: ByModel,
 ) -> None:
     """`comparison.md` and `.tex` (tables to read), `.csv` (one row per number) and `.json` (the same, and the runs)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"report.out={folder} cannot be written ({error.strerror}): give another folder") from error
-    tables = sections(numbers, sources)
+    tables = sections(numbers, sources, perspectives)
     md = ["# Comparison\n", METHODS + "\n", "".join(f"- {note}\n" for note in notes)]
     md += [f"## {title}\n{note and f'{chr(10)}{note}{chr(10)}'}\n{markdown(rows)}" for title, note, rows in tables]
     tex = [f"% {METHODS}\n", "".join(f"% {note}\n" for note in notes)]
@@ -130,13 +161,18 @@ def write(
     write_json(folder / "comparison.json", {"runs": named, "notes": notes, "numbers": numbers, "published": quoted})
 
 
-def sections(numbers: Sequence[Number], sources: Sequence[Source]) -> list[tuple[str, str, list[Row]]]:
+def sections(
+    numbers: Sequence[Number], sources: Sequence[Source], perspectives: ByModel | None = None
+) -> list[tuple[str, str, list[Row]]]:
     """The tables of the report as (title, note, rows); those without rows are left out."""
     of = {name: [n for n in numbers if n["table"] == name] for name in TABLES}
     seeds_note = "Mean and standard deviation over training seeds; which questions were asked does not vary here."
     found = [("Accuracy", "", _models(of["accuracy"])), ("Seeds", seeds_note, _seeds(of["seeds"]))]
     found += [("Paired differences", "In percentage points.", [_test(number) for number in of["paired"]])]
     found += [("Paired differences over seeds", OVER_SEEDS, [_over_seeds(number) for number in of["paired_seeds"]])]
+    found.append(
+        ("Perspectives", f"Accuracies, gain and agreement in percent. {SAID}", _perspectives(perspectives or {}))
+    )
     for benchmark, group in dict.fromkeys((n["benchmark"], n["group"]) for n in of["breakdown"]):
         part = [n for n in of["breakdown"] if (n["benchmark"], n["group"]) == (benchmark, group)]
         for protocol in PROTOCOLS:
@@ -186,6 +222,14 @@ def _models(numbers: Sequence[Number]) -> list[Row]:
         row |= {"n": str(number["n"])} | {name: f"{_percent(number[name])}%" for name in ("unparsed", "truncated")}
         row[f"{number['protocol']} [95% CI]"] = _interval(number)
     return list(rows.values())
+
+
+def _perspectives(found: ByModel) -> list[Row]:
+    return [
+        ({"benchmark": benchmark} if benchmark else {}) | row
+        for benchmark, models in found.items()
+        for row in perspective_rows(models, _percent)
+    ]
 
 
 def _seeds(numbers: Sequence[Number]) -> list[Row]:

@@ -1,17 +1,14 @@
-"""Outcome rewards, in the signature of TRL's reward functions, and the adherence scores of the four perspectives.
+"""Outcome rewards, in the signature of TRL's reward functions; adherence to the perspectives: `training/grading.py`.
 
 docs/usage.md has the formulas; the paper does not state its rewards. # ours
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmedexpert.errors import UserError, suggestion
-from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.scoring import Protocol, score_choice
 from mmedexpert.scoring.choice import has_format
 from mmedexpert.scoring.robust import read_text
@@ -76,19 +73,3 @@ def outcome(
     parts = {name: [float(value or 0.0) for value in values] for name, values in rewards.items()}
     total = [sum(weights[name] * parts[name][i] for name in weights) for i in range(len(completions))]
     return total, parts
-
-
-def adherence_matrix(
-    completions: Sequence[str], options: Sequence[Options], perspectives: Sequence[str | None]
-) -> list[list[float]]:
-    """Adherence scores `[N, K]` in [0, 1], K in the order of `PERSPECTIVES`.
-
-    A completion prompted for one perspective is scored on that alone, NaN elsewhere; one prompted for none (None), on
-    all (`gba.conditioning`). Raises ValueError for an unknown perspective or unequal lengths.
-    """
-    if unknown := set(perspectives) - {None, *PERSPECTIVES}:
-        raise ValueError(f"perspectives must be None or one of {', '.join(PERSPECTIVES)}, got {unknown.pop()!r}")
-    return [
-        [adherence(text, choices, name) if asked in (None, name) else math.nan for name in PERSPECTIVES]
-        for text, choices, asked in zip(completions, options, perspectives, strict=True)
-    ]

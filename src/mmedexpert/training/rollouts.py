@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmedexpert.scoring import Protocol
 from mmedexpert.training import rewards
 from mmedexpert.training.advantages import RewardScale, guideline_based, perspective_terms
 from mmedexpert.training.fit import step_seed
+from mmedexpert.training.grading import Case, Criteria, Grader, report_of
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Rollout:
     finished: Tensor  # [B*G]
     outcome: Tensor  # [B, G]
     parts: dict[str, list[float]]  # each reward function's values [B*G]
-    adherence: Tensor  # [B, G, K], NaN where another perspective was asked for
+    adherence: Tensor  # [B, G, K], NaN where another perspective was asked for, or a judge's grade is missing
     terms: Tensor  # [B, G, K] each perspective's share of the advantage
     advantages: Tensor  # [B, G]
     seconds: dict[str, float]  # wall seconds of `gen` and `reward`
     old_logps: Tensor | None = None  # [B*G, T], of the first update, for the later ones
+    criteria: list[Criteria] = field(default_factory=list)  # of the perspectives asked [B*G]
+    graded: dict[str, float] = field(default_factory=dict)  # `Grading.counts`, of all completions that were graded
 
     def informative(self) -> list[int]:
         """The groups that move the policy: those in which not every advantage is zero."""
@@ -80,16 +83,17 @@ class Rollout:
 
         def chosen(name: str, value: Any) -> Any:
             places = list(groups) if name in PER_GROUP else rows
-            return value[places] if isinstance(value, Tensor) else [value[place] for place in places]
+            return value[places] if isinstance(value, Tensor) else [value[place] for place in places if value]
 
-        values = {name: value for name, value in vars(self).items() if name not in ("parts", "seconds", "old_logps")}
+        kept = ("parts", "seconds", "graded", "old_logps")
+        values = {name: value for name, value in vars(self).items() if name not in kept}
         taken = {name: chosen(name, value) for name, value in values.items()}
         parts = {name: chosen(name, value) for name, value in self.parts.items()}
         old = None if self.old_logps is None else self.old_logps[rows]
         return replace(self, **taken, parts=parts, old_logps=old)
 
     def join(self, other: Rollout) -> Rollout:
-        """The groups of both; completions are padded to the longer of the two, seconds add up."""
+        """The groups of both; completions are padded to the longer of the two, seconds and counts add up."""
 
         def both(name: str, one: Any, more: Any) -> Any:
             if not isinstance(one, Tensor):
@@ -99,11 +103,12 @@ class Rollout:
                 one, more = (F.pad(part, (0, width - part.shape[1])) for part in (one, more))
             return torch.cat([one, more])
 
-        values = {name: value for name, value in vars(self).items() if name not in ("parts", "seconds")}
+        values = {name: value for name, value in vars(self).items() if name not in ("parts", "seconds", "graded")}
         joined = {name: both(name, value, getattr(other, name)) for name, value in values.items()}
         parts = {name: values + other.parts[name] for name, values in self.parts.items()}
         seconds = {name: value + other.seconds[name] for name, value in self.seconds.items()}
-        return replace(self, **joined, parts=parts, seconds=seconds)
+        graded = {name: self.graded.get(name, 0.0) + other.graded.get(name, 0.0) for name in self.graded | other.graded}
+        return replace(self, **joined, parts=parts, seconds=seconds, graded=graded)
 
 
 def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
@@ -141,9 +146,12 @@ def roll_out(
     guidance: Guidance,
     reward_weights: dict[str, float],
     protocol: Protocol,
+    grader: Grader,
     seeds: Sequence[int],
 ) -> Rollout:
     """Sample a group per record, each by its own seed, score it and compute its advantages.
+
+    `grader` says how far each completion follows its perspective; a grade that is missing (NaN) counts as not asked.
 
     Completions of one record that share an instruction share its prefill; images are patched once per record.
     """
@@ -183,20 +191,26 @@ def roll_out(
         weights=reward_weights,
         protocol=protocol,
     )
-    adherence = rewards.adherence_matrix(texts, [record.options for record in repeated], perspectives)
+    grading = grader(
+        [
+            Case(record, text, name, tuple(image_root / image for image in record.images))
+            for record, text, name in zip(repeated, texts, perspectives, strict=True)
+        ]
+    )
     scores = torch.tensor(outcome).view(-1, group)
-    followed = torch.tensor(adherence).view(-1, group, len(PERSPECTIVES))
+    followed = torch.tensor(grading.scores).view(-1, group, len(PERSPECTIVES))
     correct = torch.tensor(parts["accuracy"]).view(-1, group) == 1.0
     total, terms = advantages(scores, followed, guidance, correct)
     seconds = {"gen": sampling_ended - start, "reward": time.perf_counter() - sampling_ended}
     return Rollout(
         [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
         sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total, seconds,
+        criteria=grading.criteria, graded=grading.counts,
     )  # fmt: skip
 
 
 def report(rollout: Rollout) -> dict[str, float]:
-    """TRL's metric names, and ours under `advantages/` and `adherence/`.
+    """TRL's metric names, and ours under `advantages/`, `adherence/` and, where a judge graded, `grader/`.
 
     `reward_std` is the deviation of all rewards, as in TRL; `reward_std_group` the mean of those within groups.
     """
@@ -227,11 +241,11 @@ def report(rollout: Rollout) -> dict[str, float]:
             # the mean of centred terms says little: their mean size says how much a perspective steers
             metrics[f"advantages/{name}/mean"] = rollout.terms[..., k].mean()
             metrics[f"advantages/{name}/mean_abs"] = rollout.terms[..., k].abs().mean()
-    return {key: float(value) for key, value in metrics.items()}
+    return {key: float(value) for key, value in metrics.items()} | report_of(rollout.graded)
 
 
 def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, image_root: Any) -> list[dict[str, Any]]:
-    """The completions table: one row per completion, with its image, rewards, adherence and advantage."""
+    """The completions table: a row per completion, with its image, rewards, adherence, criteria and advantage."""
     group = rollout.outcome.shape[1]
     rows = []
     for i, text in enumerate(rollout.texts):
@@ -241,5 +255,17 @@ def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, imag
         row |= {"perspective": rollout.perspectives[i] or "none", "completion": text, "answer": record.answer}
         row |= {name: values[i] for name, values in rollout.parts.items()}
         row |= {f"adherence_{name}": float(rollout.adherence[b, g, k]) for k, name in enumerate(PERSPECTIVES)}
+        row["criteria"] = criteria_text(rollout.criteria[i]) if rollout.criteria else ""
         rows.append({**row, "advantage": float(rollout.advantages[b, g])})
     return rows
+
+
+def criteria_text(criteria: Criteria) -> str:
+    """What held, in one cell: `candidates=1 exclusion=0.5 conclusion=-`, a dash where a criterion cannot be checked;
+    with the perspective before each where several were asked, empty where the grade is missing."""
+    cells = [
+        f"{perspective}/{name}={'-' if value is None else f'{value:.2g}'}"
+        for perspective, found in criteria.items()
+        for name, value in found.items()
+    ]
+    return " ".join(cells if len(criteria) > 1 else [cell.partition("/")[2] for cell in cells])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 from mmedexpert.data.record import Record
-from mmedexpert.guidelines import instructions
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt, target_text
 from mmedexpert.models.packing import micro_batches, pack, token_logps
@@ -140,7 +139,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def sample(encoder: Encoder, image_root: Path, record: Record) -> tuple[Prompt, list[int]]:
     """Prompt and completion of a training record, under the perspective its trace was written from."""
-    instruction = instructions()[record.trace.perspective] if record.trace else ""
+    instruction = encoder.instructions[record.trace.perspective] if record.trace else ""
     return encoder.prompt(record, image_root, instruction), encoder.completion(target_text(record))
 
 
