@@ -104,11 +104,9 @@ def test_training_alone_needs_no_question(with_records):
     assert check_inputs(composed("specialty=pediatrics", "stage=dsa")).specialty.names == ["pediatrics"]
 
 
-def test_reinforcement_needs_options(with_records):
+def test_open_questions_are_trained_on_like_others(with_records):
     with_records(("pediatrics", WHOLE), options=False)
-    with pytest.raises(UserError, match="options in every record"):
-        check_inputs(composed("specialty=pediatrics"))
-    check_inputs(composed("specialty=pediatrics", "stage=dsa"))
+    assert check_inputs(composed("specialty=pediatrics")).specialty.names == ["pediatrics"]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,39 @@ def test_the_terms_that_are_logged_add_up_to_the_advantage(gate):
         assert bool((terms[1] == 0).all()) == (gate == "correct")  # a group without a right answer
 
 
+def test_an_open_question_with_two_images_takes_the_same_path(tiny, picture, tmp_path, monkeypatch):
+    model, encoder = copy.deepcopy(tiny[0]), tiny[1]
+    for n in range(2):
+        picture(n).save(tmp_path / f"{n}.png")
+    record = replace(records(1)[0], images=("0.png", "1.png"), options=None, answer="Pneumonia")
+    thought = (
+        "The differential includes pneumonia, edema and embolism. Edema would be bilateral with a large heart, and is "
+        "unlikely here. Embolism is ruled out by quiet legs. Fever and a dense lower lobe leave pneumonia."
+    )
+    right, wrong = (f"<think>{thought}</think><answer>{answer}</answer>" for answer in ("pneumonia", "embolism"))
+
+    def generate(model: Any, encoder: Any, prompts: Any, **options: Any) -> Completions:
+        assert [len(prompt.images) for prompt in prompts] == [2] * 4
+        ids = [encoder.tokenizer(text).input_ids for text in (right, wrong) * 4]
+        width = max(map(len, ids))
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+        padded = torch.tensor([row + [encoder.pad_id] * (width - len(row)) for row in ids])
+        return Completions(padded, mask, torch.zeros(mask.shape), torch.ones(8).bool())
+
+    monkeypatch.setattr(rollouts, "generate", generate)
+    rollout = roll_out(
+        model, encoder, [record], tmp_path, sampling=Sampling(8, 300, 1.0, 1.0, 0),
+        guidance=Guidance((1.0, 1.0, 1.0, 1.0), 1.0, "none", "prompted", "group"), reward_weights={"accuracy": 1.0},
+        protocol="robust", grader=RulesGrader(), seeds=[1],
+    )  # fmt: skip
+    assert rollout.texts == [right, wrong] * 4
+    assert rollout.outcome.tolist() == [[1.0, 0.0] * 4]
+    followed = rollout.adherence[0, :2, 0]  # asked for a differential: the second gives what it has put aside
+    assert followed[0] > 0.5 and followed[1] < 0.5
+    assert rollout.advantages[0, 0] > 0 > rollout.advantages[0, 1]
+    assert completion_rows(1, [record], rollout, tmp_path)[0]["criteria"].count("=") == 6 + 2
+
+
 @pytest.mark.parametrize(
     ("conditioning", "weights", "distinct", "each"),
     [

@@ -160,10 +160,6 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
                 f"{', '.join(names)}, but records of {', '.join(known)}: give specialty.names (data set folder "
                 f"{data.folder})"
             )
-    if "gba" in work:
-        train = [r for r in records if r.split == "train" and set(r.specialties) & set(kept)]
-        if (open_ := next((r for r in train if r.options is None), None)) is not None:
-            raise UserError(f"data {data.name}: gba needs options in every record, {open_.id} has none")
     if not missing:
         return config
     if rank() == 0:

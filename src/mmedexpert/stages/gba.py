@@ -58,9 +58,6 @@ RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "rubrics", "a
 def run(config: Config) -> dict[str, Run]:
     """The reasoner; with `gba.init=each` one per expert, each on its own specialty."""
     names = config.specialty.names
-    records, _ = records_of(dataset(config), "train", names)
-    if without := [record.id for record in records if record.options is None]:  # told before any expert is trained
-        raise UserError(f"data={config.data.name}: gba needs options in every record, {without[0]} has none")
     if config.gba.init == "each":
         dsa.ready(config, names)
         return {f"reasoner-{name}": reasoner(config, name, [name], dsa.expert(config, name, [name])) for name in names}
