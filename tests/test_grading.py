@@ -150,7 +150,14 @@ class Scripted:
 
     def __call__(self, cases: Sequence[Case]) -> Grading:
         self.shown += [one.completion for one in cases]
-        counts = {"judged": float(len(cases)), "missing": 0.0, "calls": 1.0, "cached": 0.0, "tokens": 9.0}
+        counts = {
+            "judged": float(len(cases)),
+            "missing": 0.0,
+            "calls": 1.0,
+            "cached": 0.0,
+            "tokens": 9.0,
+            "prompt_tokens": 70.0,
+        }
         counts |= {"seconds": 0.5, **dict.fromkeys(PAIRS, 0.0)}
         return Grading(
             [[1.0 if name in one.asked else math.nan for name in PERSPECTIVES] for one in cases],
@@ -174,9 +181,11 @@ def test_rules_veto_what_is_unsound_and_the_judge_grades_the_rest(monkeypatch: p
 
 
 def test_the_report_leaves_out_what_is_undefined() -> None:
-    counts = dict.fromkeys(("judged", "missing", "calls", "cached", "tokens", "seconds", *PAIRS), 0.0)
+    counts = dict.fromkeys(("judged", "missing", "calls", "cached", "tokens", "prompt_tokens", "seconds", *PAIRS), 0.0)
     assert report_of({}) == {}
-    assert set(report_of(counts)) == {f"grader/{n}" for n in ("missing", "calls", "cached", "tokens", "seconds")}
+    assert set(report_of(counts)) == {
+        f"grader/{n}" for n in ("missing", "calls", "cached", "tokens", "prompt_tokens", "seconds")
+    }
     told = report_of(counts | {"judged": 8.0, "missing": 2.0, "both": 1.0, "neither": 1.0})
     assert told["grader/missing"] == 0.25 and told["grader/kappa"] == 1.0
 

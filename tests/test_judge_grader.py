@@ -99,6 +99,7 @@ def test_a_score_is_the_share_of_the_criteria_that_hold_by_one_call_a_completion
     assert found.criteria[1] == {"intuitive": {name: float(n < 1) for n, name in enumerate(INTUITIVE)}}
     told = report_of(found.counts)
     assert (told["grader/calls"], told["grader/cached"], told["grader/missing"], told["grader/tokens"]) == (8, 0, 0, 56)
+    assert told["grader/prompt_tokens"] == 8
     assert told["grader/seconds"] > 0 and sum(server.asked.values()) == 8
     assert sum(found.counts[pair] for pair in ("both", "rules_alone", "judge_alone", "neither")) == 8 * len(INTUITIVE)
 

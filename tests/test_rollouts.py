@@ -40,7 +40,8 @@ def made(tokens: int = 5, seed: int = 0, old: bool = True) -> Rollout:
         torch.randn(B, G, K, generator=draw), torch.randn(B, G, generator=draw), {"gen": 2.0 + seed, "reward": 0.5},
         torch.randn(B * G, tokens, generator=draw) if old else None,
         [{PERSPECTIVES[n % 3]: {"first": n / 1000, "second": None}} for n in rows],
-        {"judged": 12.0, "missing": 3.0 + seed, "calls": 9.0, "cached": 2.0, "tokens": 50.0, "seconds": 0.25}
+        {"judged": 12.0, "missing": 3.0 + seed, "calls": 9.0, "cached": 2.0, "tokens": 50.0}
+        | {"prompt_tokens": 7.0, "seconds": 0.25}
         | dict(zip(PAIRS, (20.0, 5.0, 10.0, 15.0), strict=True)),
     )  # fmt: skip
 
@@ -71,7 +72,8 @@ def test_groups_are_taken_and_joined_with_all_that_belongs_to_them(old):
         assert both.sampling_logps.shape == both.mask.shape and both.outcome.shape == (2 * B, G)
         assert both.seconds == {"gen": 5.0, "reward": 1.0}
         assert both.graded == {
-            "judged": 24.0, "missing": 7.0, "calls": 18.0, "cached": 4.0, "tokens": 100.0, "seconds": 0.5, "both": 40.0,
+            "judged": 24.0, "missing": 7.0, "calls": 18.0, "cached": 4.0, "tokens": 100.0,
+            "prompt_tokens": 14.0, "seconds": 0.5, "both": 40.0,
             "rules_alone": 10.0, "judge_alone": 20.0, "neither": 30.0,
         }  # fmt: skip
     assert one.take([1]).graded == one.graded  # of all that were graded, as seconds are
@@ -100,7 +102,8 @@ def test_the_report_is_of_what_its_names_say():
         "adherence": asked[~asked.isnan()].mean(), "rewards/accuracy/mean": 1 / 3, "rewards/format/mean": 5.5,
         "rewards/accuracy/std": torch.tensor(rollout.parts["accuracy"]).std(),
         "rewards/format/std": torch.arange(12.0).std(), "grader/missing": 0.25, "grader/calls": 9.0,
-        "grader/cached": 2.0, "grader/tokens": 50.0, "grader/seconds": 0.25, "grader/kappa": 0.4,
+        "grader/cached": 2.0, "grader/tokens": 50.0, "grader/prompt_tokens": 7.0, "grader/seconds": 0.25,
+        "grader/kappa": 0.4,
     }  # fmt: skip
     for k, name in enumerate(PERSPECTIVES[:3]):
         followed = asked[..., k]

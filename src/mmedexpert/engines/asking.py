@@ -20,8 +20,9 @@ class Ask:
 class Reply:
     """A greedy answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
 
-    `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell. A question that cannot
-    be answered for good (`refusal`) has no text, the finish_reason refused, and the reason in `refused`.
+    `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell; `prompt_tokens` are
+    those of the question, 0 likewise. A question that cannot be answered for good (`refusal`) has no text, the finish_reason
+    refused, and the reason in `refused`.
     """
 
     text: str
@@ -30,6 +31,7 @@ class Reply:
     seconds: float
     mean_logp: float | None
     refused: str = ""
+    prompt_tokens: int = 0
 
 
 def refusal(reason: str) -> Reply:

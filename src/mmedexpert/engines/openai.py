@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import base64
 import io
+import os
 import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from mmedexpert.data.images import open_image
 from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.privacy import without_password
+from mmedexpert.schema import EndpointConfig
 
 GONE = 20  # ours: this many questions in a row that the server could not take (and `concurrency` more): it is gone
 CONNECT_SECONDS = 5.0  # ours: the openai client's own default; a dead host is told apart from a slow answer
@@ -217,6 +219,25 @@ class OpenAIEngine:
         )
 
 
+def engine_of(endpoint: EndpointConfig, where: str, *, max_new_tokens: int, system_prompt: str = "") -> OpenAIEngine:
+    """The engine of a config's server; `where` is the key it stands under.
+
+    Raises UserError where the environment variable that should hold its key is empty.
+    """
+    assert endpoint.base_url is not None and endpoint.model is not None  # checks.check
+    variable = endpoint.api_key_env
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(
+            f"the environment variable {variable} ({where}.api_key_env) is empty: export it, or set "
+            f"{where}.api_key_env=null"
+        )
+    return OpenAIEngine(
+        endpoint.base_url, endpoint.model, api_key=os.environ[variable] if variable else None,
+        system_prompt=system_prompt, max_new_tokens=max_new_tokens, concurrency=endpoint.concurrency,
+        timeout_s=endpoint.timeout_s, retries=endpoint.retries,
+    )  # fmt: skip
+
+
 def _close(alive: weakref.ref[Generator[tuple[int, Reply], None, None]]) -> None:
     if replies := alive():
         replies.close()
@@ -265,6 +286,7 @@ def _reply(done: Any, seconds: float) -> Reply:
         thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
         logps = [float(token.logprob) for token in choice.logprobs.content or ()] if choice.logprobs else []
         tokens = int(done.usage.completion_tokens) if done.usage else len(logps)
+        read = int(getattr(done.usage, "prompt_tokens", None) or 0)
     except (AttributeError, IndexError, TypeError, KeyError) as error:
         told = getattr(done, "error", None)  # some gateways send an error as 200
         raise ValueError(f"not a chat completion ({_short(told or error)})") from error
@@ -274,7 +296,7 @@ def _reply(done: Any, seconds: float) -> Reply:
         text = f"<think>{thought}</think>{text}" if text else f"<think>{thought}"
     text = text.encode(errors="replace").decode()  # half a surrogate pair could not be written as UTF-8
     mean_logp = sum(logps) / len(logps) if logps else None
-    return Reply(text, tokens, "length" if finish == "length" else "stop", seconds, mean_logp)
+    return Reply(text, tokens, "length" if finish == "length" else "stop", seconds, mean_logp, prompt_tokens=read)
 
 
 def _own_fault(error: Exception) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from PIL import Image
 
 from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.asking import Engine
-from mmedexpert.engines.openai import OpenAIEngine
+from mmedexpert.engines.openai import engine_of
 from mmedexpert.engines.transformers import TransformersEngine
-from mmedexpert.errors import UserError
 from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
 from mmedexpert.evaluation.summary import Summary
@@ -162,7 +160,10 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
         return majority_engine(train, questions.records)
     system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
     if subject.served:
-        return _served(config.engine.endpoint, system_prompt or "", config.model.max_new_tokens)
+        return engine_of(
+            config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
+            max_new_tokens=config.model.max_new_tokens,
+        )  # fmt: skip
     assert subject.folder is not None
     encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
     encoder.system_prompt = system_prompt
@@ -174,26 +175,13 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
     )  # fmt: skip
 
 
-def _served(endpoint: EndpointConfig, system_prompt: str, max_new_tokens: int) -> OpenAIEngine:
-    assert endpoint.base_url is not None and endpoint.model is not None  # checks.check
-    variable = endpoint.api_key_env
-    if variable is not None and not os.environ.get(variable):
-        raise UserError(
-            f"the environment variable {variable} (api_key_env) is empty: export it, or set api_key_env=null"
-        )
-    return OpenAIEngine(
-        endpoint.base_url, endpoint.model, api_key=os.environ[variable] if variable else None,
-        system_prompt=system_prompt, max_new_tokens=max_new_tokens, concurrency=endpoint.concurrency,
-        timeout_s=endpoint.timeout_s, retries=endpoint.retries,
-    )  # fmt: skip
-
-
 def _second_opinion(
     config: Config, questions: QuestionSet, rows: list[Prediction], numbers: Summary
 ) -> tuple[dict[str, float], dict[str, str]]:
     """An LLM judge's accuracy on the open answers, and why it did not judge some of them, by id."""
     endpoint, record_of = config.eval.llm_judge, {record.id: record for record in questions.records}
-    judge = LLMJudge(_served(endpoint, "", 256), Path(config.paths.outputs) / "llm_judge.jsonl")
+    engine = engine_of(endpoint, "eval.llm_judge", max_new_tokens=256)
+    judge = LLMJudge(engine, Path(config.paths.outputs) / "llm_judge.jsonl")
     open_rows = [row for row in rows if row["kind"] == "open"]
     right = judge.judge([(record_of[row["id"]], row["response"]) for row in open_rows])
     judged = [row for row in open_rows if row["id"] in right]

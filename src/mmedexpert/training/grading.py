@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmedexpert.data.record import Record
-from mmedexpert.engines.openai import OpenAIEngine
-from mmedexpert.errors import UserError
+from mmedexpert.engines.openai import engine_of
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import Grades, grades
 from mmedexpert.guidelines.truth import truth_of
-from mmedexpert.schema import JudgeConfig, RewardConfig
+from mmedexpert.schema import RewardConfig
 
 HOLDS = 0.5  # ours: from this value on a criterion of the rules counts as held, where it is compared with the judge's
 PAIRS = ("both", "rules_alone", "judge_alone", "neither")  # who says of a criterion that it holds, for kappa
@@ -131,12 +129,12 @@ def kappa(both: float, rules_alone: float, judge_alone: float, neither: float) -
 def report_of(counts: Mapping[str, float]) -> dict[str, float]:
     """The metrics `grader/..` of the counts of a `Grading`, or of several added up; none without counts.
 
-    `missing` is the share of the completions that the judge was to grade, `vetoed` (hybrid) of all; `calls`, `tokens`
-    and `seconds` are sums; `kappa` is left out where it is undefined.
+    `missing` is the share of the completions that the judge was to grade, `vetoed` (hybrid) of all; `calls`, the
+    tokens and `seconds` are sums; `kappa` is left out where it is undefined.
     """
     if not counts:
         return {}
-    found = {name: counts[name] for name in ("calls", "cached", "tokens", "seconds")}
+    found = {name: counts[name] for name in ("calls", "cached", "tokens", "prompt_tokens", "seconds")}
     found["missing"] = counts["missing"] / counts["judged"] if counts["judged"] else 0.0
     if "vetoed" in counts:
         found["vetoed"] = counts["vetoed"] / counts["graded"] if counts["graded"] else 0.0
@@ -156,22 +154,8 @@ def grader_of(reward: RewardConfig, cache: Path) -> Grader:
     from mmedexpert.training.judge import JudgeGrader  # it needs the interface above
 
     judge = reward.judge
+    engine = engine_of(judge, "reward.judge", max_new_tokens=judge.max_new_tokens)
     found = JudgeGrader(
-        _engine(judge), cache, revision=judge.revision, shows_images=judge.shows_images, shows_answer=judge.shows_answer
+        engine, cache, revision=judge.revision, shows_images=judge.shows_images, shows_answer=judge.shows_answer
     )
     return HybridGrader(found) if reward.grader == "hybrid" else found
-
-
-def _engine(judge: JudgeConfig) -> OpenAIEngine:
-    assert judge.base_url is not None and judge.model is not None  # checks.check
-    variable = judge.api_key_env
-    if variable is not None and not os.environ.get(variable):
-        raise UserError(
-            f"the environment variable {variable} (reward.judge.api_key_env) is empty: export it, or set "
-            "reward.judge.api_key_env=null"
-        )
-    return OpenAIEngine(
-        judge.base_url, judge.model, api_key=os.environ[variable] if variable else None,
-        max_new_tokens=judge.max_new_tokens, concurrency=judge.concurrency, timeout_s=judge.timeout_s,
-        retries=judge.retries,
-    )  # fmt: skip

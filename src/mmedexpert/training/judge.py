@@ -74,7 +74,9 @@ class JudgeGrader:
 
     def __call__(self, cases: Sequence[Case]) -> Grading:
         start = time.perf_counter()
-        counts = dict.fromkeys(("judged", "missing", "calls", "cached", "tokens", "seconds", *PAIRS), 0.0)
+        counts = dict.fromkeys(
+            ("judged", "missing", "calls", "cached", "tokens", "prompt_tokens", "seconds", *PAIRS), 0.0
+        )
         if not cases:
             return Grading([], [], counts)
         keys, asks = list[str](), dict[str, tuple[Ask, Case]]()
@@ -92,6 +94,7 @@ class JudgeGrader:
         for place, reply in self._replies(new, reasons):
             ask, case = new[place]
             counts["tokens"] += reply.tokens
+            counts["prompt_tokens"] += reply.prompt_tokens
             found = None if reply.refused else verdict_of(reply.text, case.asked)
             if found is not None:
                 graded[ask.id] = found
