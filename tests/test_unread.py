@@ -88,6 +88,9 @@ def test_every_key_of_the_schema_is_read_somewhere():
     """A key that is new in schema.py and that no code reads fails here."""
     wanted = {(name, field.name) for name, one in DATA.items() if name not in BY_AS_DICT for field in fields(one)}
     read = read_in_source() | {("Config", "debug")}
+    # what a function reads of a server, it reads of every kind of server
+    kinds = {(name, kind.__name__) for name, one in DATA.items() for kind in one.__mro__}
+    read |= {(name, key) for name, kind in kinds for owner, key in read if owner == kind}
     # conf/dsa and conf/gba: rates and steps come with the model
     read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps")}
     assert wanted - read == UNREAD
@@ -117,6 +120,8 @@ def test_every_key_of_the_schema_says_who_reads_it():
         (["model.revision=abc"], ["model.revision", "hub"]),
         (["model=qwen2_vl_2b", "model.name_or_path=tests", "model.revision=abc"], ["model.revision", "hub"]),
         (["engine.endpoint.model=m"], ["engine.endpoint.model", "engine=openai"]),
+        (["reward.judge.base_url=http://x/v1"], ["reward.judge.base_url", "reward.grader=rules", "hybrid"]),
+        (["reward.judge.shows_answer=true"], ["reward.judge.shows_answer", "reward.grader=judge"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "eval.models=[base]"], ["eval.models", "m"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "engine.batch_size=3"], ["engine.batch_size"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "model.dtype=float16"], ["model.dtype"]),
@@ -157,6 +162,7 @@ def test_what_nothing_reads_is_refused(overrides, words):
         (["stage=dsa", "gba.steps=12", "dsa.steps=12", "trainer.threads=1"], ["gba.steps"]),
         (["stage=gba", "gba.init=base", "dsa.steps=12"], ["dsa.steps"]),
         (["stage=gba", "dsa.steps=12"], []),
+        (["stage=pretrain", "model.instructions=full"], ["model.instructions"]),
         (["stage=pretrain", "dsa={steps: 3, lr: 1}", "specialty=cardiology"], ["dsa.steps", "dsa.lr", "specialty"]),
         (["stage=eval", "eval.models=[base]", "dsa.steps=12", "data.limit=9"], ["dsa.steps"]),
         (["stage=eval", "eval.models=[caci]", "dsa.steps=12", "gba.steps=3", "merge.lora_rank=3"], []),

@@ -29,6 +29,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.min_pixels": ("dsa", "gba", "search", "eval"),
     "model.max_pixels": ("dsa", "gba", "search", "eval"),
     "model.system_prompt": ("dsa", "gba", "search", "eval"),
+    "model.instructions": ("dsa", "gba", "search", "eval"),
     "model.max_new_tokens": ("gba", "search", "eval"),
     "model.gradient_checkpointing": ("dsa", "gba"),
     "model.lora": ("dsa", "gba"),
@@ -146,6 +147,10 @@ RULES = (
         ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency",
          "eval.llm_judge.timeout_s", "eval.llm_judge.retries"), lambda c, _: c.eval.llm_judge.base_url is None,
         "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
+    ),
+    Rule(
+        ("reward.judge",), lambda c, _: c.reward.grader == "rules",
+        "reward.grader=rules asks no judge: add reward.grader=judge or hybrid", ("reward.grader", "reward"),
     ),
     Rule(
         ("gba.scale", "gba.gate"), _without_weight,

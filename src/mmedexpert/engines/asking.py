@@ -21,8 +21,8 @@ class Reply:
     """A greedy answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
 
     `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell; `prompt_tokens` are
-    those of the question, 0 likewise. A question that cannot be answered for good (`refusal`) has no text, the finish_reason
-    refused, and the reason in `refused`.
+    those of the question, 0 likewise. A question that cannot be answered for good (`refusal`) has no text, the
+    finish_reason refused, and the reason in `refused`.
     """
 
     text: str
