@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,20 @@ def test_criteria_are_counted_by_label(tmp_path):
     rows = {row["criterion"]: row for row in held(read_labelled(write(tmp_path / "x.json", entries)))}
     assert rows["holds"] == {"perspective": A, "criterion": "holds", "own": "1.00", "others": "0.00", "none": "1.00"}
     assert rows["compared"]["none"] == "1.00" and rows["chain"]["own"] == "0.00" and len(rows) == 22
+
+
+@pytest.mark.slow
+def test_the_weights_are_what_the_labelled_texts_give(monkeypatch, capsys):
+    """Also where an author is left out, the others tell the perspectives apart."""
+    folder = Path(__file__).parents[1] / "experiments" / "perspectives"
+    monkeypatch.syspath_prepend(str(folder))
+    fit = importlib.import_module("fit")
+    assert fit.main(["--check"]) == 0
+    (unseen,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all authors, each left out")]
+    found = [float(number) for number in re.findall(r" (\d\.\d\d)", unseen)]
+    assert all(value >= bound for value, bound in zip(found, (0.85, 0.85, 0.7, 0.85, 0.85, 0.85, 0.85), strict=True)), (
+        unseen
+    )
+    written = fit.yaml.safe_load(fit.WEIGHTS.read_text())
+    written["sound"]["talk"] += 0.2
+    assert not fit.same(fit.yaml.safe_load(fit.WEIGHTS.read_text()), written)
