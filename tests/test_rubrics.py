@@ -135,9 +135,9 @@ def test_the_true_threshold_pays_and_another_does_not() -> None:
     assert scores(ANALYTICAL, truth=ADULT)[2] == 1.0
     other = ANALYTICAL.replace("0.50", "0.05")
     assert scores(other)[2] == 1.0  # nothing to check it by
-    assert scores(other, truth=ADULT)[2] == 0.0
+    assert scores(other, truth=ADULT)[2] == 0.25
     newborn = Truth(guidelines()["ctr_newborn"], 0.57)  # the population decides
-    assert scores(ANALYTICAL, truth=newborn)[2] == 0.0
+    assert scores(ANALYTICAL, truth=newborn)[2] == 0.25 * 0.25  # and 0.57 is no large heart in a newborn
     assert criteria(said(other), HEART, "analytical", ADULT)["threshold"] == 0.0
     assert criteria(said(other), HEART, "analytical")["threshold"] is None
 
@@ -148,13 +148,14 @@ def test_the_true_threshold_pays_and_another_does_not() -> None:
 def test_a_measurement_is_held_against_the_true_value(stated: str, share: float) -> None:
     for place, text in enumerate((f"Cardiothoracic ratio 0.57. {DIFFERENTIAL}", INTUITIVE, ANALYTICAL)):
         found = scores(text.replace("0.57", stated), truth=ADULT)[place]
-        assert found == pytest.approx(share * scores(text.replace("0.57", stated))[place], abs=0.02)
+        left = 0.25 + 0.75 * share
+        assert found == pytest.approx(left * scores(text.replace("0.57", stated))[place], abs=0.02)
 
 
 def test_the_answer_must_be_what_the_guideline_says_of_the_stated_measurement() -> None:
     assert criteria(said(INTUITIVE), HEART, "intuitive", ADULT)["conclusion"] == 1.0
     small = INTUITIVE.replace("0.57", "0.45")  # and calls it a wide heart
-    assert scores(small)[1] == 1.0 and scores(small, truth=Truth(guidelines()["ctr_adult"], 0.45))[1] == 0.0
+    assert scores(small)[1] == 1.0 and scores(small, truth=Truth(guidelines()["ctr_adult"], 0.45))[1] == 0.25
     assert criteria(said("Wide heart shadow."), HEART, "intuitive", ADULT)["conclusion"] is None
 
 
@@ -172,7 +173,7 @@ def test_a_comparison_is_of_what_was_measured() -> None:
 def test_a_chance_must_move_towards_the_true_label() -> None:
     assert scores(BAYESIAN, truth=ADULT)[3] == 1.0
     of_another = BAYESIAN.replace("cardiomegaly", "normal heart").replace(" B.", " A.")
-    assert scores(of_another, letter="A")[3] == 1.0 and scores(of_another, letter="A", truth=ADULT)[3] == 0.0
+    assert scores(of_another, letter="A")[3] == 1.0 and scores(of_another, letter="A", truth=ADULT)[3] == 0.25
     small = Truth(guidelines()["ctr_adult"], 0.42)
     assert scores(of_another, letter="A", truth=small)[3] == 1.0
     assert criteria(said(BAYESIAN), HEART, "bayesian", small)["direction"] == 0.0

@@ -29,6 +29,7 @@ SOUND_SHIFT, SOUND_WIDTH = -0.75, 0.6
 # How strong a text's third style may be before it costs, and where it costs everything.
 THIRD_FREE, THIRD_NONE = 0.5, 0.8
 FOUR_WORDS = 60
+FALSE = 0.25  # what a false measurement, threshold, direction or conclusion leaves of a score
 UNSUPPORTED = 0.25  # what a style is worth at most without one criterion of its own that counts alone
 
 
@@ -101,7 +102,11 @@ def _four_templates(thought: Thought, found: Mapping[str, float]) -> bool:
 
 
 def _checked(known: Mapping[str, float | None]) -> float:
-    return math.prod(value for value in known.values() if value is not None)
+    """What is left of a score when its claims are held against the truth: of each false one a quarter.
+
+    Not nothing: where all that a model says is false at first, zeros throughout would teach it nothing.
+    """
+    return math.prod(FALSE + (1 - FALSE) * value for value in known.values() if value is not None)
 
 
 @cache
