@@ -371,6 +371,12 @@ def test_the_runs_key_holds_what_decides_the_grades():
     assert len({*found, str(judged)}) == len(changes) + 1
 
 
+def test_rubrics_decide_a_reasoner_only_where_a_perspective_has_weight():
+    weighted, plain = (gba._key(composed(*arm), ["x"]) for arm in ([], ["gba=outcome_only"]))
+    assert "rubrics" in weighted["rules"] and set(weighted["guidelines"]) >= {"cues.yaml", "weights.yaml"}
+    assert "rubrics" not in plain["rules"] and plain["guidelines"] is None
+
+
 def test_the_wording_of_the_prompt_is_part_of_the_key(monkeypatch):
     before = gba._reward_key(composed(*JUDGED))
     monkeypatch.setattr(gba, "VERSION", "other")

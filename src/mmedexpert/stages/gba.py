@@ -52,7 +52,7 @@ from mmedexpert.training.judge import VERSION
 from mmedexpert.training.losses import LossType
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, roll_out
 
-RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "rubrics", "advantages", "losses", "gba")
+RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -146,7 +146,7 @@ def _key(config: Config, specialties: list[str]) -> dict[str, Any]:
         "reward": _reward_key(config),
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "trainer": training_key(config),
-        "rules": versions(*RULES, config.reward.protocol),
+        "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if _weighted(config) else ())),
         "instructions": digest(instructions(config.model.instructions)),
         "guidelines": {name: text_of(name) for name in DATA} if _weighted(config) else None,
     }
