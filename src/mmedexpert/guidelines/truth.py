@@ -35,7 +35,8 @@ def truth_of(record: Record) -> Truth | None:
 def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, float | None]]:
     """By perspective: `measurement`, `conclusion`, and `threshold` (analytical) or `direction` (Bayesian), in [0, 1].
 
-    None where there is no truth, or nothing is stated that could be held against it.
+    None where there is no truth, or nothing is stated that could be held against it; but where there is, a deduction
+    that states no measurement or no threshold has 0 for it: saying nothing must not be worth more than saying it wrong.
     """
     stated = _stated(thought, truth) if truth else None
     near = _nearness(stated, truth) if truth and stated is not None else None
@@ -43,7 +44,11 @@ def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, f
     found: dict[str, dict[str, float | None]] = {
         name: {"measurement": near, "conclusion": follows} for name in PERSPECTIVES
     }
-    found["analytical"]["threshold"] = _threshold(thought, truth, stated) if truth else None
+    if truth:
+        found["analytical"] = {"measurement": near or 0.0, "conclusion": follows or 0.0}
+        found["analytical"]["threshold"] = _threshold(thought, truth, stated)
+    else:
+        found["analytical"]["threshold"] = None
     found["bayesian"]["direction"] = _direction(thought, truth) if truth else None
     return dict(found)
 
@@ -83,10 +88,10 @@ def thresholds(thought: Thought, stated: float | None) -> set[float]:
     }
 
 
-def _threshold(thought: Thought, truth: Truth, stated: float | None) -> float | None:
-    """The share of the stated thresholds that the guideline has."""
+def _threshold(thought: Thought, truth: Truth, stated: float | None) -> float:
+    """The share of the stated thresholds that the guideline has; 0 where none is stated."""
     named = thresholds(thought, stated)
-    return len(named & set(truth.guideline.cuts)) / len(named) if named else None
+    return len(named & set(truth.guideline.cuts)) / len(named) if named else 0.0
 
 
 def _direction(thought: Thought, truth: Truth) -> float | None:
