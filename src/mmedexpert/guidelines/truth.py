@@ -40,7 +40,7 @@ def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, f
     """
     stated = _stated(thought, truth) if truth else None
     near = _nearness(stated, truth) if truth and stated is not None else None
-    follows = _conclusion(thought, stated, truth) if truth and stated is not None else None
+    follows = _conclusion(thought, truth.value if stated is None else stated, truth) if truth else None
     found: dict[str, dict[str, float | None]] = {
         name: {"measurement": near, "conclusion": follows} for name in PERSPECTIVES
     }
@@ -54,16 +54,30 @@ def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, f
 
 
 def _stated(thought: Thought, truth: Truth) -> float | None:
-    """The first number that is stated of the guideline's finding, else the first that is no chance and no limit."""
-    words = normal(truth.guideline.finding).split()
-    plain: list[float] = []
+    """The measurement that a thought states, in the guideline's unit.
+
+    Of the numbers in sentences that name its finding, else of all, the first that is no chance, no age or time, and no
+    threshold; a threshold where there is no other.
+    """
+    words, cuts = normal(truth.guideline.finding).split(), truth.guideline.cuts
+    named: list[float] = []
+    others: list[float] = []
     for sentence in thought.sentences:
-        numbers = [one.value for one in sentence.numbers if not (one.chance or one.strength)]
-        if numbers and all(any(token.startswith(word) for token in sentence.tokens) for word in words):
-            return numbers[0]
-        if "limit" not in sentence.marks:
-            plain += numbers
-    return plain[0] if plain else None
+        about = all(any(token.startswith(word) for token in sentence.tokens) for word in words)
+        for number in sentence.numbers:
+            scale = _scale(number.unit, truth.guideline.unit)
+            if scale is not None and not (number.chance or number.strength):
+                (named if about else others).append(round(number.value * scale, 6))
+    numbers = named or others
+    measured = [value for value in numbers if value not in cuts]
+    return next(iter(measured or numbers), None)
+
+
+def _scale(unit: str, wanted: str) -> float | None:
+    """What turns a number of a unit into one of the guideline's; None where it measures something else."""
+    if not unit or unit == wanted or (unit == "/" and wanted.startswith("/")) or unit in ("bpm", "beats"):
+        return 1.0
+    return {("mm", "cm"): 0.1, ("cm", "mm"): 10.0}.get((unit, wanted))
 
 
 def _nearness(stated: float, truth: Truth) -> float:
@@ -72,36 +86,34 @@ def _nearness(stated: float, truth: Truth) -> float:
 
 
 def _conclusion(thought: Thought, stated: float, truth: Truth) -> float:
-    """Whether the answer is what the guideline says of the measurement that is stated."""
+    """Whether the answer is what the guideline says of the measurement stated, of the true one where none is."""
     label = normal(truth.guideline.labels[truth.guideline.level(stated)])
     return float(thought.answered is not None and thought.naming.names[thought.answered] == label)
 
 
-def thresholds(thought: Thought, stated: float | None) -> set[float]:
-    """The numbers that a thought holds a measurement against: those beside a word of limits but the measurement."""
-    return {
-        number.value
-        for sentence in thought.sentences
-        if "limit" in sentence.marks
-        for number in sentence.numbers
-        if not (number.chance or number.strength) and number.value != stated
-    }
+def _thresholds(thought: Thought, truth: Truth, stated: float | None) -> set[float]:
+    """The numbers that a measurement is held against, in the guideline's unit: those beside a word of limits."""
+    found: set[float] = set()
+    for sentence in thought.sentences:
+        for number in sentence.numbers if "limit" in sentence.marks else ():
+            scale = _scale(number.unit, truth.guideline.unit)
+            if scale is not None and not (number.chance or number.strength):
+                found.add(round(number.value * scale, 6))
+    return found - {stated}
 
 
 def _threshold(thought: Thought, truth: Truth, stated: float | None) -> float:
     """The share of the stated thresholds that the guideline has; 0 where none is stated."""
-    named = thresholds(thought, stated)
+    named = _thresholds(thought, truth, stated)
     return len(named & set(truth.guideline.cuts)) / len(named) if named else 0.0
 
 
 def _direction(thought: Thought, truth: Truth) -> float | None:
-    """Whether the chance rises where it is that of the true label, and falls where it is another's."""
+    """Whether the chance of the option that is followed rises where it is the true label, and falls where it is not."""
     held = [sentence for sentence in thought.sentences if sentence.chances]
-    if not held:
-        return None
-    first, last = held[0].chances[0], held[-1].chances[-1]
-    option = next(iter(held[0].options), thought.answered)
-    if option is None or first == last or len(held) + len(held[0].chances) < 3:
+    option = next(iter(held[0].options), thought.answered) if held else None
+    own = [one.chances for one in held if set(one.options) <= {option}]
+    if option is None or len(own) < 2 or own[0][0] == own[-1][-1]:
         return None
     label = normal(truth.guideline.labels[truth.guideline.level(truth.value)])
-    return float((last > first) == (thought.naming.names[option] == label))
+    return float((own[-1][-1] > own[0][0]) == (thought.naming.names[option] == label))
