@@ -78,13 +78,13 @@ def reasons(letter: str, perspective: str, followed: bool, rng: np.random.Genera
         return [f"Lamp seen, so {said}."]
     if perspective == "differential":
         rival = str(rng.choice([text for text in OPTIONS.values() if text != said]))
-        return [f"Candidates {said}, {rival}.", f"Against {rival}: glow.", f"So {said}."]
+        return [f"Candidates {said}, {rival}.", f"Against {rival}: red lung glow.", f"So {said}."]
     if perspective == "intuitive":
-        return [f"Pattern: glow, {said}."]
+        return [f"Pattern: red lung glow, {said}."]
     if perspective == "analytical":
         value = "ABCD".index(letter) * 2 + 1
-        return [f"Glow {value}.", f"Criterion {value - 1}.", f"{value} > {value - 1} so {said}."]
-    return [f"Prior of {said} 50%.", "Glow, likelihood ratio 4.", "Posterior 80%.", f"So {said}."]
+        return [f"Red lung glow {value}.", f"Criterion {value - 1}.", f"{value} > {value - 1} so {said}."]
+    return [f"Prior of {said} 50%.", "Red lung glow, likelihood ratio 4.", "Posterior 80%.", f"So {said}."]
 
 
 def lesson(encoder: Encoder, rng: np.random.Generator) -> tuple[Any, list[int]]:

@@ -25,7 +25,7 @@ ARMS = {
         "seed=3", "gba.weights=[1,0.5,2,0.25]", "gba.scale=0.7", "gba.gate=correct", "gba.init=merged_experts",
         "gba.scale_rewards=group", "gba.loss_type=grpo", "gba.steps=4", "gba.prompts_per_step=3",
         "gba.num_iterations=2", "gba.temperature=1.3", "gba.epsilon=0.02", "gba.epsilon_high=0.05", "gba.beta=0.1",
-        "gba.mask_truncated_completions=true", "model.max_new_tokens=20", "gba.lr=0.004", "gba.warmup_ratio=0.5",
+        "gba.mask_truncated_completions=true", "model.max_new_tokens=30", "gba.lr=0.004", "gba.warmup_ratio=0.5",
         "gba.weight_decay=0.3", "gba.max_grad_norm=0.01", "gba.checkpoint_every=4", "reward.weights.accuracy=0.8",
         "reward.weights.format=0.3", "trainer.micro_batch_tokens=200", "model.lora.alpha=12",
     ],
@@ -33,7 +33,7 @@ ARMS = {
         "gba.weights=[0,3,1,0]", "gba.scale=0.4", "gba.gate=none", "gba.init=sft_all", "gba.conditioning=free",
         "gba.scale_rewards=batch", "gba.loss_type=dr_grpo", "gba.steps=3", "gba.num_generations=4",
         "gba.temperature=0.8", "gba.top_p=0.95", "gba.top_k=3", "gba.mask_truncated_completions=false",
-        "model.max_new_tokens=11", "gba.lr=0.002", "gba.warmup_ratio=0", "gba.max_grad_norm=100",
+        "model.max_new_tokens=12", "gba.lr=0.002", "gba.warmup_ratio=0", "gba.max_grad_norm=100",
         "trainer.micro_batch_tokens=null", "specialty.names=[pediatrics,oncology_surgery]",
     ],
 }  # fmt: skip

@@ -88,7 +88,7 @@ MADE = [
     for path in sorted(CONF.glob("*/*.yaml"))
     if isinstance(part := yaml.safe_load(path.read_text()), dict)
     for key in ("source", "load", "method", "ask", "judge", "run")
-    if isinstance(part.get(key), dict)
+    if isinstance(part.get(key), dict) and path.parent.name != "reward"  # whose judge is a server, and no function
 ]
 
 

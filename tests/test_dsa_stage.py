@@ -34,7 +34,7 @@ def taught(answering) -> Taught:
     """One expert with every setting unlike the default."""
     config = answering(
         "specialty.names=[pediatrics]", "seed=5", "dsa.steps=5", "dsa.batch_size=3", "dsa.lr=0.03",
-        "dsa.warmup_ratio=0.4", "dsa.weight_decay=0.2", "dsa.max_grad_norm=0.7", "model.lora.r=3",
+        "dsa.warmup_ratio=0.4", "dsa.weight_decay=0.2", "dsa.max_grad_norm=0.2", "model.lora.r=3",
         "model.lora.alpha=9", "trainer.micro_batch_tokens=100",
     )  # fmt: skip
     encoded: list[Record] = []
@@ -94,17 +94,18 @@ def test_a_sample_is_the_prompt_of_its_perspective_and_the_trace_with_its_answer
 
 
 def test_every_step_applies_the_gradient_of_the_completions_loss(taught):
-    clipped = 0
+    clipped, sizes = 0, []
     for batch, step in zip(taught.records, taught.steps, strict=True):
         factors = {name: p.clone().requires_grad_() for name, p in step.before.items()}
         value = loss(taught, batch, update_of(taught, factors))
         value.backward()
         wanted = {name: p.grad for name, p in factors.items()}
         size = norm(wanted)
-        clipped += size > 0.7
-        share = min(1.0, 0.7 / size)
+        clipped += size > 0.2
+        sizes.append(size)
+        share = min(1.0, 0.2 / size)
         assert norm({name: step.applied[name] - share * g for name, g in wanted.items()}) < 0.01 * share * size
-    assert clipped >= 1
+    assert 1 <= clipped < 5, sizes
     assert taught.run.metrics["loss"] == pytest.approx(float(value), rel=1e-3)
 
 

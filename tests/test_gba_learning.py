@@ -37,7 +37,7 @@ def watch_rollouts(patch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_sampled_answers_get_clearly_better(answering):
-    """Twenty steps from the base, which answers rightly less than half of the time."""
+    """Twenty steps from the base, which answers rightly about half of the time."""
     config = answering(
         "gba.init=base", "gba.steps=20", "gba.prompts_per_step=6", "gba.lr=0.01", "gba.warmup_ratio=0.1",
         "gba.checkpoint_every=100",
@@ -45,7 +45,7 @@ def test_sampled_answers_get_clearly_better(answering):
     (run,) = gba.run(config).values()
     rows = [json.loads(line) for line in (run.folder / "curve.jsonl").read_text().splitlines()]
     first, last = (sum(row["accuracy"] for row in part) / 6 for part in (rows[:6], rows[-6:]))
-    assert 0.2 < first < 0.6 and last > first + 0.1, [row["accuracy"] for row in rows]
+    assert 0.2 < first < 0.7 and last > first + 0.1, [row["accuracy"] for row in rows]
     assert run.metrics["accuracy/end"] > run.metrics["accuracy/start"]
 
 

@@ -113,17 +113,26 @@ def test_a_raised_version_redoes_what_the_rule_made(plain, outputs, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "anew"),
     [
-        ("perspectives.yaml", {"dsa/adult_medicine", "gba/default"}),
+        ("perspectives.yaml", {"gba/default"}),
+        ("cues.yaml", {"gba/default"}),
+        ("weights.yaml", {"gba/default"}),
         ("guidelines.yaml", {"data/phantom", "gba/default"}),
     ],
 )
-def test_guidelines_and_instructions_are_part_of_it(plain, outputs, monkeypatch, name, anew):
+def test_guidelines_and_rubrics_are_part_of_it(plain, outputs, monkeypatch, name, anew):
     text_of = versions.text_of
     for module in ("dsa", "gba", "caci", "data", "evaluation"):
         monkeypatch.setattr(
             f"mmedexpert.stages.{module}.text_of", lambda n: "edited" if n == name else text_of(n), raising=False
         )
-    assert anew <= changed(plain, outputs)
+    found = changed(plain, outputs)
+    assert anew <= found and "dsa/adult_medicine" not in found  # experts read no rubric
+
+
+def test_instructions_are_part_of_it(plain, outputs, monkeypatch):
+    for module in ("dsa", "gba", "caci"):
+        monkeypatch.setattr(f"mmedexpert.stages.{module}.instructions", lambda style: {"differential": f"new {style}"})
+    assert {"dsa/adult_medicine", "gba/default"} <= changed(plain, outputs)
 
 
 def go(folder, key, name="x", seed=0, inputs=None, **options):
