@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -26,15 +26,29 @@ _SPELLINGS = (
     ("per cent", "%"),
 )
 _PERCENT = re.compile(r"\bpercent\b")
-_DIGRAPH = re.compile(r"[ao]e(?=[dmstcglnpr])(?!s\b)")  # haematoma, oedema; not "does"
+_DIGRAPHS = [re.compile(rf"{pair}(?=[dmstcglnpr])(?!s\b)") for pair in ("ae", "oe")]  # haematoma; not "does"
 Phrase = tuple[str, tuple[str, ...]]  # the cue, and the words that must follow
+
+
+class Phrases(NamedTuple):
+    """The phrases that begin with one word: by their second word, and those whose second word is a beginning."""
+
+    whole: Mapping[str, tuple[Phrase, ...]]
+    starting: tuple[tuple[str, Phrase], ...]
+
+    def that_go_on(self, word: str) -> tuple[Phrase, ...]:
+        """The cues, each with the words still to follow, of the phrases that go on with `word`."""
+        found = self.whole.get(word, ())
+        if self.starting:
+            found += tuple(phrase for start, phrase in self.starting if word.startswith(start))
+        return found
 
 
 class Word(NamedTuple):
     """What a word is by itself: its cues, and the phrases that begin with it."""
 
     cues: tuple[str, ...]
-    phrases: tuple[Phrase, ...]
+    phrases: Phrases | None
     start: str  # what its inflected forms have in common
     generic: bool  # talk that is never a finding
     finding: bool  # may be one
@@ -43,10 +57,15 @@ class Word(NamedTuple):
 
 def normal(text: str) -> str:
     """Lower case, one kind of dash, apostrophe and negation, no markdown marks, American spelling where it differs."""
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_CHARACTERS)
+    text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    text = text.translate(_CHARACTERS)
     for old, new in _SPELLINGS:
         text = text.replace(old, new)
-    return _DIGRAPH.sub("e", _PERCENT.sub("%", text))
+    if "percent" in text:
+        text = _PERCENT.sub("%", text)
+    for pattern in _DIGRAPHS:
+        text = pattern.sub("e", text)
+    return text
 
 
 def beginning(word: str) -> str:
@@ -93,10 +112,21 @@ def look_up(word: str) -> Word:
         found += ending.get(word[-size:], ()) if size < len(word) else ()
     alone = {cue for cue, rest in found if not rest}
     kinds = tuple(sorted(alone - {"generic", "clinical"}))
-    phrases = tuple(sorted((cue, rest) for cue, rest in found if rest))
+    phrases = _by_second_word(sorted((cue, rest) for cue, rest in found if rest))
     generic = "generic" in alone
     finding = len(word) > 2 and not generic and not word.endswith("ly")
     return Word(kinds, phrases, beginning(word), generic, finding, "clinical" in alone)
+
+
+def _by_second_word(phrases: Sequence[Phrase]) -> Phrases | None:
+    whole: dict[str, tuple[Phrase, ...]] = {}
+    starting: list[tuple[str, Phrase]] = []
+    for cue, (second, *rest) in phrases:
+        if second[-1] == "*":
+            starting.append((second[:-1], (cue, tuple(rest))))
+        else:
+            whole[second] = (*whole.get(second, ()), (cue, tuple(rest)))
+    return Phrases(whole, tuple(starting)) if phrases else None
 
 
 def matches(word: str, pattern: str) -> bool:

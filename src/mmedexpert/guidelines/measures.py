@@ -32,19 +32,16 @@ def measure(spec: Mapping[str, Any], thought: Thought) -> float:
         return _densest(thought, spec["stretch"], spec["words"])
     if "cues" in spec:
         return _saturating(thought.cue(*spec["cues"]))
-    needed, any_of = spec["sentences"], frozenset(spec.get("any", ()))
-    found = sum(
-        one.marks.issuperset(needed) and not (any_of and any_of.isdisjoint(one.marks)) for one in thought.sentences
-    )
+    needed, any_of = spec["sentences"], spec.get("any")
+    held = [one.marks for one in thought.sentences if one.marks.issuperset(needed)]
+    found = len(held) if any_of is None else sum(not marks.isdisjoint(any_of) for marks in held)
     return _saturating(found)
 
 
 def signs_of(thought: Thought) -> dict[str, float]:
     """Signs of substance: concrete words against talk that fits every case, and the task told again."""
     sentences, size = thought.sentences, max(1, len(thought.words))
-    findings = len(set().union(*(one.findings for one in sentences)))
-    clinical = len(set().union(*(one.clinical for one in sentences)))
-    measured = thought.measured()
+    findings, clinical, measured = len(thought.findings), len(thought.clinical), thought.measured
     told = thought.cue("restate")
     connected = thought.cue("cause", "arrow", "against", "exclude", "update", "instant", "picture")
     return {
@@ -69,7 +66,9 @@ def _saturating(count: float, half: float = 1.0) -> float:
 
 def _densest(thought: Thought, cues: list[str], words: float) -> float:
     """The stretch richest in cues; 1 where one of so many `words` is one."""
-    rows = [(sum(one.cues.get(cue, 0) for cue in cues), one.words) for one in thought.sentences]
+    if not thought.cue(*cues):
+        return 0.0
+    rows = [(sum([one.cues.get(cue, 0) for cue in cues]), one.words) for one in thought.sentences]
     shortest = min(STRETCH, max(1, len(thought.words)))
     best, start, hits, size = 0.0, 0, 0, 0
     for place, (hit, length) in enumerate(rows):

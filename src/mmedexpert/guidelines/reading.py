@@ -6,17 +6,19 @@ One pass over the words, each looked up once: time is linear in the text.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
-from mmedexpert.guidelines.cues import Phrase, look_up, matches, normal
+from mmedexpert.guidelines.cues import Phrases, look_up, matches, normal
 from mmedexpert.guidelines.naming import Naming
 from mmedexpert.guidelines.numbers import UNITS, Number, chances, comparisons
 from mmedexpert.scoring import score_choice
 
 _TOKEN = re.compile(
-    r"(?<![^\W_])\d{1,6}(?:,\d{3})*(?:\.\d+)?|[^\W\d_](?:[^\W_]|['-](?=[^\W_]))*\+?|->|=>|[→⇒↑↓<>≤≥=%/~≈,:(\[)\]-]"
+    r"[^\W\d_][^\W_]*(?:['-][^\W_]+)*\+?|(?<![^\W_])\d{1,6}(?:,\d{3})*(?:\.\d+)?|->|=>|[→⇒↑↓<>≤≥=%/~≈,:(\[)\]-]"
 )
 _END = re.compile(r"[!?;\n]+|\.(?!\d)")
 _HEADING = re.compile(r"(?m)^[^\w\n]*(?:\d{1,2}[^\w\n]+)?([^\W\d_][\w' -]{2,40}?)[^\S\n]*(?::| - | → )")
@@ -51,7 +53,9 @@ class Sentence:
 
     def measured(self) -> int:
         """Measurements: numbers that are neither a chance nor a finding's strength, beside the name of something."""
-        if not (self.findings or self.clinical or self.options or any(number.unit for number in self.numbers)):
+        if not self.numbers or not (
+            self.findings or self.clinical or self.options or any(number.unit for number in self.numbers)
+        ):
             return 0
         return sum(not (number.chance or number.strength) for number in self.numbers)
 
@@ -76,14 +80,23 @@ class Thought:
     answered: int | None
     naming: Naming
     open: bool
+    findings: frozenset[str] = field(init=False)  # of all sentences
+    clinical: frozenset[str] = field(init=False)
+    measured: int = field(init=False)
+    cues: Counter[str] = field(init=False)
 
-    def measured(self) -> int:
-        """Measurements of all sentences."""
-        return sum(sentence.measured() for sentence in self.sentences)
+    def __post_init__(self) -> None:
+        self.cues = Counter()
+        for sentence in self.sentences:
+            for name, count in sentence.cues.items():
+                self.cues[name] += count
+        self.findings = frozenset().union(*(sentence.findings for sentence in self.sentences))
+        self.clinical = frozenset().union(*(sentence.clinical for sentence in self.sentences))
+        self.measured = sum(sentence.measured() for sentence in self.sentences)
 
     def cue(self, *names: str) -> int:
         """How often these cues occur."""
-        return sum(sentence.cues.get(name, 0) for sentence in self.sentences for name in names)
+        return sum(self.cues[name] for name in names)
 
 
 def thought_of(completion: str) -> str:
@@ -133,18 +146,34 @@ def _candidates(completion: str, text: str) -> tuple[list[str], int | None]:
 
 
 class _Entry(NamedTuple):
-    """All that a token means in this text."""
+    """All that a token means in a text; `told`: there is more to it than a finding, or a word."""
 
     word: bool
     number: bool
+    told: bool
     generic: bool
-    masked: str
-    cues: tuple[str, ...] = ()
-    phrases: tuple[Phrase, ...] = ()
-    option: int | None = None
+    masked: str = ""
+    build: str = ""
     finding: str = ""  # its beginning where it may be a finding
     clinical: str = ""
-    plain: bool = False  # nothing but a word
+    option: int | None = None
+    cues: tuple[str, ...] = ()
+    phrases: Phrases | None = None
+
+
+@lru_cache(maxsize=50_000)
+def _entry(token: str) -> _Entry:
+    """A token in a text whose options it does not name."""
+    found = look_up(token)
+    number, word = token[0].isdecimal(), token[0].isalpha()
+    told = number or bool(found.cues or found.phrases)
+    if not word:
+        masked = "0" if number else ""
+        return _Entry(word, number, told, False, masked, masked, cues=found.cues, phrases=found.phrases)
+    finding = found.start if found.finding else ""
+    clinical = found.start if found.clinical else ""
+    build = "#" if finding else token
+    return _Entry(word, number, told, found.generic, token, build, finding, clinical, None, found.cues, found.phrases)
 
 
 def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -> tuple[list[Sentence], list[str], int]:
@@ -153,21 +182,17 @@ def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -
     known: dict[str, _Entry] = {}
 
     def learn(token: str) -> _Entry:
-        found = look_up(token)
-        if token[0].isdecimal():
-            entry = _Entry(False, True, False, "0", found.cues, found.phrases)
-        elif not token[0].isalpha():
-            entry = _Entry(False, False, False, "", found.cues, found.phrases)
-        else:
-            option = naming.option(token)
+        entry = _entry(token)
+        option = naming.option(token) if entry.word else None
+        if option is not None or (entry.word and token.startswith(shared)):
             named = option is not None if closed else option == 0  # an open question's candidates are its own words
-            start = "" if named or token.startswith(shared) else found.start
-            finding, clinical = start * found.finding, start * found.clinical
-            plain = not (found.cues or found.phrases or finding or clinical) and option is None
-            masked = token if option is None else "@"
-            entry = _Entry(
-                True, False, found.generic, masked, found.cues, found.phrases, option, finding, clinical, plain
-            )
+            stands_for = token if option is None else "@"
+            if named or token.startswith(shared):
+                entry = entry._replace(finding="", clinical="")
+            entry = entry._replace(
+                told=entry.told or option is not None, option=option, masked=stands_for,
+                build="#" if entry.finding else stands_for,
+            )  # fmt: skip
         known[token] = entry
         return entry
 
@@ -178,53 +203,45 @@ def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -
         tokens: list[str] = _TOKEN.findall(part)
         if not tokens:
             continue
-        sentence, masked, build = Sentence(tokens), list[str](), list[str]()
-        begun: list[tuple[int, tuple[Phrase, ...]]] = []  # places of words that phrases begin with
-        for place, token in enumerate(tokens):
-            entry = known.get(token) or learn(token)
-            if entry.word:
-                words.append(token)
-                sentence.words += 1
-                generic += entry.generic
-                masked.append(entry.masked)
-                build.append("#" if entry.finding else entry.masked)
-                if entry.plain:
-                    continue
-                if entry.option is not None:
-                    sentence.options.setdefault(entry.option, place)
-                if entry.finding:
-                    sentence.findings.add(entry.finding)
-                if entry.clinical:
-                    sentence.clinical.add(entry.clinical)
-            elif entry.number:
-                sentence.numbers.append(Number(float(token.replace(",", "")), place))
-                masked.append(entry.masked)
-                build.append(entry.masked)
+        entries = [known.get(token) or learn(token) for token in tokens]
+        spoken = [token for token, entry in zip(tokens, entries, strict=True) if entry.word]
+        sentence = Sentence(tokens, len(spoken))
+        begun: list[tuple[int, Phrases]] = []  # places of words that phrases begin with
+        for place, entry in enumerate(entries):
+            if not entry.told:
+                continue
+            if entry.option is not None:
+                sentence.options.setdefault(entry.option, place)
+            if entry.number:
+                sentence.numbers.append(Number(float(tokens[place].replace(",", "")), place))
             for cue in entry.cues:
                 sentence.count(cue, place)
             if entry.phrases:
                 begun.append((place, entry.phrases))
         if sentence.words or sentence.numbers:
-            sentence.masked, sentence.build = " ".join(masked), " ".join(build)
+            words += spoken
+            generic += sum([entry.generic for entry in entries])
+            sentence.findings = {entry.finding for entry in entries if entry.finding}
+            sentence.clinical = {entry.clinical for entry in entries if entry.clinical}
+            sentence.masked = " ".join([entry.masked for entry in entries if entry.masked])
+            sentence.build = " ".join([entry.build for entry in entries if entry.build])
             _phrases(sentence, begun, letters)
             _units(sentence)
             sentences.append(sentence)
     return sentences, words, generic
 
 
-def _phrases(sentence: Sentence, begun: list[tuple[int, tuple[Phrase, ...]]], letters: list[str]) -> None:
+def _phrases(sentence: Sentence, begun: list[tuple[int, Phrases]], letters: list[str]) -> None:
     """Cues of several words, and options by their letter ("option B")."""
     tokens, size = sentence.tokens, len(sentence.tokens)
     for place, phrases in begun:
-        for cue, rest in phrases:
-            end = place + 1 + len(rest)
-            if (
-                end <= size
-                and matches(tokens[place + 1], rest[0])
-                and all(map(matches, tokens[place + 2 : end], rest[1:]))
-            ):
+        if place + 1 == size:
+            continue
+        for cue, rest in phrases.that_go_on(tokens[place + 1]):
+            end = place + 2 + len(rest)
+            if end <= size and all(map(matches, tokens[place + 2 : end], rest)):
                 sentence.count(cue, place)
-    for place, token in enumerate(tokens) if letters else ():
+    for place, token in enumerate(tokens) if letters and ("option" in tokens or "choice" in tokens) else ():
         if token in ("option", "choice"):
             following = [word for word in tokens[place + 1 : place + 3] if word != "("][:1]
             if following and following[0] in letters:
@@ -241,13 +258,18 @@ def _units(sentence: Sentence) -> None:
 def _mark(sentence: Sentence, answered: int | None) -> None:
     """What a sentence holds, as the measures of `perspectives.yaml` ask for it."""
     marks = set(sentence.cues)
-    held = {
-        "finding": bool(sentence.findings),
-        "findings": len(sentence.findings) >= 2,
-        "option": bool(sentence.options),
-        "answer": answered in sentence.options,
-        "update": "update" in marks or "up" in marks or "down" in marks,
-        "p": bool(sentence.chances or sentence.told),
-        "measured": any(not number.chance for number in sentence.numbers),
-    }
-    sentence.marks = marks | {name for name, holds in held.items() if holds}
+    if sentence.findings:
+        marks.add("finding")
+        if len(sentence.findings) >= 2:
+            marks.add("findings")
+    if sentence.options:
+        marks.add("option")
+        if answered in sentence.options:
+            marks.add("answer")
+    if "up" in marks or "down" in marks:
+        marks.add("update")
+    if sentence.chances or sentence.told:
+        marks.add("p")
+    if any(not number.chance for number in sentence.numbers):
+        marks.add("measured")
+    sentence.marks = marks

@@ -20,11 +20,16 @@ _BRACKETS = re.compile(
     r"|<(?:symptom|treatment|condition|option|finding|diagnosis|value|disease|feature|result|number|name|test|organ|sign"
     r"|age|drug)s?>"
 )
+# Each alternative begins with a letter that the search can skip to: \b before it would be tried at every character.
 _DUMMY = re.compile(
-    r"\b(?:diagnosis|finding|condition|disease|feature) (?:[0-9]|[xyzabc]\b(?! ))"
-    r"|\b(?:x|y|z) (?:is|percent|and (?:y|z))\b"
-    r"|\bxxx+\b|\bx ?%|\bn/a\b|\btbd\b|\.{4,}"
-)
+    "|".join(
+        [
+            *(rf"{word} (?:[0-9]|[xyzabc]\b(?! ))" for word in "diagnosis finding condition disease feature".split()),
+            *(rf"{letter}(?<!\w.) (?:is|percent|and (?:y|z))\b" for letter in "xyz"),
+            r"x(?<!\w.)xx+\b", r"x(?<!\w.) ?%", r"n(?<!\w.)/a\b", r"t(?<!\w.)bd\b", r"\.\.\.\.",
+        ]
+    )
+)  # fmt: skip
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|language)\b|\bconsult (?:a|your|with)\b|\bseek (?:medical|professional)"
     r"|\b(?:can not|not able to|unable to|will not|must decline to|do not feel able to) "
@@ -34,6 +39,20 @@ _REFUSAL = re.compile(
     r"(?:image|picture|scan|photo|radiograph)"
     r"|commit to any|diagnose (?:this|you|patients|anyone)|help with)"
     r"|\bnot (?:enough|sufficient) information\b|\bsorry\b[^.]{0,60}\b(?:can not|unable)\b"
+)
+# One of these stands in every refusal: most texts need no search.
+_REFUSING = (
+    "n ai",
+    "a ai",
+    "language",
+    "consult",
+    "seek ",
+    "can not",
+    "able to",
+    "will not",
+    "decline",
+    "sorry",
+    "info",
 )
 _OTHER_SCRIPT, _FALSE_SHARE = re.compile(r"[^\W\d_\u0000-\u03ff]"), 0.2  # letters but Latin and Greek
 _CONCESSIONS = frozenset("but yet although though".split())
@@ -47,22 +66,24 @@ def faults(thought: Thought) -> tuple[str, ...]:
 
 def _few_findings(thought: Thought) -> bool:
     """Fewer than three things are stated: words that are no talk about reasoning, or measurements."""
-    findings = set().union(*(sentence.findings for sentence in thought.sentences))
-    return len(findings) + thought.measured() < FEWEST_FINDINGS
+    return len(thought.findings) + thought.measured < FEWEST_FINDINGS
 
 
 def _off_the_subject(thought: Thought) -> bool:
     """No option is named, and hardly anything concrete of medicine is said."""
-    sentences = thought.sentences
-    clinical = set().union(*(sentence.clinical for sentence in sentences))
-    stated = len(clinical) + thought.measured()
-    return not any(sentence.options for sentence in sentences) and stated < FEWEST_CLINICAL
+    stated = len(thought.clinical) + thought.measured
+    return stated < FEWEST_CLINICAL and not any(sentence.options for sentence in thought.sentences)
 
 
 def _placeholder(thought: Thought) -> bool:
     """ "[finding]", "____", "Diagnosis 1", "X%"."""
     raw = thought.raw.casefold()
     return (not {"[", "_", "{", "<"}.isdisjoint(raw) and _BRACKETS.search(raw) is not None) or bool(_DUMMY.search(raw))
+
+
+def _refusal(thought: Thought) -> bool:
+    """ "As an AI I cannot interpret images." """
+    return any(word in thought.text for word in _REFUSING) and _REFUSAL.search(thought.text) is not None
 
 
 def _repeats(thought: Thought) -> bool:
@@ -232,7 +253,7 @@ FAULTS: Mapping[str, Callable[[Thought], bool]] = {
     "few findings": _few_findings,
     "off the subject": _off_the_subject,
     "placeholder": _placeholder,
-    "refusal": lambda thought: _REFUSAL.search(thought.text) is not None,
+    "refusal": _refusal,
     "repetition": _repeats,
     "one build": _template,
     "language": _language,
