@@ -142,6 +142,8 @@ def test_the_true_threshold_pays_and_another_does_not() -> None:
     assert scores(ANALYTICAL, truth=newborn)[2] == 0.25 * 0.25  # and 0.57 is no large heart in a newborn
     assert criteria(said(other), HEART, "analytical", ADULT)["threshold"] == 0.0
     assert criteria(said(other), HEART, "analytical")["threshold"] is None
+    on_it = ANALYTICAL.replace("0.57", "0.50")  # a measurement may lie on the threshold
+    assert criteria(said(on_it), HEART, "analytical", ADULT)["threshold"] == 1.0
     silent = "Cardiothoracic ratio 0.57. The heart shadow is wide because its wall is thick. So cardiomegaly B."
     assert criteria(said(silent), HEART, "analytical", ADULT)["threshold"] == 0.0  # no better than a false one
     assert scores(silent, truth=ADULT)[2] == pytest.approx(0.25 * scores(silent)[2])

@@ -99,7 +99,7 @@ def _thresholds(thought: Thought, truth: Truth, stated: float | None) -> set[flo
             scale = _scale(number.unit, truth.guideline.unit)
             if scale is not None and not (number.chance or number.strength):
                 found.add(round(number.value * scale, 6))
-    return found - {stated}
+    return found - ({stated} - set(truth.guideline.cuts))  # a measurement may lie on the threshold
 
 
 def _threshold(thought: Thought, truth: Truth, stated: float | None) -> float:
