@@ -38,7 +38,7 @@ VERSIONS: dict[str, int] = {
     "sft": 1,
     "sampling": 3,  # 2: random numbers by the batch instead of by the prompt
     "rewards": 2,
-    "rubrics": 6,  # 1: the phantoms' wording alone; 3: no threshold was no false one; 4: first number; 5: no cut measured
+    "rubrics": 6,  # 1: the phantoms' wording alone; 3: no threshold was no false one; 5: none on a cut was seen
     "advantages": 2,  # 1: weights divided by their sum, not centred behind the gate
     "losses": 1,
     "gba": 2,  # how an update uses a rollout
