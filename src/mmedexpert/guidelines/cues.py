@@ -14,8 +14,15 @@ from typing import NamedTuple
 
 import yaml
 
-_CHARACTERS = {0x2019: "'", 0x2013: "-", 0x2212: "-", 0x2014: ";", 0x2A: " ", 0x23: " ", 0x60: " ", 0x5F: " "}
 _SPELLINGS = (
+    ("\u2019", "'"),
+    ("\u2013", "-"),
+    ("\u2212", "-"),
+    ("\u2014", ";"),
+    ("*", " "),
+    ("#", " "),
+    ("`", " "),
+    ("_", " "),
     ("can't", "can not"),
     ("won't", "will not"),
     ("n't", " not"),
@@ -26,7 +33,7 @@ _SPELLINGS = (
     ("per cent", "%"),
 )
 _PERCENT = re.compile(r"\bpercent\b")
-_DIGRAPHS = [re.compile(rf"{pair}(?=[dmstcglnpr])(?!s\b)") for pair in ("ae", "oe")]  # haematoma; not "does"
+_DIGRAPHS = {pair: re.compile(rf"{pair}(?=[dmstcglnpr])(?!s\b)") for pair in ("ae", "oe")}  # haematoma; not "does"
 Phrase = tuple[str, tuple[str, ...]]  # the cue, and the words that must follow
 
 
@@ -58,13 +65,13 @@ class Word(NamedTuple):
 def normal(text: str) -> str:
     """Lower case, one kind of dash, apostrophe and negation, no markdown marks, American spelling where it differs."""
     text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-    text = text.translate(_CHARACTERS)
     for old, new in _SPELLINGS:
         text = text.replace(old, new)
     if "percent" in text:
         text = _PERCENT.sub("%", text)
-    for pattern in _DIGRAPHS:
-        text = pattern.sub("e", text)
+    for pair, pattern in _DIGRAPHS.items():
+        if pair in text:
+            text = pattern.sub("e", text)
     return text
 
 

@@ -40,6 +40,11 @@ class Naming:
         self._starts = tuple(self.owner)
         self._initials = _initials(raw, self.names)
         self._seen: dict[int, set[str]] = {}
+        self._beginnings = ("qoption", *self.owner, *self.shared)
+
+    def concerns(self, word: str) -> bool:
+        """Whether a word may name an option, or is shared: what this denies needs no closer look."""
+        return word.startswith(self._beginnings) or word in self._initials
 
     def mark(self, text: str) -> str:
         """The text with every option that stands in it in full as one word of `MARKS`."""

@@ -183,8 +183,9 @@ def _sentences(text: str, naming: Naming, letters: list[str], *, closed: bool) -
 
     def learn(token: str) -> _Entry:
         entry = _entry(token)
-        option = naming.option(token) if entry.word else None
-        if option is not None or (entry.word and token.startswith(shared)):
+        close = entry.word and naming.concerns(token)
+        option = naming.option(token) if close else None
+        if option is not None or (close and token.startswith(shared)):
             named = option is not None if closed else option == 0  # an open question's candidates are its own words
             stands_for = token if option is None else "@"
             if named or token.startswith(shared):
