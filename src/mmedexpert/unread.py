@@ -158,6 +158,14 @@ RULES = (
     ),
     Rule(("gba.gate",), lambda c, _: c.gba.scale == 0, "gba.scale=0 leaves nothing to gate", ("gba.scale", "gba")),
     Rule(
+        ("merge.gram_records",), lambda c, _: c.merge.grams is None,
+        "merge.grams=null measures no inputs: add merge.grams=full or span", ("merge.grams", "merge"),
+    ),
+    Rule(
+        ("merge.distil_on_policy",), lambda c, _: c.merge.distil_steps == 0,
+        "merge.distil_steps=0 teaches nothing: give a number of steps", ("merge.distil_steps",),
+    ),
+    Rule(
         ("merge.name", "merge.method"), lambda c, _: c.merge.method is None, "merge=none merges nothing", ("merge",)
     ),
     Rule(

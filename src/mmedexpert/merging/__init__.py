@@ -11,9 +11,11 @@ from mmedexpert.merging.methods import (
     ram,
     task_arithmetic,
     ties,
+    winner_take_all,
 )
+from mmedexpert.merging.regmean import regmean
 
 __all__ = [
-    "breadcrumbs", "caci", "core_space", "dare_linear", "dare_ties", "della", "knots", "linear", "ram",
-    "task_arithmetic", "ties", "wudi",
+    "breadcrumbs", "caci", "core_space", "dare_linear", "dare_ties", "della", "knots", "linear", "ram", "regmean",
+    "task_arithmetic", "ties", "winner_take_all", "wudi",
 ]  # fmt: skip

@@ -85,8 +85,12 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
 def _try_merge(config: Config) -> None:
     """The rule on one entry, with the values of `merge.method` and of every point of `merge.search`."""
     rule = build(config.merge.method or {}, "merge.method")
+    if "grams" in declared(rule).measures and config.merge.grams is None:
+        raise UserError(
+            f"merge={config.merge.name} needs Gram matrices of the experts' inputs: merge.grams=full or span"
+        )
     one = torch.ones(1, 1)
-    given = (one, one) if declared(rule).takes == "factors" else one
+    given = (one, one) if declared(rule).low_rank else one
     experts, reasoners = ([given] * len(names) for names in (config.specialty.names, reasoner_names(config)))
     for point in grid_points(config.merge.search or {}) or [{}]:
         call_method(functools.partial(rule, **point), list(experts), list(reasoners), "the settings")

@@ -15,6 +15,7 @@ from mmedexpert.guidelines import instructions
 from mmedexpert.merging.apply import merge_adapters
 from mmedexpert.merging.conflicts import COLUMNS, Conflicts
 from mmedexpert.merging.figures import conflict_figures
+from mmedexpert.merging.grams import Grams
 from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import best_of, grid_points, merged_in_place
 from mmedexpert.merging.stream import load_update
@@ -32,6 +33,7 @@ from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import dsa, gba
 from mmedexpert.stages.common import loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.data import dataset
+from mmedexpert.stages.grams import grams, opened
 from mmedexpert.stages.pretrain import base_of
 
 SEARCH_SPLIT = "val"  # never test, and never trained on
@@ -56,19 +58,20 @@ def merged(config: Config) -> Run:
     search = _Search(config) if settings.search is not None else None  # no validation question: told before training
     experts, reasoners = dsa.run(config), gba.run(config)
     base = base_of(config)
-    runs = {**experts, **reasoners}
+    runs, seen = {**experts, **reasoners}, grams(config, experts, reasoners)
     sources = {name: r.folder / "adapter" for name, r in experts.items()}
     updates = {name: r.folder / "update" for name, r in reasoners.items()}
 
     def work(run: Run) -> dict[str, float]:
         chosen = dict(method)
         metrics: dict[str, float] = {}
+        inputs_seen = opened(config, seen)
         for part in ("model", "adapter"):
             shutil.rmtree(run.folder / part, ignore_errors=True)  # left by a try that died after the merge
         with stage_logger(config, run) as logger:
             if search is not None:
                 with run.phase("search"):
-                    rows = search.rows(run.folder, base.folder, sources, updates)
+                    rows = search.rows(run.folder, base.folder, sources, updates, inputs_seen)
                 best = next(row for row in rows if row["best"])
                 chosen |= search.points[best["point"]]
                 run.notes["search"] = {"chosen": search.points[best["point"]], "split": SEARCH_SPLIT}
@@ -83,11 +86,14 @@ def merged(config: Config) -> Run:
             conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
             rule = build(chosen, "merge.method")
             with run.phase("merge"):
-                merge_adapters(base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts)
+                merge_adapters(
+                    base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts, grams=inputs_seen
+                )
                 if settings.lora_rank is not None:
                     metrics |= merge_adapters(
-                        base.folder, run.folder / "adapter", sources, updates, rule, lora_rank=settings.lora_rank
-                    )
+                        base.folder, run.folder / "adapter", sources, updates, rule, grams=inputs_seen,
+                        lora_rank=settings.lora_rank,
+                    )  # fmt: skip
             with run.phase("report"):
                 figures = write_report(run.folder, conflicts, f"{settings.name}: {_told(chosen)}")
             metrics |= conflicts.report()
@@ -111,6 +117,7 @@ def merged(config: Config) -> Run:
     rules = rule_of(str(method.get("_target_", "")))
     key: dict[str, Any] = {"merge": values_of(method), "rules": rules}
     inputs = {"base": base.identity, **{name: r.run_id for name, r in runs.items()}}
+    inputs |= {f"grams/{name}": r.run_id for name, r in seen.items()}
     if settings.lora_rank is not None:
         key["lora_rank"] = settings.lora_rank
     if search is not None:
@@ -138,7 +145,7 @@ class _Search:
         }  # fmt: skip
 
     def rows(
-        self, folder: Path, base: Path, experts: Mapping[str, Path], reasoners: Mapping[str, Path]
+        self, folder: Path, base: Path, experts: Mapping[str, Path], reasoners: Mapping[str, Path], seen: Grams | None
     ) -> list[dict[str, Any]]:
         """One row per point with its accuracy, also in `search.csv`; the merges are made in memory, on one model.
 
@@ -155,7 +162,7 @@ class _Search:
         updates = [load_update(path, base) for path in [*experts.values(), *reasoners.values()]]
         sees = any("visual" in name for update in updates for name in update.shapes)
         numbers = Summary(num_resamples=config.eval.num_resamples, seed=config.seed)
-        for place, point in enumerate(merged_in_place(model, updates, len(experts), self.rule, self.points)):
+        for place, point in enumerate(merged_in_place(model, updates, len(experts), self.rule, self.points, seen)):
             if sees:  # what the encoder keeps of an image is another vision tower's
                 engine.encoder = load_encoder(base, loading(config))
                 engine.encoder.system_prompt = encoder.system_prompt
