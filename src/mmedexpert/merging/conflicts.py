@@ -33,9 +33,9 @@ COLUMNS = {
     "<update>/norm": "L2 norm of the update before trimming",
     "<update>/trim_share": "share of its nonzero entries that are still there after trimming",
     "<update>/kept_share": "share of its nonzero entries that are there after trimming and whose sign the merge has",
-    "<update>/interference": "||(M - t) X||^2 / ||t X||^2 of the merge M and an expert's update t on the layer's inputs X "
-    "in the expert's own training records: 0 answers as the expert, 1 as if its update were not there; mean over "
-    "tensors; empty without merge.grams, and with merge.grams=span of inputs as far as they lie in the updates' span",
+    "<update>/interference": "||(M - t) X||^2 / ||t X||^2 of the merge M and an expert's update t on the inputs X that "
+    "the layer has in the expert's own training records: 0 answers as the expert, 1 as without it; mean over tensors; "
+    "empty without merge.grams, and with merge.grams=span of inputs as far as they lie in the updates' span",
 }
 OF_A_TENSOR = (
     "sign_conflict_rate", "sign_conflict_chance", "mean_cosine", "row_overlap", "row_overlap_chance", "column_overlap",

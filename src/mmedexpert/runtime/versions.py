@@ -45,6 +45,7 @@ VERSIONS: dict[str, int] = {
     # merging
     "start": 1,
     "grams": 1,  # what of which inputs they sum
+    "distil": 1,
     "breadcrumbs": 1,
     "caci": 1,
     "dare_linear": 1,

@@ -33,6 +33,7 @@ from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import dsa, gba
 from mmedexpert.stages.common import loading, model_key, records_of, stage_logger, stage_run
 from mmedexpert.stages.data import dataset
+from mmedexpert.stages.distil import distilled
 from mmedexpert.stages.grams import grams, opened
 from mmedexpert.stages.pretrain import base_of
 
@@ -40,10 +41,13 @@ SEARCH_SPLIT = "val"  # never test, and never trained on
 
 
 def run(config: Config) -> dict[str, Run]:
-    """The merged model in `<folder>/model`; nothing with `merge=none`."""
+    """The merged model in `<folder>/model`, distilled where `merge.distil_steps` says so; nothing with `merge=none`."""
     if config.merge.method is None:
         return {}
-    return {config.merge.name: merged(config)}
+    made = merged(config)
+    if config.merge.distil_steps:
+        made = distilled(config, made, dsa.run(config))
+    return {config.merge.name: made}
 
 
 def merged(config: Config) -> Run:
