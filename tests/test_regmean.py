@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mmedexpert.errors import UserError
 from mmedexpert.merging import methods
+from mmedexpert.merging.activations import regmean
 from mmedexpert.merging.apply import low_rank_update, merge_adapters
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.grams import Grams, Span, energy
-from mmedexpert.merging.regmean import regmean
 from mmedexpert.merging.stream import Stream, load_update
 from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.checkpoint import read_checkpoint

@@ -25,7 +25,7 @@ from mmedexpert.training import sft
 
 NAMES = ["pediatrics", "oncology_surgery", "brain_sensory"]
 TRAINED = [f"specialty.names=[{','.join(NAMES)}]", "dsa.lr=0.02", "gba.lr=0.01", "gba.warmup_ratio=0"]
-REGMEAN = [*TRAINED, "merge=regmean", "merge.gram_records=5", "merge.method.ridge=0.1"]
+REGMEAN = [*TRAINED, "merge=regmean", "merge.gram_records=5", "merge.method.ridge=0.01"]
 LAYERS = [f"model.language_model.layers.{place}.weight" for place in ("0.self_attn.q_proj", "1.mlp.down_proj")]
 
 
@@ -116,11 +116,11 @@ def test_the_merge_is_least_squares_on_the_experts_own_activations(merged, seen)
     for name in LAYERS:
         v = span_of(merged, name, merged.experts)
         tasks = [one[name].double() @ v for one in merged.experts]
-        wanted = least_squares(tasks, [v.T @ x[name] for x in seen], [1.0] * 3, 0.1) @ v.T
+        wanted = least_squares(tasks, [v.T @ x[name] for x in seen], [1.0] * 3, 0.01) @ v.T
         off = found[name] - base[name] - merged.update[name] - wanted
-        assert float(off.norm()) < 0.01 * float(wanted.norm()), name
+        assert float(off.norm()) < 2e-3 * float(wanted.norm()), name
         mean = sum(one[name] for one in merged.experts).double() / 3
-        assert float((wanted - mean).norm()) > 0.05 * float(mean.norm())  # so it is told from a mean
+        assert float((wanted - mean).norm()) > 0.015 * float(mean.norm())  # so it is told from a mean
     assert all(torch.equal(found[name], weight) for name, weight in base.items() if name not in merged.update)
 
 
@@ -166,22 +166,25 @@ DISTIL = [*TRAINED, "merge=linear", "merge.distil_steps=4", "dsa.checkpoint_ever
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_every_step_applies_the_gradient_of_the_kl_to_the_expert_of_its_record(answering, on_policy):
     config = answering(*DISTIL, f"merge.distil_on_policy={on_policy}", "trainer.micro_batch_tokens=100")
+    encoded: list[Record] = []
     with pytest.MonkeyPatch.context() as patch:
         experts = dsa.run(config)
         gba.run(config)
-        steps = watch_steps(patch)
+        sample, steps = sft.sample, watch_steps(patch)
+
+        def watched(encoder: Any, image_root: Any, record: Record) -> Any:
+            encoded.append(record)
+            return sample(encoder, image_root, record)
+
+        patch.setattr("mmedexpert.stages.distil.sample", watched)
         (run,) = caci.run(config).values()
     assert len(steps) == 4 and run.stage == "distil"
     merge = next(run.folder.parent.parent.glob("caci/linear-*/model"))
     plain = plain_of(config)
-    records, _ = load_records(dataset(config).folder)
-    prompt_of = {
-        tuple(plain.ids(conversation(r, r.trace.perspective))): r for r in records if r.split == "train" and r.trace
-    }
     start = {name: weight - plain.weights[name] for name, weight in weights_of(merge).items()}
     taught = {name: deltas(experts[name].folder / "adapter") for name in NAMES}
     seen = set()
-    for step in steps:
+    for number, step in enumerate(steps):
         factors = {name: p.clone().requires_grad_() for name, p in step.before.items()}
         learnt = {
             name.replace("lora_A.weight", "weight"): 2.0 * factors[name.replace("_A", "_B")] @ a
@@ -190,8 +193,12 @@ def test_every_step_applies_the_gradient_of_the_kl_to_the_expert_of_its_record(a
         }
         total = torch.zeros(())
         completions = step.batch.completions
-        for prompt, words, who in zip(step.batch.prompts, completions, step.batch.teachers, strict=True):
-            record = prompt_of[tuple(prompt.input_ids)]
+        chosen = encoded[4 * number : 4 * number + 4]
+        for record, prompt, words, who in zip(
+            chosen, step.batch.prompts, completions, step.batch.teachers, strict=True
+        ):
+            assert record.trace and record.split == "train" and record.specialties == (who,)
+            assert plain.tokenizer.decode(prompt.input_ids) == conversation(record, record.trace.perspective)
             seen.add(who)
             if not on_policy:
                 assert words == said(plain, record)
@@ -226,7 +233,8 @@ def test_every_step_applies_the_gradient_of_the_kl_to_the_expert_of_its_record(a
 
 
 def test_distillation_lowers_the_kl(answering):
-    config = answering(*TRAINED, "merge=linear", "merge.distil_steps=30", "dsa.batch_size=8")
+    """From the base itself, which a merge of scaling 0 is."""
+    config = answering(*TRAINED, "merge=task_arithmetic", "merge.method.scaling=0", "merge.distil_steps=30")
     with pytest.MonkeyPatch.context() as patch:
         dsa.run(config)
         gba.run(config)

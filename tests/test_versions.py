@@ -35,7 +35,7 @@ from mmedexpert.evaluation.summary import Summary
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
-from mmedexpert.merging.regmean import regmean
+from mmedexpert.merging.activations import regmean
 from mmedexpert.models.encode import prompt_text, target_text
 from mmedexpert.models.generate import _chances, _draw, _warp
 from mmedexpert.runtime.build import build

@@ -1,5 +1,6 @@
 """Merging LoRA experts and reasoners (CACI): rules on task vectors, adapters on disk, merged models."""
 
+from mmedexpert.merging.activations import regmean
 from mmedexpert.merging.low_rank import core_space, knots, wudi
 from mmedexpert.merging.methods import (
     breadcrumbs,
@@ -13,7 +14,6 @@ from mmedexpert.merging.methods import (
     ties,
     winner_take_all,
 )
-from mmedexpert.merging.regmean import regmean
 
 __all__ = [
     "breadcrumbs", "caci", "core_space", "dare_linear", "dare_ties", "della", "knots", "linear", "ram", "regmean",

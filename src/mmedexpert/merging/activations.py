@@ -1,4 +1,4 @@
-"""RegMean on LoRA updates: the merge whose outputs on every expert's own inputs stay nearest to that expert's."""
+"""Merge rules on LoRA updates and what the layers see: RegMean, nearest to every expert's outputs on its own inputs."""
 
 from __future__ import annotations
 
