@@ -238,6 +238,27 @@ def sft(folder: Path) -> Any:
     return curve(module, lambda step: iter([samples] * 4), folder, "loss", "grad_norm", "entropy")
 
 
+def distil(folder: Path) -> Any:
+    """Four steps under two experts on one lesson: the divergence, which falls, and its gradient's norm."""
+    from mmedexpert.training.distil import DistilModule, Lesson
+
+    model, encoder = small_model()
+    teacher = policy_of(small_model()[0])
+    teacher.add_adapter("b", teacher.peft_config["default"])
+    for place, (name, parameter) in enumerate(teacher.named_parameters()):
+        if "lora_B" in name:
+            parameter.data.copy_(0.3 * randn(*parameter.shape, seed=place))
+        if "lora_A.b" in name:
+            parameter.data.copy_(randn(*parameter.shape, seed=place))
+    lesson = Lesson(
+        asked(folder, encoder, "the heart", "the heart rate is", "low"),
+        [encoder.completion(f"so {letter} is high") for letter in "ABC"], ["default", "b", "default"],
+    )  # fmt: skip
+    training: dict[str, Any] = {"seed": 0, "steps": 4, "warmup_ratio": 0.0, "max_grad_norm": 1.0}
+    module = DistilModule(policy_of(model), teacher, encoder, lr=0.02, weight_decay=0.0, **training)
+    return curve(module, lambda step: iter([lesson] * 4), folder, "kl", "grad_norm", "agreement")
+
+
 def gba(folder: Path) -> Any:
     """Four updates on one rollout with a cut-off completion and KL: loss, gradient, clipping, KL, entropy."""
     from mmedexpert.training.gba import GbaModule, Objective
@@ -349,10 +370,10 @@ def grams(folder: Path) -> Any:
 
     model, encoder = small_model()
     texts = asked(folder, encoder, "the heart", "the heart rate is")
-    widths = {f"model.language_model.layers.{i}.mlp.up_proj.weight": 64 for i in range(2)}
+    widths = {f"model.language_model.layers.{i}.mlp.up_proj.weight": 32 for i in range(2)}
     words = [encoder.completion(f"so {letter} is high") for letter in "AB"]
     found = []
-    for place, stacks in enumerate((None, lambda name: randn(3, 64))):
+    for place, stacks in enumerate((None, lambda name: randn(3, 32))):
         out = folder / str(place)
         collect(model, encoder, lambda: zip(texts, words, strict=True), 2, widths, stacks, out)
         made = load_file(out / "00000.safetensors")
@@ -541,6 +562,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "gba": gba,
     "start": start,
     "grams": grams,
+    "distil": distil,
     "rotate": lambda _: [[perspectives_of(f"q{i}", "rotate"), perspectives_of(f"q{i}", "vote")] for i in range(6)],
     "majority": majority,
     "robust": partial(judged, robust.judge),
