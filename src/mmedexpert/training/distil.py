@@ -64,8 +64,10 @@ class DistilModule(TrainingModule):
 
         def losses() -> Iterator[Tensor]:
             for name, rows in parts:
-                prompts, completions = ([many[r] for r in rows] for many in (lesson.prompts, lesson.completions))
-                packed = pack(self.model, self.encoder, prompts, completions)
+                packed = pack(
+                    self.model, self.encoder, [lesson.prompts[row] for row in rows],
+                    [lesson.completions[row] for row in rows],
+                )  # fmt: skip
                 kl, agreed = self._kl(name, packed)
                 sums.add_(torch.stack([kl.detach().sum(), agreed.sum()]))
                 yield kl.sum() / total
