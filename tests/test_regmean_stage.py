@@ -18,8 +18,10 @@ from transformers import AutoModelForImageTextToText
 
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
+from mmedexpert.errors import UserError
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, dsa, gba
+from mmedexpert.stages.before import check_inputs
 from mmedexpert.stages.data import dataset
 from mmedexpert.training import sft
 
@@ -279,3 +281,57 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(answering, on_policy, mo
 def test_without_steps_nothing_is_taught(answering):
     (run,) = caci.run(answering(*TRAINED, "merge=linear")).values()
     assert run.stage == "caci"
+
+
+# --- RL after the merge ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_gba_starts_from_the_experts_merge_and_what_it_was_taught(answering, steps):
+    """Its start is the rule on the experts alone, then distilled; the pipeline's model is start and RL update."""
+    config = answering(*REGMEAN, "gba.init=caci", f"merge.distil_steps={steps}")
+    start, (reasoner,), (run,) = gba.start(config), gba.run(config).values(), caci.run(config).values()
+    assert start is not None and reasoner.manifest["inputs"]["start"] == start.run_id
+    plain, begun = plain_of(config), deltas(start.folder / "adapter")
+    for name, weight in weights_of(start.folder / "model").items():
+        torch.testing.assert_close(weight, plain.weights[name] + begun.get(name, 0.0), rtol=1e-4, atol=1e-5)
+    update, found = deltas(reasoner.folder / "update"), weights_of(run.folder / "model")
+    for name, weight in plain.weights.items():
+        wanted = weight + begun[name] + update[name] if name in begun else weight
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
+    (alone,) = caci.run(answering(*REGMEAN)).values()  # the same rule, with a reasoner that began at the mean
+    rl = deltas(next(iter(gba.run(answering(*REGMEAN)).values())).folder / "update")
+    name = LAYERS[0]
+    merge = weights_of(alone.folder / "model")[name] - plain.weights[name] - rl[name]
+    assert (float((begun[name] - merge).norm()) < 1e-3 * float(merge.norm())) == (steps == 0)
+    assert float(update[name].norm()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["gba.init=caci", "merge=ties"], ["gba.init=caci", "merge=ties", "regmean"]),
+        (["merge=regmean", "merge.grams=null"], ["merge=regmean", "merge.grams=full"]),
+    ],
+)
+def test_a_merge_that_cannot_be_is_told_before_training(answering, overrides, words):
+    with pytest.raises(UserError) as caught:
+        check_inputs(answering(*TRAINED, "stage=caci", "data.source.val=8", *overrides))
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["gba.init=caci", "merge=none"], ["gba.init=caci", "merge"]),
+        (["gba.init=caci", "merge=regmean", "merge.search={ridge: [0.1]}"], ["merge.search=null"]),
+        (["merge.grams=spam"], ["merge.grams", "span"]),
+        (["merge.gram_records=0"], ["merge.gram_records"]),
+        (["merge.distil_steps=-1"], ["merge.distil_steps"]),
+        (["merge=regmean", "merge.method.expert_weights=[1,2]"], ["2 numbers for 3 updates"]),
+    ],
+)
+def test_bad_values_are_told(answering, overrides, words):
+    with pytest.raises(UserError) as caught:
+        answering(*TRAINED, *overrides)
+    assert all(word in str(caught.value) for word in words)

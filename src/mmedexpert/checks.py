@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.instructions": ("small", "full"),
     "gba.gate": ("none", "correct"),
     "gba.conditioning": ("prompted", "prompted_weighted", "free"),
-    "gba.init": ("merged_experts", "base", "sft_all", "each"),
+    "gba.init": ("merged_experts", "base", "sft_all", "each", "caci"),
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
@@ -229,6 +229,11 @@ def _check_merge(config: Config) -> None:
     if (space := config.merge.grams) not in (None, "full", "span"):
         raise UserError(f"merge.grams={space!r} is not known{suggestion(str(space), ('full', 'span'))}")
     search = config.merge.search
+    if config.gba.init == "caci" and (not method or search is not None):
+        raise UserError(
+            "gba.init=caci starts from the experts' merge with the values of merge.method as they are: give a merge "
+            "other than none, and merge.search=null"
+        )
     if search is None:
         return
     if not method:

@@ -205,6 +205,8 @@ def parts(config: Config) -> set[str]:
         found.add("gba")
     if everything or stage == "dsa" or (stage == "gba" and config.gba.init != "base"):
         found.add("dsa")
+    if "gba" in found and config.gba.init == "caci":  # starts from the experts' merge
+        found.add("caci")
     if everything and config.merge.method is not None:
         found |= {"caci"} if config.merge.search is None else {"caci", "search"}
     if stage == "pretrain" or found & {"dsa", "gba"} or (asks and not served):

@@ -89,9 +89,16 @@ def _try_merge(config: Config) -> None:
         raise UserError(
             f"merge={config.merge.name} needs Gram matrices of the experts' inputs: merge.grams=full or span"
         )
+    first = config.gba.init == "caci"  # the experts alone are merged, before RL
+    if first and not declared(rule).low_rank:
+        raise UserError(
+            f"gba.init=caci starts from an adapter, and merge={config.merge.name} gives none: use a rule on LoRA "
+            "factors (regmean, core_space, knots, wudi)"
+        )
     one = torch.ones(1, 1)
     given = (one, one) if declared(rule).low_rank else one
-    experts, reasoners = ([given] * len(names) for names in (config.specialty.names, reasoner_names(config)))
+    names = config.specialty.names, [] if first else reasoner_names(config)
+    experts, reasoners = ([given] * len(role) for role in names)
     for point in grid_points(config.merge.search or {}) or [{}]:
         call_method(functools.partial(rule, **point), list(experts), list(reasoners), "the settings")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from peft import PeftModel
@@ -29,7 +29,7 @@ from mmedexpert.stages.common import (
     training_key,
 )
 from mmedexpert.stages.data import dataset
-from mmedexpert.stages.dsa import licences, save_adapter
+from mmedexpert.stages.dsa import licences, save_adapter, save_sum
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.distil import DistilModule, completer, lesson_stream
 from mmedexpert.training.fit import fit
@@ -38,7 +38,7 @@ from mmedexpert.training.sft import sample
 
 def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
     """The merged model after `merge.distil_steps` steps under its experts, in `<folder>/model`; what it learnt is the
-    adapter in `<folder>/update`.
+    adapter in `<folder>/update`, and with a merge that is an adapter, too, both as one in `<folder>/adapter`.
 
     Learning rate, batch and the like are those of DSA, and the LoRA is the model's. # ours
     """
@@ -87,6 +87,10 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
         clean(run.folder, ("model",))  # left by a try that died after the merge
         with run.phase("merge"):
             merge_adapters(merged.folder / "model", run.folder / "model", {"update": run.folder / "update"}, {}, linear)
+        if (merged.folder / "adapter").is_dir():
+            learnt = replace(LoraAdapter.load(run.folder / "update"), base_fingerprint=None)  # that of the merged model
+            parts = [LoraAdapter.load(merged.folder / "adapter"), learnt]
+            save_sum(run.folder / "adapter", parts, [1.0, 1.0], base.folder, config)
         way = "completions of its own" if on_policy else "the records' traces"
         adapters = {name: LoraAdapter.load(expert.folder / "adapter") for name, expert in experts.items()}
         for part in ("update", "model"):
