@@ -66,9 +66,9 @@ def _closed_form(
     space = Span.of(torch.cat(rows)) if spanned and grams is not None else None
     seen = rows if space is None else [a @ space.directions for a in rows]
     system = seen[0].new_zeros(seen[0].shape[1], seen[0].shape[1])
-    white = [torch.eye(len(system))] * len(experts)
+    grams = [torch.eye(len(system))] * len(experts) if grams is None else grams
     heard: list[tuple[Tensor, Tensor, Tensor, float]] = []  # B, A, A H, w of each expert that changes this tensor
-    for a, (_, b), share, gram in zip(seen, experts, shares, white if grams is None else grams, strict=True):
+    for a, (_, b), share, gram in zip(seen, experts, shares, grams, strict=True):
         gram = gram.double() if space is None else space.gram(gram)
         own = energy(a, b, gram)
         if own > 0 and share > 0:

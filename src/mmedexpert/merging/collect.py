@@ -41,7 +41,7 @@ def collect(
     rounding must not hide what parts them. One record a forward pass, so that the result depends on the records alone.
     """
     core = core_of(model)
-    factors = {name: stacks(name).double().to(core.device) for name in widths} if stacks else {}
+    factors = {name: stacks(name).to(core.device) for name in widths} if stacks else {}
     sizes = {name: 8 * len(factors[name]) ** 2 if stacks else 4 * width**2 for name, width in widths.items()}
     groups = _groups(sizes, together)
     with new_folder(out_folder, sum(sizes.values()), replace=True) as folder, Bar(title, len(groups) * count) as bar:
@@ -60,7 +60,7 @@ def _adder(grams: dict[str, Tensor], name: str, factor: Tensor | None) -> Callab
 
     def add(_: Any, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2)
-        x = x.float() if factor is None else x.double() @ factor.T
+        x = x.float() if factor is None else x.double() @ factor.double().T
         if name not in grams:
             grams[name] = x.new_zeros(x.shape[1], x.shape[1])
         grams[name].addmm_(x.T, x)
