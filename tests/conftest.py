@@ -25,8 +25,8 @@ torch.set_num_threads(1)
 GROUPS = {
     "outputs": ["test_pipeline", "test_benchmark_stage", "test_merge_search"],
     "answering": [
-        "test_caci_stage", "test_identity", "test_gba_learning", "test_gba_stage", "test_eval_stage", "test_dsa_stage",
-        "test_durable",
+        "test_caci_stage", "test_regmean_stage", "test_identity", "test_gba_learning", "test_gba_stage",
+        "test_eval_stage", "test_dsa_stage", "test_durable",
     ],
     "distributed": ["test_distributed"],
 }  # fmt: skip

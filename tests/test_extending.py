@@ -19,8 +19,8 @@ USED = {
     "adherence('<think>Fluid fills the lower lobe of the left lung. Fluid also lies behind the stiff heart.</think>"
     "<answer>A</answer>', {'A': 'Edema', 'B': 'Fracture'}, PERSPECTIVES[4]))",
     "A merge method": "import torch; from mmedexpert.merging.stream import call_method; "
-    "from mmedexpert.merging.methods import largest; one, other = torch.tensor([1., -3.]), torch.tensor([-2., 1.]); "
-    "print(call_method(largest, [one], [other], 'x').tolist())",
+    "from mmedexpert.merging.methods import median; one, other = torch.tensor([1., -3.]), torch.tensor([-2., 1.]); "
+    "print(call_method(median, [one], [other], 'x').tolist())",
     "A benchmark": "from mmedexpert.sources.mini_vqa import load; print(load.__name__)",
     "A data source": "from pathlib import Path; from mmedexpert.sources.quiz import quiz; Path('quiz.csv').write_text("
     "'image,question,right,wrong\\na.png,What?,x,y\\n'); print(quiz(Path('.'), Path('.'), seed=0)[0][0].options)",
@@ -39,7 +39,7 @@ SHOWN = {
 }
 COMPOSED = {
     "A reward": "reward=brief",
-    "A merge method": "merge=largest",
+    "A merge method": "merge=median",
     "A benchmark": "benchmark=mini_vqa",
     "A data source": "data=quiz",
     "A model": "model=my_qwen",
@@ -90,4 +90,4 @@ def test_their_options_compose(extended):
         "    print(config.reward.weights.brevity, config.merge.name, list(config.benchmark), config.data.name, "
         "config.model.lora.r, config.specialty.names)"
     )
-    assert python(extended, code) == "0.1 largest ['mini_vqa'] quiz 64 ['neonatology']"
+    assert python(extended, code) == "0.1 median ['mini_vqa'] quiz 64 ['neonatology']"

@@ -16,13 +16,14 @@ import yaml
 from commands import run
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_merge_files import save_adapter, text_model
 
 from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
 from mmedexpert.merging import stream
 from mmedexpert.merging.apply import merge_adapters
+from mmedexpert.merging.grams import Grams
 from mmedexpert.merging.search import best_of, grid_points, merged_in_place
 from mmedexpert.merging.stream import Stream, load_update
 
@@ -51,10 +52,23 @@ def points_for(rule: functools.partial[Any]) -> list[dict[str, Any]]:
     return grid_points(grid or {"weights": [None, [1.0, 2.0, 0.5]]}, ("scaling", "expert_scaling", "reasoner_scaling"))
 
 
+def grams_of(folders: list[Path]) -> Grams:
+    """Gram matrices of two experts' inputs, made up."""
+    shapes = load_update(folders[1], folders[0]).shapes
+    for i in range(2):
+        (folder := folders[0].parent / f"grams{i}").mkdir(exist_ok=True)
+        inputs = {
+            name: torch.randn(30, shape[1], generator=torch.Generator().manual_seed(i))
+            for name, shape in shapes.items()
+        }
+        save_file({name: x.T @ x for name, x in inputs.items()}, folder / "0.safetensors")
+    return Grams.load([folders[0].parent / f"grams{i}" for i in range(2)], spanned=False)
+
+
 def merges(folders: list[Path], rule: functools.partial[Any], points: list[dict[str, Any]]) -> Iterator[Any]:
     model = text_model()
     updates = [load_update(folder, folders[0]) for folder in folders[1:]]
-    for point in merged_in_place(model, updates, 2, rule, points):
+    for point in merged_in_place(model, updates, 2, rule, points, grams_of(folders)):
         yield point, {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
@@ -66,7 +80,8 @@ def test_in_place_is_what_the_merge_writes(path: Path, folders: list[Path], tmp_
     for place, (point, weights) in enumerate(merges(folders, rule, points_for(rule))):
         out, (base, *parts) = tmp_path / str(place), folders
         merge_adapters(
-            base, out, {"a": parts[0], "b": parts[1]}, {"r": parts[2]}, functools.partial(rule, **point)
+            base, out, {"a": parts[0], "b": parts[1]}, {"r": parts[2]}, functools.partial(rule, **point),
+            grams=grams_of(folders),
         )  # fmt: skip
         for name, written in load_file(out / "model.safetensors").items():
             torch.testing.assert_close(weights[name], written, rtol=1e-5, atol=1e-6)

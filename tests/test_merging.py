@@ -31,7 +31,9 @@ from mmedexpert.merging.methods import (
     ram,
     task_arithmetic,
     ties,
+    winner_take_all,
 )
+from mmedexpert.merging.rule import declared
 from mmedexpert.merging.sparsify import crumbs, drop, kept_ranks, trim, uniform
 
 CONF = Path(__file__).parents[1] / "conf" / "merge"
@@ -256,6 +258,15 @@ def test_caci_election_ignores_the_norm_of_each_update(seed: int, gap: float) ->
     torch.testing.assert_close(merge(experts, [reasoner * gap]) / gap, merge(experts, [reasoner]))
 
 
+def test_winner_take_all_by_hand() -> None:
+    experts = [torch.tensor([1.0, -3.0, 0.0, 2.0]), torch.tensor([-2.0, 1.0, 0.0, -2.0])]
+    reasoners = [torch.tensor([0.1, 0.0, 0.2, 0.0]), torch.tensor([-0.3, 0.1, 0.0, 0.0])]
+    merged = winner_take_all(experts, reasoners, expert_scaling=2.0, reasoner_scaling=10.0)
+    torch.testing.assert_close(merged, torch.tensor([-4.0 - 3.0, -6.0 + 1.0, 2.0, 4.0]))  # a tie: the first
+    torch.testing.assert_close(winner_take_all(experts, []), torch.tensor([-2.0, -3.0, 0.0, 2.0]))
+    torch.testing.assert_close(winner_take_all([], reasoners), torch.tensor([-0.3, 0.1, 0.2, 0.0]))
+
+
 def test_caci_zero_updates_are_harmless() -> None:
     (expert,) = randn(4, 4, n=1)
     merged = caci_default(expert_density=0.5)([expert, torch.zeros(4, 4)], [torch.zeros(4, 4)])
@@ -336,21 +347,21 @@ def test_every_merge_config_names_a_rule_and_runs(file: Path) -> None:
     assert method.pop("_partial_") is True
     rule = getattr(importlib.import_module(module), name)
     experts, reasoners = randn(6, 5), randn(6, 5, n=1, seed=1)
-    parameters = inspect.signature(rule).parameters
-    if "factors" in parameters:
-        a, b = rule([(d[:2], d[:, :2]) for d in [*experts, *reasoners]], **method)
-        merged = b @ a
-    elif "deltas" in parameters:
-        merged = rule([*experts, *reasoners], **method)
-    else:
-        merged = rule(experts, reasoners, **method)
+    parameters, takes = inspect.signature(rule).parameters, declared(rule)
+    if takes.low_rank:
+        experts, reasoners = ([(d[:2], d[:, :2]) for d in role] for role in (experts, reasoners))
+    merged = rule(experts, reasoners, **method) if takes.apart else rule([*experts, *reasoners], **method)
+    merged = merged[1] @ merged[0] if takes.low_rank else merged
     assert merged.shape == (6, 5) and merged.isfinite().all() and merged.count_nonzero() > 0
     assert not set(method) - set(parameters) and "arXiv" in (rule.__doc__ or "")
 
 
 # --- blocks, permutations, scale -------------------------------------------------------------------------------------
 
-BLOCK_RULES = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "ram", "caci"]
+BLOCK_RULES = [
+    "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "ram", "caci",
+    "winner_take_all",
+]  # fmt: skip
 
 
 @few
@@ -391,6 +402,7 @@ def test_blocks_of_rows_give_what_the_whole_gives(
             ),
             {"thresholds": lowest, "norms": norms},
         ),
+        "winner_take_all": (lambda deltas, **k: winner_take_all(deltas[:3], deltas[3:], reasoner_scaling=0.5), {}),
     }
     call, measured = calls[rule]
     parts = []

@@ -21,7 +21,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.merging import low_rank, methods
 from mmedexpert.merging.apply import low_rank_update, merge_adapters
 from mmedexpert.merging.conflicts import Conflicts
-from mmedexpert.merging.rule import declare
+from mmedexpert.merging.rule import declare, declared
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import kept_ranks
 from mmedexpert.merging.stream import Stream, load_update
@@ -106,6 +106,7 @@ DENSE: dict[str, Callable[..., Tensor]] = {
         methods.caci, expert_weights=[1.0, 2.0], reasoner_weights=None, expert_density=0.4, reasoner_density=0.7,
         expert_scaling=1.0, reasoner_scaling=0.5,
     ),
+    "winner_take_all": partial(methods.winner_take_all, reasoner_scaling=0.5),
 }  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def whole_tensor_rule(rule: partial, updates: list[Any], name: str) -> Tensor:
             extra["thresholds"].append((low, kth_largest(values, start + 1)) if "gamma" in options else low)
     if "name" in code:
         extra["name"] = name
-    return rule(deltas[:2], deltas[2:], **extra) if rule.func is methods.caci else rule(deltas, **extra)
+    return rule(deltas[:2], deltas[2:], **extra) if declared(rule).apart else rule(deltas, **extra)
 
 
 @pytest.mark.parametrize("rule", DENSE.values(), ids=DENSE)

@@ -35,6 +35,7 @@ from mmedexpert.evaluation.summary import Summary
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
+from mmedexpert.merging.activations import regmean
 from mmedexpert.models.encode import prompt_text, target_text
 from mmedexpert.models.generate import _chances, _draw, _warp
 from mmedexpert.runtime.build import build
@@ -237,6 +238,27 @@ def sft(folder: Path) -> Any:
     return curve(module, lambda step: iter([samples] * 4), folder, "loss", "grad_norm", "entropy")
 
 
+def distil(folder: Path) -> Any:
+    """Four steps under two experts on one lesson: the divergence, which falls, and its gradient's norm."""
+    from mmedexpert.training.distil import DistilModule, Lesson
+
+    model, encoder = small_model()
+    teacher = policy_of(small_model()[0])
+    teacher.add_adapter("b", teacher.peft_config["default"])
+    for place, (name, parameter) in enumerate(teacher.named_parameters()):
+        if "lora_B" in name:
+            parameter.data.copy_(0.3 * randn(*parameter.shape, seed=place))
+        if "lora_A.b" in name:
+            parameter.data.copy_(randn(*parameter.shape, seed=place))
+    lesson = Lesson(
+        asked(folder, encoder, "the heart", "the heart rate is", "low"),
+        [encoder.completion(f"so {letter} is high") for letter in "ABC"], ["default", "b", "default"],
+    )  # fmt: skip
+    training: dict[str, Any] = {"seed": 0, "steps": 4, "warmup_ratio": 0.0, "max_grad_norm": 1.0}
+    module = DistilModule(policy_of(model), teacher, encoder, lr=0.02, weight_decay=0.0, **training)
+    return curve(module, lambda step: iter([lesson] * 4), folder, "kl", "grad_norm", "agreement")
+
+
 def gba(folder: Path) -> Any:
     """Four updates on one rollout with a cut-off completion and KL: loss, gradient, clipping, KL, entropy."""
     from mmedexpert.training.gba import GbaModule, Objective
@@ -320,6 +342,14 @@ def of_conf(rule: str) -> dict[str, Any]:
 
 def merge_rule(rule: str, _: Path) -> Any:
     options = of_conf(rule)
+    if rule == "regmean":
+        pairs = [(randn(2, 6, seed=i), randn(4, 2, seed=10 + i)) for i in range(3)]
+        inputs = [randn(6, 5, seed=20 + i) for i in range(2)]
+        a, b = regmean(pairs[:2], pairs[2:], grams=[x @ x.T for x in inputs], **options)
+        return (b @ a).tolist()
+    if rule == "winner_take_all":
+        deltas = [randn(4, 6, seed=i) for i in range(3)]
+        return methods.winner_take_all(deltas[:2], [0.1 * deltas[2]], **options).tolist()
     if hasattr(low_rank, rule) and not hasattr(methods, rule):
         return merged_factors(getattr(low_rank, rule), **options)
     if rule == "caci":
@@ -330,6 +360,25 @@ def merge_rule(rule: str, _: Path) -> Any:
     if rule in ("dare_linear", "dare_ties", "della"):
         options["name"] = "layer.weight"
     return merged(getattr(methods, rule), **options)
+
+
+def grams(folder: Path) -> Any:
+    """Gram matrices of two layers' inputs, whole and in the span of factors."""
+    from safetensors.torch import load_file
+
+    from mmedexpert.merging.collect import collect
+
+    model, encoder = small_model()
+    texts = asked(folder, encoder, "the heart", "the heart rate is")
+    widths = {f"model.language_model.layers.{i}.mlp.up_proj.weight": 32 for i in range(2)}
+    words = [encoder.completion(f"so {letter} is high") for letter in "AB"]
+    found = []
+    for place, stacks in enumerate((None, lambda name: randn(3, 32))):
+        out = folder / str(place)
+        collect(model, encoder, lambda: zip(texts, words, strict=True), 2, widths, stacks, out)
+        made = load_file(out / "00000.safetensors")
+        found.append({name: made[name][:3, :3].tolist() for name in sorted(made)})
+    return found
 
 
 def start(folder: Path) -> Any:
@@ -512,6 +561,8 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "losses": all_losses,
     "gba": gba,
     "start": start,
+    "grams": grams,
+    "distil": distil,
     "rotate": lambda _: [[perspectives_of(f"q{i}", "rotate"), perspectives_of(f"q{i}", "vote")] for i in range(6)],
     "majority": majority,
     "robust": partial(judged, robust.judge),

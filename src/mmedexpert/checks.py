@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.instructions": ("small", "full"),
     "gba.gate": ("none", "correct"),
     "gba.conditioning": ("prompted", "prompted_weighted", "free"),
-    "gba.init": ("merged_experts", "base", "sft_all", "each"),
+    "gba.init": ("merged_experts", "base", "sft_all", "each", "caci"),
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
@@ -48,13 +48,13 @@ POSITIVE = (
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
     "pretrain.checkpoint_every", "engine.endpoint.concurrency", "engine.endpoint.timeout_s",
     "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s", "reward.judge.concurrency", "reward.judge.timeout_s",
-    "reward.judge.max_new_tokens",
+    "reward.judge.max_new_tokens", "merge.gram_records",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
     "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
     "engine.endpoint.retries", "eval.llm_judge.retries", "reward.judge.retries", "dsa.warmup_ratio",
-    "gba.warmup_ratio", "model.lora.dropout",
+    "gba.warmup_ratio", "model.lora.dropout", "merge.distil_steps",
 )  # fmt: skip
 AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
 ABOVE_0_OR_NULL = ("data.limit", "trainer.micro_batch_tokens", "trainer.threads", "gba.epsilon_high")
@@ -226,7 +226,14 @@ def _check_merge(config: Config) -> None:
         _check_merge_value(f"merge.method.{key}", value, sizes.get(key.partition("_")[0], experts + reasoners))
     if config.merge.lora_rank is not None and (config.merge.lora_rank < 1 or not method):
         raise UserError(f"merge.lora_rank={config.merge.lora_rank} must be at least 1, and merge a method")
+    if (space := config.merge.grams) not in (None, "full", "span"):
+        raise UserError(f"merge.grams={space!r} is not known{suggestion(str(space), ('full', 'span'))}")
     search = config.merge.search
+    if config.gba.init == "caci" and (not method or search is not None):
+        raise UserError(
+            "gba.init=caci starts from the experts' merge with the values of merge.method as they are: give a merge "
+            "other than none, and merge.search=null"
+        )
     if search is None:
         return
     if not method:

@@ -29,7 +29,7 @@ def trained_names(config: Config) -> list[str]:
 
 def start_names(config: Config) -> list[str]:
     """What one reasoner for all specialties is trained from, where that is not the base."""
-    return [START] if config.gba.init in ("merged_experts", "sft_all") else []
+    return [START] if config.gba.init in ("merged_experts", "sft_all", "caci") else []
 
 
 def known_names(config: Config) -> list[str]:

@@ -163,6 +163,10 @@ class MergeConfig:
     method: dict[str, Any] | None = None
     search: Any = None  # a dictionary or null: Hydra merges none of a command into a null that is typed as one
     lora_rank: int | None = None
+    grams: str | None = None
+    gram_records: int = MISSING
+    distil_steps: int = MISSING
+    distil_on_policy: bool = MISSING
 
 
 @dataclass

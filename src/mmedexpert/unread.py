@@ -158,6 +158,14 @@ RULES = (
     ),
     Rule(("gba.gate",), lambda c, _: c.gba.scale == 0, "gba.scale=0 leaves nothing to gate", ("gba.scale", "gba")),
     Rule(
+        ("merge.gram_records",), lambda c, _: c.merge.grams is None,
+        "merge.grams=null measures no inputs: add merge.grams=full or span", ("merge.grams", "merge"),
+    ),
+    Rule(
+        ("merge.distil_on_policy",), lambda c, _: c.merge.distil_steps == 0,
+        "merge.distil_steps=0 teaches nothing: give a number of steps", ("merge.distil_steps",),
+    ),
+    Rule(
         ("merge.name", "merge.method"), lambda c, _: c.merge.method is None, "merge=none merges nothing", ("merge",)
     ),
     Rule(
@@ -197,6 +205,8 @@ def parts(config: Config) -> set[str]:
         found.add("gba")
     if everything or stage == "dsa" or (stage == "gba" and config.gba.init != "base"):
         found.add("dsa")
+    if "gba" in found and config.gba.init == "caci":  # starts from the experts' merge
+        found.add("caci")
     if everything and config.merge.method is not None:
         found |= {"caci"} if config.merge.search is None else {"caci", "search"}
     if stage == "pretrain" or found & {"dsa", "gba"} or (asks and not served):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmedexpert.errors import UserError
 from mmedexpert.merging.conflicts import Conflicts
+from mmedexpert.merging.grams import Grams
 from mmedexpert.merging.rule import Method
 from mmedexpert.merging.stream import Stream, load_update
 from mmedexpert.models.adapters import PREFIX, LoraAdapter, check_compatible, save_lora
@@ -68,13 +69,15 @@ def merge_adapters(
     method: Method,
     *,
     conflicts: Conflicts | None = None,
+    grams: Grams | None = None,
     lora_rank: int | None = None,
 ) -> dict[str, float]:
     """Merge LoRA adapters or fine-tuned models (name -> folder) into a base model and write the merged model.
 
     CACI of MMedExpert-R1 (arXiv 2601.10949). A reasoner's folder holds the RL update alone, relative to where GBA
     started. What an update does not touch is zero there: it does not vote. `method` is a rule of `methods` or
-    `low_rank` with its settings bound; see `stream.call_method`. `conflicts`, of the updates' number, is filled.
+    `low_rank` with its settings bound; see `stream.call_method`. `conflicts`, of the updates' number, is filled;
+    `grams`, of the experts' number, are for rules that ask for them and for the conflicts' interference.
 
     With `lora_rank` (from 1) `out_folder` is a PEFT adapter of at most that rank in place of a model: exact where the
     merged update has no higher rank (rules on factors; linear and task_arithmetic with the summed ranks), else its
@@ -92,7 +95,7 @@ def merge_adapters(
     adapters = [update for update in updates if isinstance(update, LoraAdapter)]
     if lora_rank is not None and len(adapters) < len(updates):
         raise UserError("lora_rank needs LoRA adapters to merge: leave it out to write a whole model")
-    with Stream(updates, len(experts), method, conflicts=conflicts) as stream:
+    with Stream(updates, len(experts), method, conflicts=conflicts, grams=grams) as stream:
         for adapter in adapters:
             for name in adapter.shapes:
                 adapter.factors(name)  # refuses NaN

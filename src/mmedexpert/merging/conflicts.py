@@ -28,15 +28,20 @@ COLUMNS = {
     "row_overlap_chance": "the same for random subspaces of these ranks",
     "column_overlap": "as row_overlap, of the column spaces (outputs written)",
     "column_overlap_chance": "the same for random subspaces of these ranks",
+    "interference": "mean over the experts of <update>/interference",
     "merged_norm": "L2 norm of the merged update",
     "<update>/norm": "L2 norm of the update before trimming",
     "<update>/trim_share": "share of its nonzero entries that are still there after trimming",
     "<update>/kept_share": "share of its nonzero entries that are there after trimming and whose sign the merge has",
+    "<update>/interference": "||(M - t) X||^2 / ||t X||^2 of the merge M and an expert's update t on the inputs X that "
+    "the layer has in the expert's own training records: 0 answers as the expert, 1 as without it; mean over tensors; "
+    "empty without merge.grams, and with merge.grams=span of inputs as far as they lie in the updates' span",
 }
 OF_A_TENSOR = (
     "sign_conflict_rate", "sign_conflict_chance", "mean_cosine", "row_overlap", "row_overlap_chance", "column_overlap",
-    "column_overlap_chance",
+    "column_overlap_chance", "interference",
 )  # fmt: skip
+OVERLAPS = OF_A_TENSOR[3:7]
 
 
 @dataclass
@@ -52,7 +57,7 @@ class _Counts:
     conflicting: float = 0.0
     expected: float = 0.0
     merged_square: float = 0.0
-    spaces: dict[str, list[float]] = field(default_factory=dict)
+    means: dict[str, list[float]] = field(default_factory=dict)  # what is a mean over tensors, or pairs of updates
     from_factors: bool = False
 
     @classmethod
@@ -65,8 +70,8 @@ class _Counts:
             mine[:] = [a + b for a, b in zip(mine, its, strict=True)]
         for name in ("size", "overlapping", "conflicting", "expected", "merged_square"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name, values in other.spaces.items():
-            self.spaces.setdefault(name, []).extend(values)
+        for name, values in other.means.items():
+            self.means.setdefault(name, []).extend(values)
         return self
 
 
@@ -158,7 +163,7 @@ class Conflicts:
         if len(factors) != len(self.names):
             raise ValueError(f"{len(factors)} factors of {len(self.names)} updates")
         counts = self._of(tensor_name)
-        counts.from_factors, counts.spaces = True, {}
+        counts.from_factors, counts.means = True, {}
         counts.pairs = torch.zeros_like(counts.pairs)
         thin = {i: _thin_svd(*pair) for i, pair in enumerate(factors) if pair is not None}
         for i, j in self._triangle():
@@ -171,17 +176,27 @@ class Conflicts:
                 continue
             low, high = sorted((len(s), len(s_)))
             for name, product, width in (("row", rows, len(v)), ("column", columns, len(u))):
-                counts.spaces.setdefault(f"{name}_overlap", []).append(float(product.square().sum()) / low)
-                counts.spaces.setdefault(f"{name}_overlap_chance", []).append(high / width)
+                counts.means.setdefault(f"{name}_overlap", []).append(float(product.square().sum()) / low)
+                counts.means.setdefault(f"{name}_overlap_chance", []).append(high / width)
+
+    def interfere(self, tensor_name: str, values: Sequence[float | None]) -> None:
+        """The relative interference of a tensor with the first updates, the experts; None where one does not act."""
+        means = self._of(tensor_name).means
+        for name, value in zip(self.names, values, strict=False):
+            means[f"{name}/interference"] = [] if value is None else [value]
 
     def report(self) -> dict[str, float]:
         """Flat metrics over all tensors, and under `layers/<layer>/<module>/` those of each layer and module kind.
 
-        What the names mean: `COLUMNS`. Overlaps are means over tensors and pairs, and left out without LoRA factors; 0
-        where there is nothing to compare.
+        What the names mean: `COLUMNS`. Overlaps and interference are means over tensors, and left out without LoRA
+        factors and Gram matrices; 0 where there is nothing to compare.
         """
-        metrics = {name: 0.0 if value is None else value for name, value in self._figures(self._total()).items()}
-        metrics = {name: value for name, value in metrics.items() if "overlap" not in name or self._total().spaces}
+        total = self._total()
+        metrics = {
+            name: 0.0 if value is None else value
+            for name, value in self._figures(total).items()
+            if value is not None or not name.endswith(("overlap", "overlap_chance", "interference"))
+        }
         places: dict[str, _Counts] = {}
         for name, counts in self._tensors.items():
             layer, module = place(name)
@@ -231,9 +246,11 @@ class Conflicts:
             "mean_cosine": _share(sum(pairs), len(pairs)),
             "merged_norm": counts.merged_square**0.5,
         }
-        for name in OF_A_TENSOR[3:]:
-            values = counts.spaces.get(name, [])
+        for name in (*OVERLAPS, *(f"{one}/interference" for one in self.names)):
+            values = counts.means.get(name, [])
             figures[name] = _share(sum(values), len(values))
+        told = [value for name, values in counts.means.items() if "interf" in name for value in values]
+        figures["interference"] = _share(sum(told), len(told))
         for i, name in enumerate(self.names):
             figures[f"{name}/norm"] = max(0.0, float(counts.pairs[i, i])) ** 0.5
             figures[f"{name}/trim_share"] = _share(counts.trimmed[i], counts.entries[i])

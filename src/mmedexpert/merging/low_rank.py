@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmedexpert.merging.methods import linear, ties, weights_like
+from mmedexpert.merging.methods import linear, ties
 from mmedexpert.merging.rule import declare
+from mmedexpert.merging.votes import weights_like
 
 Factors = Sequence[tuple[Tensor, Tensor]]
 
@@ -37,7 +38,7 @@ def core_space(
     small cores: "linear" (weighted mean; then exactly the mean of the updates), "ties" (2306.01708, with density, vote
     and normalize), "tsv" (`tsv`, 2412.00081) or "iso" (`isotropic`, 2502.04959), the last two on the weighted sum.
     """
-    _check(factors)
+    check_factors(factors)
     v, u = _basis(torch.cat([a for a, _ in factors]).double().T), _basis(torch.cat([b for _, b in factors], 1).double())
     cores = [(u.T @ b.double()) @ (a.double() @ v) for a, b in factors]
     if inner == "linear":
@@ -103,7 +104,7 @@ def knots(
     KnOTS (arXiv 2410.19735). With A_i^T = Q_i R_i (QR), the SVD is that of [B_1 R_1^T .. B_N R_N^T], `[out, sum r]`,
     and V_i its right vectors times Q_i^T. S stays with V, as in the authors' code: it counts in the trim, not the vote.
     """
-    _check(factors)
+    check_factors(factors)
     bases, columns = zip(*((q, b.double() @ r.T) for q, r, b in ((*_qr(a), b) for a, b in factors)), strict=True)
     u, s, wh = torch.linalg.svd(torch.cat(columns, 1), full_matrices=False)
     keep, signs = _nonzero(s, max(u.shape[0], wh.shape[1])), _signs(u)
@@ -134,7 +135,7 @@ def wudi(
     inside the span of the stacked A. The ridge pulls towards Adam's start, the plain sum, where no task speaks;
     so one adapter alone comes back unchanged. Weights must be positive or zero.
     """
-    _check(factors)
+    check_factors(factors)
     v = _basis(torch.cat([a for a, _ in factors]).double().T)
     tasks = [b.double() @ (a.double() @ v) for a, b in factors]
     w = weights_like(tasks, weights, normalize=False).flatten()
@@ -152,7 +153,8 @@ def wudi(
 declare(wudi, "factors", scalings=("scaling",))
 
 
-def _check(factors: Factors) -> None:
+def check_factors(factors: Factors) -> None:
+    """ValueError for no factors, or pairs that do not make updates of one shape."""
     if not factors:
         raise ValueError("no factors to merge")
     shape = factors[0][1].shape[0], factors[0][0].shape[1]

@@ -12,7 +12,6 @@ are not finite or not one per delta, and weights summing to zero where normalise
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,32 +19,7 @@ from torch import Tensor
 
 from mmedexpert.merging.rule import declare
 from mmedexpert.merging.sparsify import crumbs, drop, per_delta, trim
-
-
-def elect_sign(votes: Tensor, vote: str = "mass") -> Tensor:
-    """The majority sign of each entry, +1 or -1, from weighted votes `[N, *shape]`; a tie elects +1 (mergekit, PEFT).
-
-    TIES-Merging (arXiv 2306.01708), step 2. vote="mass": sign of the sum; "count": sign of the number of plus minus
-    the number of minus signs.
-    """
-    if vote not in ("mass", "count"):
-        raise ValueError(f"vote must be 'mass' or 'count', not {vote!r}")
-    total = (votes if vote == "mass" else votes.sign()).sum(0)
-    return torch.where(total >= 0, 1.0, -1.0).to(votes.dtype)
-
-
-def disjoint_merge(weighted: Tensor, weights: Tensor, elected: Tensor, normalize: bool = True) -> Tensor:
-    """Sum of the weighted deltas `[N, *shape]` of the elected sign, divided by their weights' sum if `normalize`.
-
-    TIES-Merging (arXiv 2306.01708), step 3. `weights` is `[N, 1, ..]`. Where nobody agrees, or the agreeing weights
-    cancel, the divisor is 1.
-    """
-    agreeing = (weighted * elected).clamp_(min=0)  # magnitudes: no boolean mask, which torch does not vectorise
-    merged = agreeing.sum(0) * elected
-    if not normalize:
-        return merged
-    mass = (agreeing.sign_() * weights).sum(0)
-    return merged / mass.masked_fill_(mass == 0, 1)
+from mmedexpert.merging.votes import check_shapes, disjoint_merge, elect_sign, norms_of, weights_like
 
 
 def ties(
@@ -178,7 +152,7 @@ def breadcrumbs(
     Model Breadcrumbs (arXiv 2312.06795), per tensor, with mergekit's `density` (share kept) and `gamma` (share of the
     largest that goes). `thresholds` are pairs (low, high): entries with low <= |delta| <= high stay.
     """
-    _check_shapes(deltas)
+    check_shapes(deltas)
     bounds = [None] * len(deltas) if thresholds is None else thresholds
     pairs = zip(deltas, per_delta(deltas, density), bounds, strict=True)
     return task_arithmetic([crumbs(delta, share, gamma, b) for delta, share, b in pairs], weights, scaling=scaling)
@@ -192,7 +166,7 @@ def overlap_counts(deltas: Sequence[Tensor], epsilon: float = 1e-5) -> Tensor:
 
     int64 `[N, 2]`: shared, unique. RAM (arXiv 2601.13572). Counts of blocks, or of tensors, add up.
     """
-    _check_shapes(deltas)
+    check_shapes(deltas)
     active = torch.stack([delta.abs() > epsilon for delta in deltas])
     shared = active & (active.sum(0) > 1)
     total = active.flatten(1).sum(1)
@@ -260,12 +234,12 @@ def caci(
     and `norms`: experts first, then reasoners.
     """
     deltas, n = [*experts, *reasoners], len(experts)
-    _check_shapes(deltas)
+    check_shapes(deltas)
     pairs = ((experts, expert_weights), (reasoners, reasoner_weights))
     w = torch.cat([weights_like(role, weights, normalize=True) for role, weights in pairs if role])
     densities = [*per_delta(experts, expert_density), *per_delta(reasoners, reasoner_density)]
     trimmed = _trim_all(deltas, densities, scope, thresholds)
-    elected = elect_sign(w * (trimmed / _norms(trimmed, norms) if equalize_vote else trimmed), vote)
+    elected = elect_sign(w * (trimmed / norms_of(trimmed, norms) if equalize_vote else trimmed), vote)
     roles = ((slice(0, n), expert_scaling), (slice(n, None), reasoner_scaling))
     return torch.stack(
         [scale * disjoint_merge(w[role] * trimmed[role], w[role], elected) for role, scale in roles if len(w[role])]
@@ -275,11 +249,37 @@ def caci(
 declare(caci, "roles", "thresholds", "norms", scalings=("expert_scaling", "reasoner_scaling"))
 
 
+def winner_take_all(
+    experts: Sequence[Tensor],
+    reasoners: Sequence[Tensor],
+    *,
+    expert_scaling: float = 1.0,
+    reasoner_scaling: float = 1.0,
+) -> Tensor:
+    """Of each entry the experts' largest change, and on top of it the reasoners' largest:
+
+        out = expert_scaling * e_j + reasoner_scaling * r_k,   j = argmax_i |e_i|,  k = argmax_i |r_i|
+
+    MagMax (arXiv 2407.06322) for one role; that the roles add is `caci`'s reason. Among equal magnitudes the first
+    wins. Either list may be empty.
+    """
+    check_shapes([*experts, *reasoners])
+    roles = ((experts, expert_scaling), (reasoners, reasoner_scaling))
+    return torch.stack([scale * _largest(torch.stack(list(role))) for role, scale in roles if role]).sum(0)
+
+
+declare(winner_take_all, "roles", scalings=("expert_scaling", "reasoner_scaling"))
+
+
+def _largest(deltas: Tensor) -> Tensor:
+    return deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0]
+
+
 def _trim_all(
     deltas: Sequence[Tensor], density: float | Sequence[float], scope: str, thresholds: Sequence[float] | None
 ) -> Tensor:
     """The trimmed deltas, stacked to `[N, *shape]`."""
-    _check_shapes(deltas)
+    check_shapes(deltas)
     bounds = [None] * len(deltas) if thresholds is None else thresholds
     triples = zip(deltas, per_delta(deltas, density), bounds, strict=True)
     return torch.stack([trim(delta, share, scope, bound) for delta, share, bound in triples])
@@ -288,33 +288,3 @@ def _trim_all(
 def _elect_and_merge(deltas: Tensor, weights: Tensor, vote: str, normalize: bool) -> Tensor:
     weighted = weights * deltas
     return disjoint_merge(weighted, weights, elect_sign(weighted, vote), normalize)
-
-
-def _norms(deltas: Tensor, norms: Sequence[float] | None) -> Tensor:
-    """L2 norm of each of the stacked deltas, `[N, 1, ..]`; 1 for an all-zero delta, which casts no vote."""
-    if norms is None:
-        values = torch.stack([torch.linalg.vector_norm(delta) for delta in deltas])
-    else:
-        values = deltas.new_tensor(norms)
-    values = values.view(-1, *[1] * (deltas.dim() - 1))
-    return values.masked_fill(values == 0, 1)
-
-
-def _check_shapes(deltas: Sequence[Tensor]) -> None:
-    if not deltas:
-        raise ValueError("no deltas to merge")
-    if any(delta.shape != deltas[0].shape for delta in deltas):
-        raise ValueError(f"deltas must have one shape, got {[tuple(delta.shape) for delta in deltas]}")
-
-
-def weights_like(deltas: Sequence[Tensor], weights: Sequence[float] | None, normalize: bool) -> Tensor:
-    """The weights, checked, as a `[N, 1, ..]` tensor of the deltas' dtype and device."""
-    _check_shapes(deltas)
-    values = [1.0] * len(deltas) if weights is None else [float(w) for w in weights]
-    if len(values) != len(deltas):
-        raise ValueError(f"{len(values)} weights for {len(deltas)} deltas")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"weights must be finite, got {values}")
-    if normalize and abs(math.fsum(values)) < 1e-8:
-        raise ValueError(f"weights sum to zero and cannot be normalised: {values}")
-    return deltas[0].new_tensor(values).view(-1, *[1] * deltas[0].dim())

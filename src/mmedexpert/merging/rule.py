@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from mmedexpert.errors import UserError
 
-Takes = Literal["deltas", "roles", "factors"]
-Measure = Literal["thresholds", "norms", "counts", "place"]
+Takes = Literal["deltas", "roles", "factors", "factor_roles"]
+Measure = Literal["thresholds", "norms", "counts", "place", "grams"]
 Method = Callable[..., Any]
 
 
@@ -17,16 +17,28 @@ Method = Callable[..., Any]
 class MergeRule:
     """What `Stream` gives a merge rule beside its settings.
 
-    takes: `deltas`, one list, experts first, then reasoners; `roles`, the two lists apart; `factors`, the LoRA pairs.
-    measures: what is known of the whole tensor before its blocks are merged, each a keyword of the rule: `thresholds`,
-    `norms`, `counts`, and with `place` the tensor's `name` and the block's `first_row`. bands: a threshold is a pair
-    (low, high). scalings: the keywords in which the result is linear, so that a search merges once for all of them.
+    takes: `deltas`, one list, experts first, then reasoners; `roles`, the two lists apart; `factors` and
+    `factor_roles`, the LoRA pairs in the same two ways. measures: what is known of the whole tensor before its blocks
+    are merged, each a keyword of the rule: `thresholds`, `norms`, `counts`, with `place` the tensor's `name` and the
+    block's `first_row`, with `grams` those of each expert's inputs and whether they are `spanned` (`grams.Grams`).
+    bands: a threshold is a pair (low, high). scalings: the keywords in which the result is linear, so that a search
+    merges once for all of them.
     """
 
     takes: Takes
     measures: tuple[Measure, ...] = ()
     bands: bool = False
     scalings: tuple[str, ...] = ()
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it merges LoRA factors to factors."""
+        return self.takes in ("factors", "factor_roles")
+
+    @property
+    def apart(self) -> bool:
+        """Whether experts and reasoners are two lists."""
+        return self.takes in ("roles", "factor_roles")
 
 
 def declare(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmedexpert.merging.grams import Grams
 from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.sparsify import Threshold
 from mmedexpert.merging.stream import Stream, Update
@@ -37,6 +38,7 @@ def merged_in_place(
     experts: int,
     method: functools.partial[Any],
     points: Sequence[Point],
+    grams: Grams | None = None,
 ) -> Iterator[Point]:
     """Give a loaded base the merge of each point in turn, and yield the point; at the end the base is as it was.
 
@@ -47,7 +49,7 @@ def merged_in_place(
     """
     found: Found = {}
     for point in points:  # every point is tried on one entry before the first is merged
-        _CachedStream(updates, experts, functools.partial(method, **point), found=found)
+        _CachedStream(updates, experts, functools.partial(method, **point), found=found, grams=grams)
     scalings = [name for name in declared(method).scalings if name in method.keywords]
     parameters = dict(model.named_parameters())
     before: dict[str, Tensor] = {}
@@ -55,7 +57,7 @@ def merged_in_place(
         for _, group in itertools.groupby(points, lambda p: [(k, v) for k, v in p.items() if k not in scalings]):
             same = list(group)
             fixed = functools.partial(method, **same[0])
-            stream = _CachedStream(updates, experts, _in_parts(fixed, scalings), found=found)
+            stream = _CachedStream(updates, experts, _in_parts(fixed, scalings), found=found, grams=grams)
             with stream:
                 touched = [name for name in stream.names if stream.touches(name)]
                 parts = {name: _whole(stream, name, max(1, len(scalings))) for name in touched}
@@ -77,9 +79,11 @@ def merged_in_place(
 class _CachedStream(Stream):
     """A stream that shares its thresholds with others over the same updates."""
 
-    def __init__(self, updates: Sequence[Update], experts: int, method: Method, *, found: Found) -> None:
+    def __init__(
+        self, updates: Sequence[Update], experts: int, method: Method, *, found: Found, grams: Grams | None
+    ) -> None:
         self.found = found
-        super().__init__(updates, experts, method)
+        super().__init__(updates, experts, method, grams=grams)
 
     def _thresholds(self, names: Sequence[str]) -> list[Threshold]:
         shares = self._per_update("density", "expert_density", "reasoner_density")

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmedexpert.errors import UserError
 from mmedexpert.merging.conflicts import Conflicts
 from mmedexpert.merging.full_weights import FullWeights
+from mmedexpert.merging.grams import Grams, Span, interference
 from mmedexpert.merging.methods import overlap_counts
 from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.select import RadixSelect
@@ -67,18 +68,22 @@ class Stream:
         method: Method,
         *,
         conflicts: Conflicts | None = None,
+        grams: Grams | None = None,
         block: int = BLOCK,
     ) -> None:
-        """Tries the rule on one entry: UserError for values it refuses, or for a rule on factors without factors."""
+        """Tries the rule on one entry: UserError for values it refuses, and for a rule on factors or Gram matrices (of
+        the experts' inputs) without these. With `grams` the conflicts tell the interference."""
         self.updates, self.experts, self.method, self.conflicts, self.block = updates, experts, method, conflicts, block
-        self.rule = declared(method)
+        self.grams, self.rule = grams, declared(method)
         parameters = inspect.signature(method).parameters
         self.options = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        self.low_rank = self.rule.takes == "factors"
+        self.low_rank = self.rule.low_rank
         self.names = list(dict.fromkeys(name for update in updates for name in update.shapes))
         whole = [str(update.folder) for update in updates if not isinstance(update, LoraAdapter)]
         if self.low_rank and whole:
             raise UserError(f"this merge method works on LoRA factors, and {whole[0]} is a whole model: use adapters")
+        if "grams" in self.rule.measures and grams is None:
+            raise UserError("this merge method needs Gram matrices of the experts' inputs: merge.grams=full or span")
         one = torch.ones(1, 1)
         self._call("the settings", [(one, one) if self.low_rank else one] * len(updates))
         self._pool: ThreadPoolExecutor | None = None
@@ -118,7 +123,8 @@ class Stream:
             update.scaled_factors(name) if isinstance(update, LoraAdapter) and name in update.shapes else none
             for update in self.updates
         ]
-        return self._call(name, pairs)
+        seen = {} if self.grams is None else {"grams": self.grams.of(name), "spanned": self.grams.spanned}
+        return self._call(name, pairs, **seen)
 
     def blocks(self, name: str, *, count: bool = True) -> Iterator[tuple[int, Tensor]]:
         """(first row, merged rows [rows, in] fp32), in order, covering a tensor; `count`: add it to the conflicts."""
@@ -128,6 +134,8 @@ class Stream:
         measured = self._measured[1]
         if conflicts is not None:
             self._overlap(conflicts, name)
+            if self.grams is not None:
+                conflicts.interfere(name, list(self._interference(self.grams, name)))
 
         def work(row: int, parts: Parts) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
             deltas = self._filled(name, row, parts)
@@ -246,7 +254,7 @@ class Stream:
         def spread(value: Any, count: int) -> list[float]:
             return list(value) if isinstance(value, Sequence) else [float(value)] * count
 
-        if self.rule.takes == "roles":
+        if self.rule.apart:
             rest = len(self.updates) - self.experts
             ours, theirs = (self.options.get(name, 0.0) for name in (experts, reasoners))
             return spread(ours, self.experts) + spread(theirs, rest)
@@ -260,6 +268,28 @@ class Stream:
             pairs.append(update.scaled_factors(name) if there and isinstance(update, LoraAdapter) else None)
         conflicts.overlap(name, pairs)
 
+    def _interference(self, grams: Grams, name: str) -> Iterator[float | None]:
+        """How far the merge is from each expert on that expert's inputs; None for one that does not act here.
+
+        An expert at a time, so that memory holds one Gram: a dense rule's blocks are computed again for each.
+        """
+        adapters = [u for u in self.updates if isinstance(u, LoraAdapter) and name in u.shapes]
+        space = Span.of(torch.cat([a.factors(name)[0] for a in adapters])) if grams.spanned else None
+        for place, gram in enumerate(grams.of(name)):
+            yield interference(self._beside(name, place), gram, space) if self._touched(name)[place] else None
+
+    def _beside(self, name: str, place: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The merge of a tensor beside one update of it, by blocks of rows; of factors after a rotation to few rows."""
+        update = self.updates[place]
+        if self.low_rank and isinstance(update, LoraAdapter):
+            (merged, b), (own, own_b) = self.factors(name), update.scaled_factors(name)
+            core = torch.linalg.qr(torch.cat([b, own_b], 1)).R
+            yield core[:, : len(merged)] @ merged, core[:, len(merged) :] @ own
+            return
+        read = update.reader(name)
+        for row, block in self.blocks(name, count=False):
+            yield block, read(row, row + len(block))
+
 
 def call_method(method: Method, experts: list[Any], reasoners: list[Any], name: str, **measured: Any) -> Any:
     """Call a merge rule on the deltas to one tensor, or to a block of its rows, in the form that it declares.
@@ -267,10 +297,11 @@ def call_method(method: Method, experts: list[Any], reasoners: list[Any], name: 
     UserError for what the rule refuses.
     """
     rule = declared(method)
-    wanted = {*rule.measures, "name", "first_row"} if "place" in rule.measures else {*rule.measures}
+    more = {"place": {"name", "first_row"}, "grams": {"spanned"}}
+    wanted = {*rule.measures}.union(*(more.get(measure, set()) for measure in rule.measures))
     extra = {key: value for key, value in {"name": name, **measured}.items() if key in wanted}
     try:
-        if rule.takes == "roles":
+        if rule.apart:
             return method(experts, reasoners, **extra)
         return method([*experts, *reasoners], **extra)
     except ValueError as error:

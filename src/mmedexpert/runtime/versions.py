@@ -44,6 +44,8 @@ VERSIONS: dict[str, int] = {
     "gba": 2,  # how an update uses a rollout
     # merging
     "start": 1,
+    "grams": 1,  # what of which inputs they sum
+    "distil": 1,
     "breadcrumbs": 1,
     "caci": 1,
     "dare_linear": 1,
@@ -51,8 +53,10 @@ VERSIONS: dict[str, int] = {
     "della": 1,
     "linear": 1,
     "ram": 1,
+    "regmean": 1,
     "task_arithmetic": 1,
     "ties": 1,
+    "winner_take_all": 1,
     "core_space": 1,
     "knots": 1,
     "wudi": 1,

@@ -85,9 +85,20 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
 def _try_merge(config: Config) -> None:
     """The rule on one entry, with the values of `merge.method` and of every point of `merge.search`."""
     rule = build(config.merge.method or {}, "merge.method")
+    if "grams" in declared(rule).measures and config.merge.grams is None:
+        raise UserError(
+            f"merge={config.merge.name} needs Gram matrices of the experts' inputs: merge.grams=full or span"
+        )
+    first = config.gba.init == "caci"  # the experts alone are merged, before RL
+    if first and not declared(rule).low_rank:
+        raise UserError(
+            f"gba.init=caci starts from an adapter, and merge={config.merge.name} gives none: use a rule on LoRA "
+            "factors (regmean, core_space, knots, wudi)"
+        )
     one = torch.ones(1, 1)
-    given = (one, one) if declared(rule).takes == "factors" else one
-    experts, reasoners = ([given] * len(names) for names in (config.specialty.names, reasoner_names(config)))
+    given = (one, one) if declared(rule).low_rank else one
+    names = config.specialty.names, [] if first else reasoner_names(config)
+    experts, reasoners = ([given] * len(role) for role in names)
     for point in grid_points(config.merge.search or {}) or [{}]:
         call_method(functools.partial(rule, **point), list(experts), list(reasoners), "the settings")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from peft import PeftModel
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import instructions
-from mmedexpert.models.adapters import record_base
+from mmedexpert.models.adapters import LoraAdapter, concatenate_lora, record_base
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base, new_folder
 from mmedexpert.models.encode import Encoder
@@ -137,3 +138,12 @@ def save_adapter(folder: Path, model: PeftModel, encoder: Encoder, base_folder: 
         model.save_pretrained(str(new), state_dict=weights)
         encoder.save_pretrained(new)
         record_base(new, fingerprint_base(base_folder))
+
+
+def save_sum(
+    folder: Path, adapters: Sequence[LoraAdapter], weights: Sequence[float], base: Path, config: Config
+) -> None:
+    """A weighted sum of adapters as one adapter, with tokenizer and image processor like any other."""
+    concatenate_lora(adapters, weights, folder, replace=True)
+    load_encoder(base, loading(config)).save_pretrained(folder)
+    record_base(folder, fingerprint_base(base))

@@ -16,7 +16,7 @@ from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.guidelines.rubrics import DATA
-from mmedexpert.models.adapters import LoraAdapter, concatenate_lora, record_base
+from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start_from_
 from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.models.encode import Encoder
@@ -30,7 +30,7 @@ from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import digest, text_of, versions
 from mmedexpert.schema import Config, LoggerConfig, RewardConfig
 from mmedexpert.scoring import Protocol
-from mmedexpert.stages import dsa
+from mmedexpert.stages import dsa, merge
 from mmedexpert.stages.common import (
     Base,
     content_of,
@@ -43,6 +43,7 @@ from mmedexpert.stages.common import (
     training_key,
 )
 from mmedexpert.stages.data import dataset
+from mmedexpert.stages.distil import distilled
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.advantages import RewardScale
 from mmedexpert.training.fit import fit, gathered
@@ -68,7 +69,7 @@ def control(config: Config) -> Run:
     """The control of the perspectives: the reasoner of this config with every weight 0, plain GRPO on the same
     prompts from the same start. UserError for `gba.init=each`, which has no single one."""
     if config.gba.init == "each":
-        raise UserError("the control grpo is one reasoner: use gba.init=merged_experts, sft_all or base")
+        raise UserError("the control grpo is one reasoner: use gba.init=merged_experts, caci, sft_all or base")
     plain = replace(config, gba=replace(config.gba, name="grpo", weights=[0.0] * len(PERSPECTIVES)))
     return run(plain)["reasoner"]
 
@@ -76,11 +77,14 @@ def control(config: Config) -> Run:
 def start(config: Config) -> Run | None:
     """The adapter that one reasoner for all specialties starts from; None where that is the base itself.
 
-    merged_experts: the experts' mean (# ours), as one LoRA; sft_all: one LoRA trained on all data.
+    merged_experts: the experts' mean (# ours), as one LoRA; sft_all: one LoRA trained on all data; caci: the experts
+    merged by `merge.method`, and taught for `merge.distil_steps`, as one LoRA.
     """
     names = config.specialty.names
     if config.gba.init == "sft_all":
         return dsa.expert(config, "all", names)
+    if config.gba.init == "caci":
+        return _merge_of_experts(config)
     if config.gba.init != "merged_experts":
         return None
     experts = dsa.run(config)
@@ -88,11 +92,21 @@ def start(config: Config) -> Run | None:
 
     def work(run: Run) -> dict[str, float]:
         adapters = [LoraAdapter.load(expert.folder / "adapter") for expert in experts.values()]
-        _save_sum(run.folder / "adapter", adapters, [1.0 / len(adapters)] * len(adapters), base.folder, config)
+        dsa.save_sum(run.folder / "adapter", adapters, [1.0 / len(adapters)] * len(adapters), base.folder, config)
         return {"experts": float(len(adapters))}
 
     inputs = {"base": base.identity, **{name: expert.run_id for name, expert in experts.items()}}
     return stage_run(config, "start", "merged_experts", {"rules": versions("start")}, work, inputs)
+
+
+def _merge_of_experts(config: Config) -> Run:
+    """The merge of the experts alone, whose `<folder>/adapter` is it as a LoRA on the base: exact, since `before.py`
+    asks for a rule on factors."""
+    merge.ready(config)
+    experts = dsa.run(config)
+    settings = replace(config.merge, lora_rank=config.model.lora.r * len(experts))
+    made = merge.merged(replace(config, merge=settings), experts, {})
+    return distilled(config, made, experts) if settings.distil_steps else made
 
 
 def reasoner(config: Config, name: str, specialties: list[str], start: Run | None) -> Run:
@@ -128,7 +142,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         if rank() > 0:
             return metrics
         parts = [*starts, LoraAdapter.load(run.folder / "update")]
-        _save_sum(run.folder / "adapter", parts, [1.0] * len(parts), base.folder, config)
+        dsa.save_sum(run.folder / "adapter", parts, [1.0] * len(parts), base.folder, config)
         _write_cards(
             config, run, base, {f"{data.name} ({len(records)} training records)": dsa.licences(records)}, starts
         )
@@ -297,12 +311,3 @@ def _gain(curve: Path) -> dict[str, float]:
         for place, part in (("start", rows[:fifth]), ("end", rows[-fifth:])):
             out[f"{key}/{place}"] = sum(row[key] for row in part) / len(part)
     return out
-
-
-def _save_sum(
-    folder: Path, adapters: Sequence[LoraAdapter], weights: Sequence[float], base: Path, config: Config
-) -> None:
-    """A weighted sum of adapters as one adapter, with tokenizer and image processor like any other."""
-    concatenate_lora(adapters, weights, folder, replace=True)
-    load_encoder(base, loading(config)).save_pretrained(folder)
-    record_base(folder, fingerprint_base(base))
