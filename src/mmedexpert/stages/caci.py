@@ -21,14 +21,14 @@ def run(config: Config) -> dict[str, Run]:
     settings = config.merge
     if settings.method is None:
         return {}
-    merge.ready(config)
+    search = merge.ready(config)
     if config.gba.init == "caci":
         whole = replace(config, merge=replace(settings, method=SUM, grams=None))
         start = gba.start(config)
         assert start is not None
         return {settings.name: merge.merged(whole, {START: start}, gba.run(config))}
     experts = dsa.run(config)
-    made = merge.merged(config, experts, gba.run(config))
+    made = merge.merged(config, experts, gba.run(config), search)
     if settings.distil_steps:
         made = distilled(config, made, experts)
     return {settings.name: made}

@@ -38,22 +38,25 @@ from mmedexpert.stages.pretrain import base_of
 SEARCH_SPLIT = "val"  # never test, and never trained on
 
 
-def ready(config: Config) -> None:
-    """UserError for values that the method does not take and a search without validation questions: before training."""
+def ready(config: Config) -> Search | None:
+    """The search of `merge.search`, for `merged`; None without one. Called before training.
+
+    UserError for values that the method does not take and a search without validation questions.
+    """
     build(config.merge.method or {}, "merge.method")
-    if config.merge.search is not None:
-        _Search(config)
+    return Search(config) if config.merge.search is not None else None
 
 
-def merged(config: Config, experts: Mapping[str, Run], reasoners: Mapping[str, Run]) -> Run:
+def merged(
+    config: Config, experts: Mapping[str, Run], reasoners: Mapping[str, Run], search: Search | None = None
+) -> Run:
     """Experts and reasoner updates, merged by `merge.method` into a copy of the base.
 
-    With `merge.search` the method's values are the best of a grid on the validation split. Beside the model: what
+    With a `search` the method's values are the best of a grid on the validation split. Beside the model: what
     conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), and with
     `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
     """
     settings, method = config.merge, config.merge.method or {}
-    search = _Search(config) if settings.search is not None else None
     base = base_of(config)
     runs, seen = {**experts, **reasoners}, grams(config, experts, reasoners)
     sources = {name: r.folder / "adapter" for name, r in experts.items()}
@@ -122,7 +125,7 @@ def merged(config: Config, experts: Mapping[str, Run], reasoners: Mapping[str, R
     return stage_run(config, "caci", settings.name, key, work, inputs)
 
 
-class _Search:
+class Search:
     """The grid of `merge.search` and the validation questions that judge its points."""
 
     def __init__(self, config: Config) -> None:
