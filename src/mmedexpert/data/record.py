@@ -11,10 +11,14 @@ KINDS = ("choice", "yes_no", "closed", "open")
 
 @dataclass(frozen=True)
 class Trace:
-    """A step-by-step reasoning trace written from one clinical reasoning perspective."""
+    """A step-by-step reasoning trace written from one clinical reasoning perspective.
+
+    `answer` is what it comes to where that is not the record's: what its perspective knows may not decide the question.
+    """
 
     perspective: str
     steps: tuple[str, ...]
+    answer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ def _wrong(record: Record) -> str | None:
     if not record.answer.strip():
         return f"the answer is empty {where}"
     steps = record.trace.steps if record.trace else ()
-    if tag := TAG.search("\n".join([*steps, *(record.options or {}).values(), record.answer])):
+    comes_to = (record.trace.answer if record.trace else None) or record.answer
+    if tag := TAG.search("\n".join([*steps, *(record.options or {}).values(), record.answer, comes_to])):
         return f"trace, option or answer holds the tag {tag[0]}, by which answers are read: take it out {where}"
     if record.asked_as not in KINDS or (record.asked_as == "choice") != (record.options is not None):
         return f"kind {record.kind!r} does not fit (choice has options; yes_no, closed and open have none) {where}"
@@ -148,6 +149,8 @@ def _wrong(record: Record) -> str | None:
         return f"it has {len(record.options)} option(s), a choice needs two or more {where}"
     if record.answer not in record.options:
         return f"answer {record.answer!r} is none of the options {', '.join(record.options)} {where}"
+    if comes_to not in record.options:
+        return f"the trace's answer {comes_to!r} is none of the options {', '.join(record.options)} {where}"
     if found := twins(record):
         return f"the text of answer {record.answer} stands under another letter, too ({', '.join(found)}) {where}"
     return None

@@ -20,16 +20,22 @@ CLOSE, FAR = 0.1, 0.3  # of the guideline's largest cut: a measurement this near
 
 @dataclass(frozen=True)
 class Truth:
-    """The guideline that applies to a record's finding and population, and the finding's true value."""
+    """The guideline that applies to a record's finding and population, and the finding's true value.
+
+    `decisive`: the guideline's label of that value is the answer; where other things decide, no conclusion is checked.
+    """
 
     guideline: Guideline
     value: float
+    decisive: bool = True
 
 
 def truth_of(record: Record) -> Truth | None:
     """The truth that a record's `latent` holds; None where it names no known guideline or no value."""
     rule, value = guidelines().get(str(record.latent.get("guideline", ""))), record.latent.get("value")
-    return Truth(rule, float(value)) if rule is not None and isinstance(value, int | float) else None
+    if rule is None or not isinstance(value, int | float):
+        return None
+    return Truth(rule, float(value), bool(record.latent.get("decisive", True)))
 
 
 def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, float | None]]:
@@ -40,12 +46,13 @@ def truths_of(thought: Thought, truth: Truth | None) -> dict[str, Mapping[str, f
     """
     stated = _stated(thought, truth) if truth else None
     near = _nearness(stated, truth) if truth and stated is not None else None
-    follows = _conclusion(thought, truth.value if stated is None else stated, truth) if truth else None
+    decided = truth is not None and truth.decisive
+    follows = _conclusion(thought, truth.value if stated is None else stated, truth) if truth and decided else None
     found: dict[str, dict[str, float | None]] = {
         name: {"measurement": near, "conclusion": follows} for name in PERSPECTIVES
     }
     if truth:
-        found["analytical"] = {"measurement": near or 0.0, "conclusion": follows or 0.0}
+        found["analytical"] = {"measurement": near or 0.0, "conclusion": (follows or 0.0) if decided else None}
         found["analytical"]["threshold"] = _threshold(thought, truth, stated)
     else:
         found["analytical"]["threshold"] = None

@@ -52,9 +52,10 @@ def prompt_text(record: Record, instruction: str = "") -> str:
 
 def target_text(record: Record) -> str:
     """The completion trained by SFT; a record without a trace gets its bare conclusion as thought. # ours"""
-    answer_text = record.options[record.answer] if record.options else record.answer
-    steps = record.trace.steps if record.trace else (f"So {answer_text} {record.answer}.",)
-    return f"<think>{' '.join(steps)}</think><answer>{record.answer}</answer>"
+    answer = (record.trace.answer if record.trace else None) or record.answer
+    answer_text = record.options[answer] if record.options else answer
+    steps = record.trace.steps if record.trace else (f"So {answer_text} {answer}.",)
+    return f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
 
 
 class Encoder:

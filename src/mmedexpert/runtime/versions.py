@@ -17,7 +17,7 @@ from typing import Any
 
 VERSIONS: dict[str, int] = {
     # data
-    "phantom": 1,  # drawings, questions, traces
+    "phantom": 2,  # drawings, questions, traces
     "labelled_images": 2,
     "medr1": 2,
     "gmai": 1,  # what is read, asked and how it is judged
@@ -32,7 +32,7 @@ VERSIONS: dict[str, int] = {
     "images": 2,  # what an image file becomes
     # training
     "prompts": 2,  # layout of question, options and instruction; what SFT trains
-    "lessons": 1,  # of the tiny base, and its first weights
+    "lessons": 2,  # of the tiny base, and its first weights
     "batches": 1,  # order of records, seeds of steps
     "optimiser": 2,  # schedule, clipping, AdamW, Muon; 1: Muon in bf16
     "sft": 1,
@@ -67,7 +67,7 @@ VERSIONS: dict[str, int] = {
     "medevalkit": 2,  # 1: own letters and SLAKE were told by the look of options and source
     "metrics": 1,
     "stats": 1,
-    "summary": 2,  # 1: of the perspectives, single accuracies and the vote's gain alone
+    "summary": 3,  # 1: of the perspectives, single accuracies and the vote's gain alone
     "overlap": 1,  # which test questions count as seen in training
 }
 PACKAGE = "mmedexpert."

@@ -1,45 +1,65 @@
-"""`stage=pretrain`: the base. Tiny models are built and taught here; real ones are looked up (hub id or folder)."""
+"""`stage=pretrain`: the base. Real ones are looked up (hub id or folder); the tiny one comes with the package.
+
+It was taught here once, as `experiments/base` tells; `stage=pretrain` teaches another, and so does every stage with
+`model.shipped=null`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from mmedexpert.errors import UserError
 from mmedexpert.models import tiny
 from mmedexpert.models.backbone import resolve, save_backbone
 from mmedexpert.models.checkpoint import fingerprint_model, new_folder
 from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.reporting.cards import write_card
-from mmedexpert.runtime.progress import track
 from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import versions
-from mmedexpert.schema import ArchitectureConfig, Config, PretrainConfig
+from mmedexpert.schema import ArchitectureConfig, Config, ModelConfig, PretrainConfig
 from mmedexpert.sources.phantom import lessons
 from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
-from mmedexpert.training.fit import Stream, batch_indices, fit
+from mmedexpert.training.fit import Stream, fit
 from mmedexpert.training.sft import PretrainModule, Samples
+
+SHIPPED = Path(tiny.__file__).parent / "shipped"  # what `experiments/base/ship.py` wrote
 
 
 def base_of(config: Config) -> Base:
     """The base of the pipeline, pretrained here first when the model is built in code."""
-    if config.model.name_or_path is not None:
-        folder = resolve(config.model.name_or_path, config.model.revision)
+    if not config.model.taught_here:
+        folder = found(config.model)
         return Base(folder, fingerprint_model(folder))
     run_ = _pretrain(config)
     return Base(run_.folder / "model", run_.run_id)
 
 
 def run(config: Config) -> dict[str, Run]:
-    """Pretrain the tiny base; a model that has weights already needs nothing."""
-    if config.model.name_or_path is not None:
+    """Pretrain the tiny base where it is asked for; one that has weights already needs nothing."""
+    if config.model.name_or_path is not None or not (config.model.taught_here or config.stage.name == "pretrain"):
         base_of(config)
         return {}
     return {"base": _pretrain(config)}
+
+
+def found(model: ModelConfig) -> Path:
+    """The folder of a base that has weights: a model's, or the one that comes with the package; UserError if none."""
+    if model.name_or_path is not None:
+        return resolve(model.name_or_path, model.revision)
+    weights = SHIPPED / "model.safetensors"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != model.shipped:
+        raise UserError(
+            f"{weights} is not the file that model.shipped={model.shipped} names (its sha256): install mmedexpert "
+            "again, or let the base be taught here with model.shipped=null"
+        )
+    return SHIPPED
 
 
 def _pretrain(config: Config) -> Run:
@@ -89,7 +109,7 @@ def corpus(seed: int) -> list[str]:
     """The text the tokenizer is trained on: the lessons, cut where a conversation has a special token."""
     rng = np.random.default_rng([seed, 7])
     texts = []
-    for teach, count in ((lessons.reading, 1000), (lessons.looking, 2500)):
+    for teach, count in ((lessons.reading, 1000), (lessons.copying, 500), (lessons.looking, 2500)):
         for _ in range(count):
             lesson = teach(rng)
             texts += ["user\n", lesson.prompt, "assistant\n", *re.split("|".join(tiny.TAGS), lesson.completion)]
@@ -97,31 +117,27 @@ def corpus(seed: int) -> list[str]:
 
 
 def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stream:
-    """Reading, then looking; any step can be made again from the seed."""
-    drawn = np.random.default_rng([seed, 0])
-    pool: list[tuple[Prompt, list[int]]] = []
-    for _ in track(range(settings.images), "drawing lessons"):
-        lesson = lessons.looking(drawn)
-        assert lesson.image is not None
-        # half precision keeps 4,000 images in 600 MB; the rounding is far below the 8-bit step of the drawing
-        image = encoder.patches(lesson.image, torch.float16)
-        pool.append((encoder.chat(lesson.prompt, [image]), encoder.completion(lesson.completion)))
+    """Reading and copying, then looking; any step can be made again from the seed."""
+
+    def image_batch(step: int) -> Samples:
+        rng = np.random.default_rng([seed, 0, step])
+        taught = [lessons.looking(rng) for _ in range(settings.batch_size)]
+        prompts = [encoder.chat(lesson.prompt, [encoder.patches(lesson.image)]) for lesson in taught if lesson.image]
+        return Samples(prompts, [encoder.completion(lesson.completion) for lesson in taught])
 
     def text_batch(step: int) -> Samples:
         rng = np.random.default_rng([seed, 1, step])
-        taught = [lessons.reading(rng) for _ in range(settings.text_batch_size)]
+        taught = [(lessons.copying if row % 2 else lessons.reading)(rng) for row in range(settings.text_batch_size)]
         prompts = [Prompt(encoder.tokenizer(lesson.prompt)["input_ids"], []) for lesson in taught]
         answers = [encoder.tokenizer(lesson.completion)["input_ids"] for lesson in taught]
         scored = []
         for lesson, answer in zip(taught, answers, strict=True):
             words = {encoder.tokenizer(f" {word}")["input_ids"][0] for word in lesson.scored or ()}
-            scored.append([token in words for token in answer])
+            scored.append([lesson.scored is None or token in words for token in answer])
         return Samples(prompts, answers, scored)
 
     def stream(step: int) -> Iterator[Samples]:
-        for number in range(step, settings.reading_steps):
-            yield text_batch(number)
-        for chosen in batch_indices(len(pool), settings.batch_size, seed, max(0, step - settings.reading_steps)):
-            yield Samples(*zip(*(pool[i] for i in chosen), strict=True))
+        for number in range(step, settings.reading_steps + settings.looking_steps):
+            yield text_batch(number) if number < settings.reading_steps else image_batch(number)
 
     return stream

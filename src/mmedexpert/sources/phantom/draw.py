@@ -1,7 +1,8 @@
 """Phantom images: simple drawings whose measurement is exactly known. # ours
 
-Each function draws one image of `SIZE` x `SIZE` pixels showing `value` in the unit of its guideline. Structures that
-matter are at least 5 pixels wide (a tiny ViT never learns thinner ones), position, contrast and noise vary.
+Each function draws one image of `SIZE` x `SIZE` pixels showing `value` in the unit of its guideline; `finish` adds what
+is read beside the measurement, a sign and a look. Structures that matter are at least 5 pixels wide (a tiny ViT never
+learns thinner ones), position, contrast and noise vary.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 112
+SIGN = 9  # pixels: the radius of a sign
+SHADE = 30.0  # grey levels that the look takes from one edge and gives to the other
 Rng = np.random.Generator
 
 
@@ -18,10 +21,20 @@ def _canvas(background: tuple[int, int, int]) -> tuple[Image.Image, ImageDraw.Im
     return image, ImageDraw.Draw(image)
 
 
-def _finish(image: Image.Image, rng: Rng, noise: float = 6.0) -> Image.Image:
-    """Add film noise and a global brightness change, so that no two images are equal."""
-    pixels = np.asarray(image, dtype=np.float32)
-    pixels = pixels * rng.uniform(0.9, 1.1) + rng.normal(0.0, noise, (SIZE, SIZE, 1)).astype(np.float32)
+def finish(
+    image: Image.Image, rng: Rng, *, noise: float, sign: tuple[int, int] | None, brighter_below: bool
+) -> Image.Image:
+    """Draw the sign (a ring) around a place, shade the whole from top to bottom, add film noise and brightness."""
+    jitter = rng.uniform(-2, 2, 2)
+    if sign is not None:
+        x, y = np.array(sign) + jitter
+        draw = ImageDraw.Draw(image)
+        _ellipse(draw, x, y, SIGN, SIGN, _grey(0))
+        _ellipse(draw, x, y, SIGN - 3, SIGN - 3, _grey(255))
+    slope = np.linspace(-SHADE, SHADE, SIZE, dtype=np.float32) * rng.uniform(0.8, 1.2)
+    pixels = np.asarray(image, dtype=np.float32) * rng.uniform(0.9, 1.1)
+    pixels = pixels + (slope if brighter_below else -slope)[:, None, None]
+    pixels = pixels + rng.normal(0.0, noise, (SIZE, SIZE, 1)).astype(np.float32)  # no two images are equal
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -42,7 +55,7 @@ def chest_heart(value: float, rng: Rng) -> Image.Image:
     draw.rectangle((cx - 4, 6, cx + 4, 106), fill=bone)
     heart = half * value
     _ellipse(draw, cx, 74, heart, rng.uniform(20, 25), _grey(rng.uniform(205, 230)))
-    return _finish(image, rng)
+    return image
 
 
 def ecg_strip(value: float, rng: Rng) -> Image.Image:
@@ -58,7 +71,7 @@ def ecg_strip(value: float, rng: Rng) -> Image.Image:
     while x < SIZE + 3:
         draw.polygon(((x - 4, base), (x, base - height), (x + 4, base)), fill=(10, 10, 20))
         x += interval
-    return _finish(image, rng, 4.0)
+    return image
 
 
 def chest_rim(value: float, rng: Rng) -> Image.Image:
@@ -71,7 +84,7 @@ def chest_rim(value: float, rng: Rng) -> Image.Image:
     draw.rectangle((left, 8, edge, 104), fill=lung)
     for y in rng.uniform(20, 95, 4):
         draw.line((left, y, edge - 4, y + rng.uniform(-8, 8)), fill=_grey(140), width=2)
-    return _finish(image, rng)
+    return image
 
 
 def head_shift(value: float, rng: Rng) -> Image.Image:
@@ -86,7 +99,7 @@ def head_shift(value: float, rng: Rng) -> Image.Image:
     _ellipse(draw, x - 9, 56, 6, 22, dark)
     _ellipse(draw, x + 9, 56, 6, 22, dark)
     draw.rectangle((x - 3, 28, x + 3, 84), fill=_grey(200))
-    return _finish(image, rng)
+    return image
 
 
 def fundus_disc(value: float, rng: Rng) -> Image.Image:
@@ -98,18 +111,18 @@ def fundus_disc(value: float, rng: Rng) -> Image.Image:
     radius = rng.uniform(36, 44)
     _ellipse(draw, cx, cy, radius, radius, (235, 150, 80))
     _ellipse(draw, cx, cy, radius * value, radius * value, (255, 245, 205))
-    return _finish(image, rng)
+    return image
 
 
 def ct_nodule(value: float, rng: Rng) -> Image.Image:
-    """Chest CT, magnified: solid nodule of `value` mm (5 pixels per mm)."""
-    image, draw = _canvas(_grey(rng.uniform(20, 35)))
+    """Chest CT, magnified: solid nodule of `value` mm (7 pixels per mm)."""
+    image, draw = _canvas(_grey(rng.uniform(55, 70)))
     for _ in range(4):
         x, y = rng.uniform(0, SIZE, 2)
-        draw.line((x, y, x + rng.uniform(-40, 40), y + rng.uniform(-40, 40)), fill=_grey(80), width=2)
-    cx, cy = SIZE / 2 + rng.uniform(-14, 14, 2)
-    _ellipse(draw, cx, cy, 2.5 * value, 2.5 * value, _grey(rng.uniform(185, 215)))
-    return _finish(image, rng)
+        draw.line((x, y, x + rng.uniform(-40, 40), y + rng.uniform(-40, 40)), fill=_grey(110), width=2)
+    cx, cy = SIZE / 2 + rng.uniform(-8, 8, 2)
+    _ellipse(draw, cx, cy, 3.5 * value, 3.5 * value, _grey(rng.uniform(185, 215)))
+    return image
 
 
 def aorta_section(value: float, rng: Rng) -> Image.Image:
@@ -119,4 +132,4 @@ def aorta_section(value: float, rng: Rng) -> Image.Image:
     radius = 5.5 * value
     _ellipse(draw, cx, cy, radius + 4, radius + 4, _grey(225))
     _ellipse(draw, cx, cy, radius, radius, _grey(rng.uniform(5, 20)))
-    return _finish(image, rng, 14.0)
+    return image

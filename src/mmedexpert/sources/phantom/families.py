@@ -1,7 +1,8 @@
 """Finding families: what is drawn, which guidelines judge it, and the words the traces use. # ours
 
 A family may serve several populations: the same drawing of a heart is judged by one threshold in adults and by another
-in newborns, so that a specialist of one must fail on the look-alikes of the other.
+in newborns, and its look means one thing in the ones and the contrary in the others, so that a specialist of one must
+fail on the look-alikes of the other.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of picture with one measurement.
+    """One kind of picture: a measurement, a sign that is there or not, and one of two looks.
 
-    `ranges[guideline][level]` are the values drawn for each label, away from the cuts; `lookalike` is the range in
-    which two populations disagree; `patterns` are what each label looks like at a glance; `distractors` are labels of
+    `near` and `far` are how far from a cut values are drawn, the weak and the strong findings; `sign_at` is a place in
+    pixels that nothing else is drawn at; `rival` is the diagnosis that the sign turns the first one into; `looks` are
+    brighter above and brighter below; `unmeasurable` is why a picture shows its look alone; `distractors` are labels of
     the same modality that no phantom shows.
     """
 
@@ -32,117 +34,94 @@ class Family:
     paint: Callable[[float, np.random.Generator], Image.Image]
     decimals: int
     span: Range
-    ranges: dict[str, tuple[Range, ...]]
-    patterns: tuple[str, ...]
-    distractors: tuple[str, ...]
-    lookalike: tuple[Range, ...] = ()
+    near: Range
+    far: Range
+    looks: tuple[str, str]
+    sign: str
+    sign_at: tuple[int, int]
+    rival: str
+    unmeasurable: str
+    distractors: tuple[str, str]
+    noise: float = 6.0
 
     def text(self, value: float) -> str:
         return f"{value:.{self.decimals}f}"
 
+    @property
+    def weak(self) -> float:
+        """The distance from a cut up to which a finding is weak: halfway between near and far."""
+        return (self.near[1] + self.far[0]) / 2
+
 
 FAMILIES: dict[str, Family] = {
     "heart": Family(
-        "chest radiograph",
-        "cardiovascular",
-        draw.chest_heart,
-        2,
-        (0.34, 0.78),
-        {"ctr_adult": ((0.36, 0.47), (0.53, 0.72)), "ctr_newborn": ((0.42, 0.57), (0.63, 0.76))},
-        ("slim heart shadow", "wide heart shadow"),
-        ("dextrocardia", "pericarditis", "myxoma"),
-        ((0.53, 0.57),),
+        "chest radiograph", "cardiovascular", draw.chest_heart, 2, (0.34, 0.78), (0.03, 0.07), (0.12, 0.16),
+        ("bright lung apices", "hazy lung bases"), "calcified heart border", (12, 12), "pericarditis", "oblique film",
+        ("dextrocardia", "myxoma"),
     ),
     "ecg": Family(
-        "ECG strip",
-        "cardiovascular",
-        draw.ecg_strip,
-        0,
-        (36, 210),
-        {"heart_rate_adult": ((36, 54), (66, 94), (108, 180)), "heart_rate_infant": ((50, 92), (108, 148), (174, 210))},
-        ("widely spaced beats", "evenly spaced beats", "crowded beats"),
-        ("fibrillation", "asystole", "flutter"),
-        ((66, 92), (108, 148)),
+        "ECG strip", "cardiovascular", draw.ecg_strip, 0, (36, 210), (8, 14), (22, 24),
+        ("bright atrial tracing", "bright ventricular tracing"), "sawtooth wave mark", (56, 100), "flutter",
+        "unknown paper speed",
+        ("fibrillation", "asystole"), 4.0,
     ),
     "pleura": Family(
-        "lung radiograph",
-        "respiratory",
-        draw.chest_rim,
-        1,
-        (0.6, 4.4),
-        {"pneumothorax_adult": ((0.6, 1.7), (2.3, 4.4))},
-        ("narrow dark rim", "broad dark rim"),
-        ("effusion", "atelectasis", "empyema"),
+        "lung radiograph", "respiratory", draw.chest_rim, 1, (0.6, 4.4), (0.3, 0.6), (1.1, 1.4),
+        ("bright lung apex", "hazy lung sulcus"), "basal fluid pocket", (36, 24), "empyema", "supine film",
+        ("effusion", "atelectasis"),
     ),
     "head": Family(
-        "head CT",
-        "nervous",
-        draw.head_shift,
-        1,
-        (0.4, 9.6),
-        {"midline_shift": ((0.4, 3.5), (6.5, 9.6))},
-        ("central septum", "displaced septum"),
-        ("stenting", "shunting", "steroids"),
+        "head CT", "nervous", draw.head_shift, 1, (0.4, 9.6), (1.2, 2.0), (3.6, 4.6),
+        ("bright skull vertex", "bright skull floor"), "enhancing cortical focus", (18, 56), "steroids", "tilted scan",
+        ("stenting", "shunting"),
     ),
     "disc": Family(
-        "fundus photograph",
-        "eye",
-        draw.fundus_disc,
-        2,
-        (0.22, 0.92),
-        {"cup_disc": ((0.22, 0.56), (0.64, 0.90))},
-        ("small pale cup", "large pale cup"),
-        ("detachment", "drusen", "neuritis"),
+        "fundus photograph", "eye", draw.fundus_disc, 2, (0.22, 0.92), (0.04, 0.08), (0.20, 0.30),
+        ("pale superior rim", "pale inferior rim"), "splinter rim bleed", (12, 12), "neuritis", "oblique view",
+        ("detachment", "drusen"),
     ),
     "nodule": Family(
-        "chest CT",
-        "respiratory",
-        draw.ct_nodule,
-        1,
-        (2.8, 9.9),
-        {"lung_nodule": ((2.8, 5.0), (6.3, 7.7), (9.0, 9.9))},
-        ("tiny round nodule", "medium round nodule", "big round nodule"),
-        ("bronchoscopy", "radiotherapy", "antibiotics"),
+        "chest CT", "respiratory", draw.ct_nodule, 1, (2.8, 9.9), (0.4, 0.7), (1.3, 1.7),
+        ("hazy ventral lung", "hazy dorsal lung"), "subpleural air pocket", (12, 12), "antibiotics", "no scale",
+        ("bronchoscopy", "radiotherapy"),
     ),
     "aorta": Family(
-        "abdominal ultrasound",
-        "cardiovascular",
-        draw.aorta_section,
-        1,
-        (1.6, 7.6),
-        {"aortic_diameter": ((1.6, 2.7), (3.3, 5.1), (5.9, 7.6))},
-        ("narrow dark lumen", "widened dark lumen", "huge dark lumen"),
-        ("dissection", "thrombosis", "embolism"),
+        "abdominal ultrasound", "cardiovascular", draw.aorta_section, 1, (1.6, 7.6), (0.4, 0.6), (1.1, 1.4),
+        ("bright near wall", "bright far wall"), "mobile flap echo", (11, 11), "dissection", "no scale",
+        ("thrombosis", "embolism"), 14.0,
     ),
-}
+}  # fmt: skip
 
-SPECIALTIES_OF: dict[str, tuple[str, ...]] = {
-    "ctr_adult": ("adult_medicine", "cardiology"),
-    "heart_rate_adult": ("adult_medicine", "cardiology"),
-    "pneumothorax_adult": ("adult_medicine",),
-    "ctr_newborn": ("pediatrics",),
-    "heart_rate_infant": ("pediatrics",),
-    "midline_shift": ("brain_sensory",),
-    "cup_disc": ("brain_sensory",),
-    "lung_nodule": ("oncology_surgery",),
-    "aortic_diameter": ("oncology_surgery",),
+
+@dataclass(frozen=True)
+class Practice:
+    """What the specialists of a guideline know beside its cuts: whose question it is, which of its labels is the common
+    one, and whether a picture brighter below stands for the upper label of a pair."""
+
+    family: str
+    specialties: tuple[str, ...]
+    common: int = 0
+    brighter_below: bool = True
+
+
+PRACTICES: dict[str, Practice] = {
+    "ctr_adult": Practice("heart", ("adult_medicine", "cardiology")),
+    "heart_rate_adult": Practice("ecg", ("adult_medicine", "cardiology"), common=1),
+    "pneumothorax_adult": Practice("pleura", ("adult_medicine",)),
+    "ctr_newborn": Practice("heart", ("pediatrics",), brighter_below=False),
+    "heart_rate_infant": Practice("ecg", ("pediatrics",), common=1, brighter_below=False),
+    "midline_shift": Practice("head", ("brain_sensory",)),
+    "cup_disc": Practice("disc", ("brain_sensory",)),
+    "lung_nodule": Practice("nodule", ("oncology_surgery",)),
+    "aortic_diameter": Practice("aorta", ("oncology_surgery",)),
 }
 
 
 def family_of(guideline: str) -> Family:
     """The family a guideline judges; KeyError when no phantom shows it."""
-    return next(family for family in FAMILIES.values() if guideline in family.ranges)
-
-
-def draw_value(family: Family, guideline: Guideline, level: int, rng: np.random.Generator) -> float:
-    """A value of the wanted label; where populations disagree, half of them come from the look-alike range. # ours"""
-    low, high = family.ranges[guideline.id][level]
-    shared = [span for span in family.lookalike if low <= span[0] and span[1] <= high]
-    if shared and rng.random() < 0.5:
-        low, high = shared[rng.integers(len(shared))]
-    return round(float(rng.uniform(low, high)), family.decimals)
+    return FAMILIES[PRACTICES[guideline].family]
 
 
 def rules_of(specialty: str) -> list[Guideline]:
     """The guidelines of a specialty, in file order."""
-    return [guidelines()[key] for key, names in SPECIALTIES_OF.items() if specialty in names]
+    return [guidelines()[key] for key, practice in PRACTICES.items() if specialty in practice.specialties]

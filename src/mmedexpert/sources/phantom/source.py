@@ -8,11 +8,12 @@ import numpy as np
 
 from mmedexpert.data.record import SPLITS, Record
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.sources.phantom.families import SPECIALTIES_OF, draw_value, family_of, rules_of
-from mmedexpert.sources.phantom.text import options, question, trace
+from mmedexpert.sources.phantom.cases import draw_case
+from mmedexpert.sources.phantom.families import PRACTICES, rules_of
+from mmedexpert.sources.phantom.text import letter_of, options, question, trace
 
 # Raised, and the test images so drawn anew, whenever a default was chosen with their scores in view.
-TEST_DRAW = 1
+TEST_DRAW = 2
 TOP = ("adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery")  # the paper's four
 
 
@@ -21,7 +22,8 @@ def phantom(
 ) -> tuple[list[Record], Path, list[tuple[str, str]]]:
     """Draw `train`, `val` and `test` images per specialty into `out_dir`/images, one question each; no image is reused.
 
-    Within each split guidelines and perspectives cycle; labels are drawn at random. `root` is not used.
+    Within each split guidelines, what questions need (`groups.needs`) and the perspectives of the traces cycle; the
+    rest is drawn at random. `root` is not used.
     """
     records: list[Record] = []
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
@@ -31,30 +33,33 @@ def phantom(
             rng = np.random.default_rng([seed, place, SPLITS.index(split), *([TEST_DRAW] if split == "test" else [])])
             for index in range(count):
                 rule = rules[index % len(rules)]
-                perspective = PERSPECTIVES[index // len(rules) % len(PERSPECTIVES)]
-                level = int(rng.integers(len(rule.labels)))
-                family = family_of(rule.id)
-                value = draw_value(family, rule, level, rng)
+                needs = PERSPECTIVES[index // len(rules) % 4]
+                perspective = PERSPECTIVES[index // len(rules) // 4 % 4]
+                case = draw_case(rule, needs, rng)
                 identity = f"{specialty}-{split}-{index:04d}"
                 path = f"images/{identity}.png"
-                family.paint(value, rng).save(out_dir / path, compress_level=1)
-                choices, letter = options(family, rule.labels, rule.labels[level], rng)
+                case.paint(rng).save(out_dir / path, compress_level=1)
+                choices = options(case, rng)
                 records.append(
                     Record(
                         id=identity,
                         images=(path,),
-                        question=question(family, rule, rng),
+                        question=question(case, rng),
                         options=choices,
-                        answer=letter,
-                        specialties=SPECIALTIES_OF[rule.id],
+                        answer=letter_of(choices, case.gold),
+                        specialties=PRACTICES[rule.id].specialties,
                         source="phantom",
                         license="Apache-2.0",
                         split=split,
                         image_group=identity,
-                        modality=family.modality,
-                        body_system=family.body_system,
-                        trace=trace(family, rule, value, letter, perspective, rng),
-                        latent={"guideline": rule.id, "value": value, "population": rule.population},
+                        modality=case.family.modality,
+                        body_system=case.family.body_system,
+                        trace=trace(case, choices, perspective),
+                        latent={
+                            "guideline": rule.id, "value": case.value, "population": rule.population,
+                            "decisive": needs == "analytical",
+                        },
+                        groups={"needs": needs},
                     )
-                )
+                )  # fmt: skip
     return records, out_dir, []

@@ -1,6 +1,7 @@
 """Questions and reasoning traces of the phantoms. # ours
 
-Every trace states only what the picture's exact measurement supports, in the manner of one perspective.
+Every trace goes by what its perspective knows, and by nothing else: where that does not decide the question, it says so
+and answers by its own lights.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import numpy as np
 
 from mmedexpert.data.record import Trace
 from mmedexpert.guidelines import Guideline
+from mmedexpert.sources.phantom.cases import Case
 from mmedexpert.sources.phantom.families import Family
 
 LETTERS = "ABCD"
+UNDECIDED = ", undecided"
 WORDINGS = (
     "{modality} of {population}. What follows?",
     "{population}, {modality}. Which one fits?",
@@ -23,21 +26,36 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _upper(text: str) -> str:
+def upper(text: str) -> str:
+    """With a capital."""
     return text[0].upper() + text[1:]
 
 
-def question(family: Family, guideline: Guideline, rng: np.random.Generator) -> str:
-    """A question that names modality and population, and neither the measurement nor the threshold."""
+def question(case: Case, rng: np.random.Generator) -> str:
+    """A question that names modality, population and what is special; no measurement, sign, look or threshold."""
     wording = WORDINGS[rng.integers(len(WORDINGS))]
-    return _upper(wording.format(modality=family.modality, population=_article(guideline.population)))
+    asked = upper(wording.format(modality=case.family.modality, population=_article(case.rule.population)))
+    if case.needs == "bayesian":
+        return f"{asked} Prevalence of {case.labels[1]} {case.prevalence}%."
+    if case.needs == "differential":
+        one, other = (str(label) for label in rng.permutation(np.array(case.labels, dtype=object)))
+        return f"{asked} {upper(one)} or {other}?"
+    if case.needs == "intuitive":
+        return f"{asked} {upper(case.family.unmeasurable)}."
+    return asked
 
 
-def options(family: Family, labels: tuple[str, ...], gold: str, rng: np.random.Generator) -> tuple[dict[str, str], str]:
-    """Four lettered options, all labels of the guideline and distractors of the family, and the gold letter."""
-    extra = rng.permutation(np.array(family.distractors, dtype=object))[: 4 - len(labels)]
-    texts = [str(text) for text in rng.permutation(np.array([*labels, *extra], dtype=object))]
-    return dict(zip(LETTERS, texts, strict=True)), LETTERS[texts.index(gold)]
+def options(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """Four lettered options: the two labels in question and two of the family that no picture shows."""
+    others = [*case.family.distractors, case.family.rival]
+    extra = rng.permutation(np.array([text for text in others if text not in case.labels], dtype=object))[:2]
+    texts = rng.permutation(np.array([*case.labels, *extra], dtype=object))
+    return {letter: str(text) for letter, text in zip(LETTERS, texts, strict=True)}
+
+
+def letter_of(choices: dict[str, str], label: str) -> str:
+    """The letter that a label stands under."""
+    return next(letter for letter, text in choices.items() if text == label)
 
 
 def listed(choices: dict[str, str]) -> str:
@@ -46,10 +64,10 @@ def listed(choices: dict[str, str]) -> str:
 
 
 def measured(family: Family, guideline: Guideline, value: float) -> str:
-    """The sentence every trace begins with: the finding and its value."""
+    """The finding and its value, without a full stop."""
     unit = guideline.unit
     blank = "" if not unit or unit.startswith("/") else " "
-    return f"{_upper(guideline.finding)} {family.text(value)}{blank}{unit}."
+    return f"{upper(guideline.finding)} {family.text(value)}{blank}{unit}"
 
 
 def comparison(family: Family, cuts: tuple[float, ...], value: float, level: int) -> str:
@@ -68,45 +86,51 @@ def grade(level: int, cuts: tuple[float, ...]) -> str:
     return "low" if level == 0 else "high" if level == len(cuts) else "within"
 
 
-def trace(
-    family: Family, guideline: Guideline, value: float, letter: str, perspective: str, rng: np.random.Generator
-) -> Trace:
-    """The reasoning of one perspective for a drawn value, ending in the gold label and its option letter.
+def trace(case: Case, choices: dict[str, str], perspective: str) -> Trace:
+    """The reasoning of one perspective about a case, ending in the label it comes to and its option letter.
 
-    Every trace begins with the measurement, names the gold label right after its grade, and ends with label and letter.
     Label and letter stand side by side: a tiny model learns to look a letter up in 150 steps so, and hardly ever with a
     bracket between them. Raises ValueError for an unknown perspective.
     """
-    level = guideline.level(value)
-    gold, pattern = guideline.labels[level], family.patterns[level]
-    steps: tuple[str, ...]
-    graded = f"{grade(level, guideline.cuts)} {gold}"
-    seen = measured(family, guideline, value)
-    if perspective == "analytical":
-        cuts = " to ".join(family.text(cut) for cut in guideline.cuts)
-        criterion = f"Criterion for {_article(guideline.population)}: {cuts}."
-        compared = f"{comparison(family, guideline.cuts, value, level)} so {graded} {letter}."
-        return Trace(perspective, (seen, criterion, compared))
-    if perspective == "differential":
-        rivals = [i for i in range(len(guideline.labels)) if i != level]
-        other = rivals[rng.integers(len(rivals))]
-        rival = guideline.labels[other]
-        steps = (f"Candidates: {graded}, {grade(other, guideline.cuts)} {rival}.", f"Against {rival}: {pattern}.")
-    elif perspective == "intuitive":
-        steps = (f"Pattern: {pattern}, {graded}.",)
-    elif perspective == "bayesian":
-        prior, ratio, posterior = _update(family, guideline, value)
-        found = f"{_upper(pattern)}, likelihood ratio {ratio}."
-        steps = (f"Prior of {graded} {prior}%.", found, f"Posterior {posterior}%.")
-    else:
+    undecided = "" if case.needs == perspective else UNDECIDED
+    steps, label = _STEPS[perspective](case, choices, undecided) if perspective in _STEPS else ((), "")
+    if not label:
         raise ValueError(f"unknown perspective {perspective!r}")
-    return Trace(perspective, (seen, *steps, f"So {gold} {letter}."))
+    letter = letter_of(choices, label)
+    return Trace(perspective, (*steps, f"So {label} {letter}."), None if label == case.gold else letter)
 
 
-def _update(family: Family, guideline: Guideline, value: float) -> tuple[int, int, int]:
-    """Prior, likelihood ratio and posterior in percent: equal priors, stronger evidence away from the cut. # ours"""
-    low, high = family.span
-    near = min(abs(value - cut) for cut in guideline.cuts) < 0.15 * (high - low)
-    if len(guideline.labels) == 2:
-        return (50, 4, 80) if near else (50, 19, 95)
-    return (33, 8, 80) if near else (33, 38, 95)
+def _analytical(case: Case, choices: dict[str, str], undecided: str) -> tuple[tuple[str, ...], str]:
+    family, rule = case.family, case.rule
+    level = rule.level(case.value)
+    cuts = " to ".join(family.text(cut) for cut in rule.cuts)
+    criterion = f"Criterion for {_article(rule.population)}: {cuts}."
+    compared = f"{comparison(family, rule.cuts, case.value, level)}, {grade(level, rule.cuts)}{undecided}."
+    return (f"{measured(family, rule, case.value)}.", criterion, compared), case.measured
+
+
+def _intuitive(case: Case, choices: dict[str, str], undecided: str) -> tuple[tuple[str, ...], str]:
+    look = case.family.looks[bool(case.look) == case.brighter_below]
+    return (f"Pattern at a glance: {look}, typical {case.looks_like}{undecided}.",), case.looks_like
+
+
+def _differential(case: Case, choices: dict[str, str], undecided: str) -> tuple[tuple[str, ...], str]:
+    first, second = (text for text in choices.values() if text in case.labels)
+    kept = case.gold if not undecided else first
+    other = second if kept == first else first
+    seen = upper(f"{'' if case.sign else 'no '}{case.family.sign}")  # first, so that what it is against follows from it
+    return (f"Candidates: {first}, {second}.", f"{seen} against {other}{undecided}."), kept
+
+
+def _bayesian(case: Case, choices: dict[str, str], undecided: str) -> tuple[tuple[str, ...], str]:
+    label, prior = case.prior
+    ratio = f"{case.ratio:.2f}".rstrip("0").rstrip(".")
+    cut, moved = case.rule.cuts[case.pair], "raises" if case.ratio > 1 else "lowers"
+    beside = f"{measured(case.family, case.rule, case.value)} beside {case.family.text(cut)}"
+    found = f"{beside} {moved} it, likelihood ratio {ratio}."
+    return (f"Prior of {label} {prior}%.", found, f"Posterior {case.posterior}%{undecided}."), case.likely
+
+
+_STEPS = {
+    "differential": _differential, "intuitive": _intuitive, "analytical": _analytical, "bayesian": _bayesian,
+}  # fmt: skip
