@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SMOKE = [
     "debug=smoke", "trainer.accelerator=cpu", "trainer.threads=1", "model.max_new_tokens=16",
     "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2",
-    "model.architecture.vision_hidden_size=48", "model.architecture.vision_depth=2", "pretrain.images=48",
+    "model.architecture.vision_hidden_size=48", "model.architecture.vision_depth=2",
     "pretrain.reading_steps=4", "pretrain.looking_steps=6", "pretrain.batch_size=4",
     "pretrain.text_batch_size=8", "data.source.train=48", "data.source.val=16",
     "data.source.test=16",

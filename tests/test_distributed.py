@@ -221,7 +221,7 @@ def test_completions_do_not_depend_on_the_number_of_ranks(two, tiny, strategy):
     assert len(set(texts.split("\n"))) > 12
 
 
-SMALL = ("specialty=cardiology", "pretrain.images=16", "pretrain.reading_steps=1", "pretrain.looking_steps=1",
+SMALL = ("specialty=cardiology", "pretrain.reading_steps=1", "pretrain.looking_steps=1",
          "data.source.train=8", "data.source.val=4", "dsa.steps=3")  # fmt: skip
 BOTH = ("trainer=ddp", "trainer.devices=2")
 

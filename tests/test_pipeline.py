@@ -164,7 +164,7 @@ def test_mistakes_are_one_line_and_code_2(outputs, overrides, named):
         assert word in errors[0]
 
 
-FEW = ["pretrain.looking_steps=2", "pretrain.reading_steps=1", "pretrain.images=8", "dsa.steps=1", "gba.steps=1"]
+FEW = ["pretrain.looking_steps=2", "pretrain.reading_steps=1", "dsa.steps=1", "gba.steps=1"]
 
 
 def test_a_pipeline_with_benchmarks_and_without_a_specialty_that_its_data_lack(tmp_path):

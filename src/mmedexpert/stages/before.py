@@ -19,7 +19,6 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import grid_points
 from mmedexpert.merging.stream import call_method
-from mmedexpert.models.backbone import resolve
 from mmedexpert.models.checkpoint import weight_files
 from mmedexpert.names import known_names, reasoner_names
 from mmedexpert.runtime.build import build, check
@@ -28,6 +27,7 @@ from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
 from mmedexpert.stages import benchmark
 from mmedexpert.stages.data import dataset
+from mmedexpert.stages.pretrain import found
 from mmedexpert.training import rewards
 from mmedexpert.unread import parts
 
@@ -56,8 +56,8 @@ def check_inputs(config: Config) -> Config:
     if "benchmark" in work:
         for one in config.benchmark.values():
             benchmark.prepared(config, one)
-    if "base" in work and config.model.name_or_path is not None:
-        base = resolve(config.model.name_or_path, config.model.revision)
+    if "base" in work and "pretrain" not in work:
+        base = found(config.model)
         if "caci" in work:
             _check_space(config, base)
     return config
