@@ -20,8 +20,10 @@ from mmedexpert.schema import Config, RewardConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.instructions": ("small", "full"),
+    "model.grams": ("full", "span"),
     "gba.gate": ("none", "correct"),
     "gba.conditioning": ("prompted", "prompted_weighted", "free"),
+    "gba.grouping": ("question", "perspective"),
     "gba.init": ("merged_experts", "base", "sft_all", "each", "caci"),
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
@@ -30,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "protocol": ("auto", "robust", "medevalkit"),
     "engine.name": ("transformers", "openai"),
     "eval.split": ("val", "test"),
-    "eval.perspectives": ("rotate", "vote", "none", *PERSPECTIVES),
+    "eval.perspectives": ("needed", "rotate", "vote", "none", *PERSPECTIVES),
     "data.on_bad_record": ("error", "skip"),
     "specialty.on_missing": ("error", "skip"),
     "logger.name": ("wandb", "csv", "none"),
@@ -44,7 +46,7 @@ POSITIVE = (
     "model.min_pixels", "model.max_pixels", "model.max_new_tokens", "model.lora.r", "model.lora.alpha", "dsa.steps",
     "dsa.batch_size", "dsa.lr", "dsa.checkpoint_every", "dsa.max_grad_norm", "gba.steps", "gba.max_grad_norm",
     "gba.prompts_per_step", "gba.num_iterations", "gba.temperature", "gba.top_p", "gba.epsilon", "gba.lr",
-    "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.num_nodes", "pretrain.images",
+    "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.num_nodes", 
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
     "pretrain.checkpoint_every", "engine.endpoint.concurrency", "engine.endpoint.timeout_s",
     "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s", "reward.judge.concurrency", "reward.judge.timeout_s",
@@ -57,7 +59,13 @@ NOT_NEGATIVE = (
     "gba.warmup_ratio", "model.lora.dropout", "merge.distil_steps",
 )  # fmt: skip
 AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
-ABOVE_0_OR_NULL = ("data.limit", "trainer.micro_batch_tokens", "trainer.threads", "gba.epsilon_high")
+ABOVE_0_OR_NULL = (
+    "data.limit",
+    "trainer.micro_batch_tokens",
+    "trainer.threads",
+    "trainer.processes",
+    "gba.epsilon_high",
+)
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -151,12 +159,17 @@ def check(config: Config) -> None:
             raise UserError(f"reward.weights.{name}={weight} must be a finite number, 0 or more")
     if gba.num_generations < 2:
         raise UserError(f"gba.num_generations={gba.num_generations}: a group needs at least 2 completions")
-    active = sum(weight > 0 for weight in gba.weights) if gba.scale else 0
+    active = sum(weight > 0 for weight in gba.weights) if gba.scale or gba.grouping == "perspective" else 0
     asked = len(PERSPECTIVES) if gba.conditioning == "prompted" else active
     if active and gba.conditioning != "free" and gba.num_generations < 2 * asked:
         raise UserError(
             f"gba.num_generations={gba.num_generations} is too small for {asked} prompted perspectives, whose "
             f"completions are compared with each other: give at least {2 * asked}, or gba.conditioning=free"
+        )
+    if gba.grouping == "perspective" and (gba.conditioning == "free" or not any(gba.weights)):
+        raise UserError(
+            "gba.grouping=perspective compares the completions of each perspective: it needs weights, and a "
+            "gba.conditioning that asks for perspectives (prompted, prompted_weighted)"
         )
     if gba.dynamic_sampling and gba.scale_rewards == "batch":
         raise UserError(

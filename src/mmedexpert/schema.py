@@ -59,15 +59,21 @@ class ModelConfig:
     dsa_steps: int = MISSING
     gba_lr: float = MISSING
     gba_steps: int = MISSING
+    grams: str = "span"
     lora: LoraSettings = field(default_factory=LoraSettings)
     architecture: ArchitectureConfig | None = None
+    shipped: str | None = None
+
+    @property
+    def taught_here(self) -> bool:
+        """Whether the base is built and taught by `stage=pretrain` rather than found as weights."""
+        return self.name_or_path is None and self.shipped is None
 
 
 @dataclass
 class PretrainConfig:
     reading_steps: int = MISSING
     looking_steps: int = MISSING
-    images: int = MISSING
     batch_size: int = MISSING
     text_batch_size: int = MISSING
     muon_lr: float = MISSING
@@ -104,6 +110,7 @@ class GbaConfig:
     scale: float = MISSING
     gate: str = MISSING
     conditioning: str = MISSING
+    grouping: str = MISSING
     init: str = MISSING
     scale_rewards: str = MISSING
     loss_type: str = MISSING
@@ -218,6 +225,7 @@ class TrainerConfig:
     precision: str = "32-true"
     micro_batch_tokens: int | None = None
     threads: int | None = None
+    processes: int | None = None
 
 
 @dataclass

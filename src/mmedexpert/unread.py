@@ -24,6 +24,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.name_or_path": ("base",),
     "model.revision": ("base",),
     "model.architecture": ("base",),
+    "model.shipped": ("base",),
     "model.dtype": ("dsa", "gba", "search", "eval"),
     "model.attn_implementation": ("dsa", "gba", "search", "eval"),
     "model.min_pixels": ("dsa", "gba", "search", "eval"),
@@ -37,6 +38,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.dsa_steps": ("dsa",),
     "model.gba_lr": ("gba",),
     "model.gba_steps": ("gba",),
+    "model.grams": ("caci",),
     "pretrain": ("pretrain",),
     "data": ("data",),
     "dsa": ("dsa",),
@@ -52,6 +54,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "report": ("report",),
     "trainer": ("base", "data", "eval"),
     "trainer.threads": (),
+    "trainer.processes": (),
     "trainer.precision": TRAINED,
     "trainer.strategy": TRAINED,
     "trainer.micro_batch_tokens": ("dsa", "gba"),
@@ -106,9 +109,13 @@ RULES = (
         ("data",),
     ),
     Rule(
-        ("pretrain", "model.architecture"), lambda c, _: c.model.name_or_path is not None,
-        "model.name_or_path={config.model.name_or_path} has its weights already; only model=tiny is taught here",
-        ("model",),
+        ("pretrain", "model.architecture"), lambda c, work: "base" in work and "pretrain" not in work,
+        "model={config.model.name} has its weights already; model=tiny is taught by stage=pretrain, or in every stage "
+        "with model.shipped=null", ("model", "stage"),
+    ),
+    Rule(
+        ("model.shipped",), lambda c, _: c.model.name_or_path is not None,
+        "model.name_or_path={config.model.name_or_path} is the base", ("model",),
     ),
     Rule(
         ("pretrain.text_batch_size",), lambda c, _: c.pretrain.reading_steps == 0,
@@ -211,7 +218,7 @@ def parts(config: Config) -> set[str]:
         found |= {"caci"} if config.merge.search is None else {"caci", "search"}
     if stage == "pretrain" or found & {"dsa", "gba"} or (asks and not served):
         found.add("base")
-    if "base" in found and config.model.name_or_path is None:
+    if "base" in found and (config.model.taught_here or (stage == "pretrain" and config.model.name_or_path is None)):
         found.add("pretrain")
     if stage == "data" or found & {"dsa", "gba", "own"} or (asks and config.eval.contamination):
         found.add("data")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def load_records(folder: Path) -> tuple[list[Record], Path]:
     except (ValueError, KeyError, TypeError) as error:
         fix = "write it anew with stage=data"
         raise UserError(f"{folder}: {DATASET} (needs image_root) or {RECORDS} is damaged ({error}): {fix}") from error
+    return list(_parsed(text, folder / RECORDS)), image_root.resolve()
+
+
+@lru_cache(maxsize=4)  # a command reads its data set many times; another text is another key
+def _parsed(text: str, path: Path) -> tuple[Record, ...]:
     records = []
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside a text
         if not line.strip():
@@ -90,8 +96,8 @@ def load_records(folder: Path) -> tuple[list[Record], Path]:
         try:
             records.append(_from_json(json.loads(line)))
         except ValueError as error:
-            raise UserError(f"{folder / RECORDS} line {number}: {error}; mend or delete the line") from error
-    return records, image_root.resolve()
+            raise UserError(f"{path} line {number}: {error}; mend or delete the line") from error
+    return tuple(records)
 
 
 def fingerprint(records: Sequence[Record], image_root: Path) -> str:
@@ -101,7 +107,8 @@ def fingerprint(records: Sequence[Record], image_root: Path) -> str:
     """
     digest = hashlib.sha256()
     for record in records:
-        line = json.dumps(asdict(record), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        plain = {**vars(record), "trace": record.trace and vars(record.trace)}  # as asdict, which copies all
+        line = json.dumps(plain, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         digest.update(line.encode() + b"\n")
     for name in track(sorted({name for record in records for name in record.images}), "fingerprint of images"):
         try:
@@ -130,14 +137,15 @@ def _from_json(data: Any) -> Record:
     if mistyped:
         raise ValueError(f"wrong type of value in {', '.join(mistyped)}")
     kept: dict[str, Any] = {**data, "images": tuple(data["images"]), "specialties": tuple(data["specialties"])}
-    kept["trace"] = Trace(trace["perspective"], tuple(trace["steps"])) if trace else None
+    kept["trace"] = Trace(trace["perspective"], tuple(trace["steps"]), trace.get("answer")) if trace else None
     return Record(**kept)
 
 
 def _is_trace(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"perspective", "steps"}:
+    if not isinstance(value, dict) or {*value} - {"answer"} != {"perspective", "steps"}:
         return False
-    return isinstance(value["perspective"], str) and _texts(value["steps"])
+    answer = value.get("answer")
+    return isinstance(value["perspective"], str) and _texts(value["steps"]) and isinstance(answer, str | None)
 
 
 def _texts(value: Any) -> bool:

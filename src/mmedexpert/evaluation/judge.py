@@ -8,13 +8,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask
-from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.errors import UserError
+
+if TYPE_CHECKING:  # its library takes two seconds to import
+    from mmedexpert.engines.openai import OpenAIEngine
 
 MAX_CHARACTERS = 8000  # ours: of a response, its end: a longer one is a loop, and must not outgrow the judge's context
 PROMPT = """You are grading the answer to a question about a medical image. You see the question, the reference answer \

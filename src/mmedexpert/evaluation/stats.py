@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
 
 Interval = tuple[float, float, float]
 
@@ -156,6 +155,8 @@ def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
         raise ValueError("a and b must be one-dimensional and equally long")
     if not (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()):
         raise ValueError("verdicts must be 0 or 1")
+    from scipy.stats import binomtest  # a second that only reports need
+
     wins, losses = int((first > second).sum()), int((first < second).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.progress import track
 
-SMALL = 2**16  # ours: bytes below which reading is as fast as remembering
+SMALL = 2**16  # ours: bytes below which reading is as fast as remembering on disk
 # ours: a file changed so lately may change again within one tick of its clock, and look the same (git's "racy" files)
 SETTLED_SECONDS = 2.0
 _COLUMNS = "device, inode, size, mtime_ns, ctime_ns"
 _Stat = tuple[int, int, int, int, int]
+_small: dict[_Stat, str] = {}  # digests of small files that this process has read
 
 
 def file_digest(path: Path) -> str:
@@ -28,7 +29,12 @@ def file_digest(path: Path) -> str:
     """
     before = _stat(path)
     if before[2] < SMALL:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        if before not in _small:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if _stat(path) != before or time.time() - before[4] / 1e9 <= SETTLED_SECONDS:
+                return digest
+            _small[before] = digest
+        return _small[before]
     known = _recall(before)
     if known is not None:
         return known

@@ -38,6 +38,8 @@ TEMPORARY = ("last.ckpt", "clock.json")  # what a run needs until it is DONE
 LEFTOVERS = ("**/*.part", "**/*.partial")  # what a kill leaves of files and folders that were being written
 console = Console(stderr=True)
 _told: set[Path] = set()  # folders this command has named already
+_made: set[str] = set()  # run_ids that this process has worked on
+by_workers: set[str] = set()  # those that its workers have (`workers.py`): to this command they are new
 explained: list[dict[str, str]] = []  # with runs.explain: of each run whether it is reused, and why
 
 
@@ -88,7 +90,7 @@ def execute(
     every_rank: bool = False,
     trains: bool = True,
     explain: bool = False,
-    config: str | None = None,
+    config: Callable[[], str] | None = None,
 ) -> Run:
     """Run `work` in the folder of (stage, name, key), or return at once when that folder is DONE.
 
@@ -97,7 +99,7 @@ def execute(
 
     A run is found by what it depends on, whatever its name. `trains`: the seed is one of training, over which results
     are averaged, not a part of what is asked. With `explain` nothing but preparations is worked on: the run comes back
-    as it is, and `explained` says whether and why it would be made. `config` is the text of the folder's config.yaml.
+    as it is, and `explained` says whether and why it would be made. `config` gives the folder's config.yaml.
 
     Of several ranks rank 0 alone writes. `work` runs on it while the others wait, or with `every_rank` on all; where
     one fails, all raise.
@@ -128,7 +130,7 @@ def execute(
             _tell(run.folder, f"[bold]{stage:>8}[/bold]  {name}  -> {run.folder}")
             clean(run.folder, ("FAILED", "traceback.txt", *LEFTOVERS))
             if config is not None:
-                write_atomic(run.folder / "config.yaml", config.encode())
+                write_atomic(run.folder / "config.yaml", config().encode())
             write_json(run.folder / IDENTITY, {**tree, "recipe": recipe})
 
     def finish() -> None:
@@ -144,6 +146,7 @@ def execute(
         run.folder, run.reused = gather((run.folder, run.reused))[0]
         run.clock.path = run.folder / run.clock.path.name
         if run.reused or (explain and stage not in PREPARING):
+            run.reused = run.reused and identity not in by_workers
             return run
         try:
             tell = partial(_failed, run.folder)
@@ -151,6 +154,7 @@ def execute(
                 metrics = on_all(lambda: work(run), tell) if every_rank else on_first(lambda: work(run))
                 on_first(finish)
             on_first(lambda: clean(run.folder, TEMPORARY))
+            _made.add(identity)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(

@@ -8,10 +8,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Any
-
-from nltk.translate.bleu_score import sentence_bleu
-from rouge_score.rouge_scorer import RougeScorer
 
 # One Chinese character, a number, a word, or a sign that tells answers apart (HER2+ and HER2, < and >).
 _CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -30,7 +28,11 @@ class _Words:
     tokenize = staticmethod(str.split)
 
 
-_ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # it imports NLTK, a second that only open answers need
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
 
 
 def open_scores(response: str, gold: str, language: str) -> dict[str, float]:
@@ -52,7 +54,7 @@ def open_scores(response: str, gold: str, language: str) -> dict[str, float]:
     given, wanted = given[:_LONGEST], wanted[:_LONGEST]
     highest = max(min(len(given), len(wanted)), 1)
     scores |= bleu(given, wanted, [min(order, highest) for order in _ORDERS])
-    rouge = _ROUGE.score(" ".join(wanted), " ".join(given))
+    rouge = _rouge().score(" ".join(wanted), " ".join(given))
     return scores | {name: float(rouge[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")}
 
 
@@ -61,6 +63,8 @@ def bleu(response: Sequence[str], gold: Sequence[str], orders: Sequence[int] = _
 
     Papineni et al. 2002, by NLTK.
     """
+    from nltk.translate.bleu_score import sentence_bleu
+
     weights = [(1 / order,) * order for order in orders]
     values = sentence_bleu([gold], response, weights, smoothing_function=_unsmoothed)
     return {f"bleu{n}": float(value) for n, value in enumerate(values, start=1)}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.models.backbone import Loading, attention
 from mmedexpert.reporting.tracking import group_name, logger_for
+from mmedexpert.runtime import runs, workers
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, execute
@@ -36,6 +38,9 @@ hydra:  # as in conf/config.yaml
   run: {{dir: .}}
   sweep: {{dir: "${{home:${{paths.outputs}}}}/multirun", subdir: .}}
 """
+
+
+MOST_PROCESSES = 4  # ours: each holds a model, and most of a gigabyte
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,52 @@ def device_of(config: Config) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def together(config: Config, works: Sequence[Callable[[Config], Run | dict[str, Run]]]) -> None:
+    """Make the runs of works that do not wait for each other side by side, in `trainer.processes` processes.
+
+    They are found done by who calls each work afterwards; with one process that call makes them. The first works are
+    begun first. Works are picklable, and with `runs.explain` they tell whether they are done.
+    """
+    count = processes_of(config)
+    if count == 1:
+        return
+    missing, told = [], len(runs.explained)
+    for work in works:
+        found = work(replace(config, runs=replace(config.runs, explain=True)))
+        if not all(run.done for run in (found.values() if isinstance(found, dict) else [found])):
+            missing.append(partial(work, config))
+    del runs.explained[told:]
+    if len(missing) > 1:
+        begin_workers(config)
+        workers.side_by_side(missing)
+
+
+def begin_workers(config: Config) -> None:
+    """Let the processes for `together` start while this one goes on."""
+    if (count := processes_of(config)) > 1:
+        workers.start(count, config.trainer.threads or max(1, _cores() // count), _imported)
+
+
+def _imported() -> None:
+    """What a worker does first: the stages' libraries take seconds, which its first work would wait for."""
+    import mmedexpert.stages.pipeline  # noqa: F401
+
+
+def processes_of(config: Config) -> int:
+    """`trainer.processes`; without it one a core for the tiny model on a CPU, at most four, and one for all else."""
+    if ranks() > 1 or config.trainer.devices != 1 or config.runs.explain:
+        return 1
+    if config.trainer.processes is not None:
+        return config.trainer.processes
+    tiny = config.model.architecture is not None and device_of(config) == "cpu"
+    return min(_cores(), MOST_PROCESSES) if tiny else 1
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def loading(config: Config) -> Loading:
     """How the config's model is loaded."""
     model = config.model
@@ -138,7 +189,7 @@ def stage_run(
     """`runs.execute` with the config's output folder and, if no other is given, its seed, that of training."""
     return execute(
         stage, name, key, work, outputs=config.paths.outputs, seed=config.seed if seed is None else seed, inputs=inputs,
-        every_rank=every_rank, trains=seed is None, explain=config.runs.explain, config=repeatable(config),
+        every_rank=every_rank, trains=seed is None, explain=config.runs.explain, config=partial(repeatable, config),
     )  # fmt: skip
 
 

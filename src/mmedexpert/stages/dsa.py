@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mmedexpert.stages.common import (
     records_of,
     stage_logger,
     stage_run,
+    together,
     training_key,
 )
 from mmedexpert.stages.data import dataset
@@ -42,6 +44,8 @@ _told: set[Path] = set()  # data sets without traces that this command has named
 def run(config: Config) -> dict[str, Run]:
     """One expert for each name in `specialty`."""
     ready(config, config.specialty.names)  # every specialty is checked before the first is trained
+    base_of(config)  # what all of them wait for
+    together(config, [partial(expert, name=name, specialties=[name]) for name in config.specialty.names])
     return {name: expert(config, name, [name]) for name in config.specialty.names}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from PIL import Image
 
 from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.asking import Engine
-from mmedexpert.engines.openai import engine_of
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
@@ -30,7 +31,7 @@ from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import benchmark
-from mmedexpert.stages.common import content_of, loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.common import content_of, loading, model_key, records_of, stage_logger, stage_run, together
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.overlap import clean_part
 from mmedexpert.stages.subjects import Subject, subjects_of
@@ -50,17 +51,27 @@ class QuestionSource:
 
 def run(config: Config) -> dict[str, Run]:
     """Evaluate the models of `eval.models` on the benchmarks of the config, without any on the own data set."""
+    evaluations = evaluations_of(config)
+    together(config, list(evaluations.values()))
+    return {name: evaluate(config) for name, evaluate in evaluations.items()}
+
+
+def evaluations_of(config: Config) -> dict[str, Callable[[Config], Run]]:
+    """What `run` does, one model on one set each; the models are trained, and the benchmarks read."""
     subjects = subjects_of(config)
     if not config.benchmark:
         own = _own(config)
-        return {subject.name: _evaluate(config, subject, own) for subject in subjects}
+        return {subject.name: partial(_evaluate, subject=subject, asked=own) for subject in subjects}
     sets = []
     for one in config.benchmark.values():  # every benchmark is read before the first question is asked
         source = benchmark.prepared(config, one)
         questions, left_out = benchmark.question_set(one, source), len(source.manifest["left_out"])
         identity = fingerprint(questions.records, questions.image_root)
         sets.append(QuestionSource(questions, source, identity, left_out, ["all"], public=True))
-    return {f"{asked.questions.name}/{s.name}": _evaluate(config, s, asked) for asked in sets for s in subjects}
+    return {
+        f"{asked.questions.name}/{subject.name}": partial(_evaluate, subject=subject, asked=asked)
+        for asked in sets for subject in subjects
+    }  # fmt: skip
 
 
 def _own(config: Config) -> QuestionSource:
@@ -160,6 +171,8 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
         return majority_engine(train, questions.records)
     system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
     if subject.served:
+        from mmedexpert.engines.openai import engine_of  # its library takes two seconds to import
+
         return engine_of(
             config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
             max_new_tokens=config.model.max_new_tokens,
@@ -179,6 +192,8 @@ def _second_opinion(
     config: Config, questions: QuestionSet, rows: list[Prediction], numbers: Summary
 ) -> tuple[dict[str, float], dict[str, str]]:
     """An LLM judge's accuracy on the open answers, and why it did not judge some of them, by id."""
+    from mmedexpert.engines.openai import engine_of
+
     endpoint, record_of = config.eval.llm_judge, {record.id: record for record in questions.records}
     engine = engine_of(endpoint, "eval.llm_judge", max_new_tokens=256)
     judge = LLMJudge(engine, Path(config.paths.outputs) / "llm_judge.jsonl")

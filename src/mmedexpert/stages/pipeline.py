@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmedexpert.data.images import open_image
-from mmedexpert.names import MAJORITY, reasoner_names
+from mmedexpert.names import MAJORITY, reasoner_names, start_names
 from mmedexpert.reporting import tables as report
 from mmedexpert.reporting.tracking import log_metrics, log_table
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
-from mmedexpert.stages.common import records_of, stage_logger, stage_run
+from mmedexpert.stages.common import begin_workers, records_of, stage_logger, stage_run, together
 from mmedexpert.stages.evaluation import flatten
 
 
 def run(config: Config) -> dict[str, Run]:
     """Every stage in order (finished ones are reused), then `summary.json`, `table.md`, links to the merged
     model and, as `outputs/latest`, to the folder of it all."""
+    if not Path(config.paths.outputs, "data").is_dir():  # a first run: they start while the data are drawn
+        begin_workers(config)
     dsa.ready(config, config.specialty.names)
     done: dict[str, dict[str, Run]] = {}
-    for name, stage in (("data", data), ("pretrain", pretrain), ("dsa", dsa), ("gba", gba), ("caci", caci)):
+    for name, stage in (("data", data), ("pretrain", pretrain), ("dsa", dsa)):
         done[name] = stage.run(config)
+    together(config, [gba.run, *_of_experts(config)])
+    done |= {"gba": gba.run(config), "caci": caci.run(config)}
     done["eval"] = evaluation.run(replace(config, benchmark={}))
     if config.benchmark:
         done["benchmarks"] = evaluation.run(replace(config, eval=replace(config.eval, models=on_benchmarks(config))))
@@ -52,6 +57,14 @@ def run(config: Config) -> dict[str, Run]:
     if overall.done:  # or it was only asked what would be made
         link(overall.folder.parent.parent / "latest", overall.folder)
     return {"pipeline": overall, **flat}
+
+
+def _of_experts(config: Config) -> list[Callable[[Config], Run]]:
+    """The evaluations that need not wait for RL."""
+    known = ("base", *config.specialty.names, *start_names(config))
+    models = [name for name in known if config.eval.models is None or name in config.eval.models]
+    asked = replace(config, benchmark={}, eval=replace(config.eval, models=models))
+    return list(evaluation.evaluations_of(asked).values()) if models else []
 
 
 def on_benchmarks(config: Config) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmedexpert.data.record import Record
-from mmedexpert.engines.openai import engine_of
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import Grades, grades
 from mmedexpert.guidelines.truth import truth_of
@@ -151,6 +150,7 @@ def grader_of(reward: RewardConfig, cache: Path) -> Grader:
     """
     if reward.grader == "rules":
         return RulesGrader()
+    from mmedexpert.engines.openai import engine_of  # its library takes two seconds to import
     from mmedexpert.training.judge import JudgeGrader  # it needs the interface above
 
     judge = reward.judge

@@ -10,17 +10,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from mmedexpert.engines.asking import Ask, Reply
-from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
 from mmedexpert.runtime.fingerprints import file_digest
 from mmedexpert.training.grading import PAIRS, Case, Grading, pairs_of
+
+if TYPE_CHECKING:  # its library takes two seconds to import
+    from mmedexpert.engines.openai import OpenAIEngine
 
 Verdict = dict[str, dict[str, bool]]  # perspective to criterion to whether it holds
 

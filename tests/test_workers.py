@@ -1,0 +1,155 @@
+"""Work side by side: as alone, shown once, ended by an error, by an interruption and with its command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import run
+from test_config import composed
+
+from mmedexpert.errors import UserError
+from mmedexpert.runtime import progress, runs, workers
+from mmedexpert.runtime.runs import execute
+from mmedexpert.stages import common
+
+SMALL = ("dsa.steps=4", "dsa.batch_size=4", "data.limit=8", "specialty.names=[pediatrics,brain_sensory]")
+
+
+def nothing() -> None:
+    """What a worker of these tests does first."""
+
+
+def told(path: Path, line: str, seconds: float = 0.0) -> None:
+    """Work that says so, shows how far it is, and notes when it was done and by whom."""
+    runs.console.print(f"[bold]{line}[/bold]")
+    with progress.Bar(line, 2) as bar:
+        time.sleep(seconds)
+        bar.show(2, {"loss": 0.25})
+    path.write_text(f"{time.time()} {os.getpid()}")
+
+
+def fails() -> None:
+    """A user's mistake."""
+    raise UserError("data.root=x is no folder")
+
+
+@pytest.fixture
+def pool():
+    workers.start(2, 1, nothing)
+    yield
+    workers.stop()
+
+
+def test_all_is_done_in_other_processes_and_told_here(pool, tmp_path, capfd):
+    paths = [tmp_path / name for name in "abc"]
+    workers.side_by_side([partial(told, path, f"work {path.name}", 0.4) for path in paths])
+    assert os.getpid() not in {int(path.read_text().split()[1]) for path in paths}
+    shown = capfd.readouterr().err
+    assert [shown.count(f"work {name}") for name in "abc"] == [1, 1, 1]
+
+
+def test_an_error_ends_the_others_and_is_the_users_own(pool, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"data\.root=x is no folder"):
+        workers.side_by_side([fails, partial(told, tmp_path / "never", "long", 60.0)])
+    assert time.monotonic() - start < 20 and not (tmp_path / "never").exists()
+
+
+def test_a_worker_that_dies_is_told_with_a_way_on(pool):
+    with pytest.raises(UserError, match=r"trainer\.processes=1"):
+        workers.side_by_side([partial(os._exit, 9)])
+
+
+def test_its_bars_stand_in_the_first_process(capfd, monkeypatch):
+    sent: list = []
+    monkeypatch.setattr(progress, "relay", sent.append)
+    with progress.Bar("dsa", 2) as bar:
+        bar.show(1, {"loss": 0.5})
+        bar.show(2, {"loss": 0.25})
+    assert sent[-1] == ("dsa", 2, 2, "loss 0.25") and not capfd.readouterr().err
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    bars = progress.Bars()
+    bars.show("dsa", 1, 2, "loss 0.5")
+    assert "dsa  1/2  loss 0.5" in capfd.readouterr().err
+
+
+def made(config, name: str, folder: Path):
+    """A run that counts how often it is worked on."""
+
+    def work(run) -> dict[str, float]:
+        (folder / f"{name}-{os.getpid()}").touch()
+        return {"x": 1.0}
+
+    return execute("dsa", name, {"name": name}, work, outputs=folder, seed=0, explain=config.runs.explain)
+
+
+def test_what_is_done_is_not_done_again_and_one_work_stays_here(tmp_path, monkeypatch):
+    config = composed("stage=dsa", "trainer.processes=2", f"paths.outputs={tmp_path}")
+    here = os.getpid()
+    works = [partial(made, name=name, folder=tmp_path) for name in "ab"]
+    made(config, "a", tmp_path)
+    monkeypatch.setattr(workers, "start", lambda *_: pytest.fail("nothing is left to share"))
+    common.together(config, works)
+    assert not list(tmp_path.glob("b-*")) and not runs.explained
+    made(config, "b", tmp_path)
+    assert (tmp_path / f"a-{here}").exists() and (tmp_path / f"b-{here}").exists()
+
+
+def test_how_many_at_once(monkeypatch):
+    monkeypatch.setattr(common, "_cores", lambda: 64)
+    assert common.processes_of(composed()) == common.MOST_PROCESSES
+    assert common.processes_of(composed("trainer.processes=3")) == 3
+    assert common.processes_of(composed("model=qwen2_5_vl_7b", "data=medr1", "data.root=tests", "gba.init=base")) == 1
+    assert common.processes_of(composed("runs.explain=true", "trainer.processes=3")) == 1
+    assert common.processes_of(composed("debug=smoke")) == 1
+    monkeypatch.setattr(common, "_cores", lambda: 1)
+    assert common.processes_of(composed()) == 1
+
+
+def test_experts_side_by_side_are_those_trained_one_by_one(tmp_path):
+    """The same run folders, with the same weights but for the rounding of sums, and every folder named once."""
+    for name, processes in (("two", 2), ("one", 1)):
+        done = run(tmp_path / name, "stage=dsa", *SMALL, "trainer.threads=1", f"trainer.processes={processes}")
+        assert len(re.findall(r"dsa  \w+  ->", done.stderr)) == 2, done.stderr
+        assert "reused" not in done.stderr + done.stdout, done.stdout
+    weights = [sorted((tmp_path / name).rglob("adapter_model.safetensors")) for name in ("two", "one")]
+    assert [path.parts[-3] for path in weights[0]] == [path.parts[-3] for path in weights[1]] and len(weights[0]) == 2
+    for one, other in zip(*weights, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    again = run(tmp_path / "two", "stage=dsa", *SMALL, "trainer.threads=1", "trainer.processes=2", process=True)
+    assert again.stdout.count("reused") == 2, again.stdout
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_command_and_the_next_goes_on(tmp_path, ending):
+    words = ["stage=dsa", *SMALL[1:], "logger=none", "dsa.steps=400", "dsa.checkpoint_every=2", "trainer.processes=2"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), *words, f"paths.outputs={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "WANDB_MODE": "disabled"})
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("dsa/*/last.ckpt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(ending)
+    said = process.communicate(timeout=60)[1]
+    assert ending == signal.SIGKILL or (process.returncode == 130 and "run the same command again" in said)
+    time.sleep(3)
+    steps = [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]
+    time.sleep(2)
+    assert steps == [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]  # nobody goes on
+    done = subprocess.run([*command, "runs.explain=true"], capture_output=True, text=True)
+    assert done.stdout.count("  resumed  ") == 2, done.stdout + done.stderr
+
+
+def test_seconds_of_a_worker_are_in_its_manifest(tmp_path):
+    run(tmp_path, "stage=dsa", *SMALL, "trainer.processes=2")
+    for path in tmp_path.rglob("dsa/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        assert manifest["wall_seconds"] > 0 and "stage=dsa" in " ".join(manifest["command"])
