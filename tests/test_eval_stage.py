@@ -189,7 +189,7 @@ def test_criteria_are_in_the_predictions_and_their_means_in_the_summary(asked):
         for criterion, found in one["criteria"].items():
             values = [v for row in own if (v := row["criteria"][criterion]) is not None]
             assert found["n"] == len(values) and found["mean"] == (pytest.approx(np.mean(values)) if values else None)
-    assert asked.runs["majority"].summary["perspectives"] == {"each": {}, "together": {}}
+    assert asked.runs["majority"].summary["perspectives"] == {"each": {}, "together": {}, "groups": {}}
     assert {str(row["criteria"]) for row in asked.rows("majority")} == {"{}"}
 
 

@@ -15,7 +15,7 @@ from mmedexpert.evaluation.predict import UNANSWERED
 from mmedexpert.evaluation.stats import cluster_bootstrap_ci
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.reporting.perspectives import perspective_rows
+from mmedexpert.reporting.perspectives import group_rows, perspective_rows
 from mmedexpert.reporting.tables import markdown, print_result
 from mmedexpert.runtime.runs import Run
 from mmedexpert.stages import report
@@ -139,7 +139,7 @@ def test_the_summary_holds_them_and_their_adherence():
     assert vote == {key: one["protocols"]["robust"][key] for key in vote}
     plain = [prediction("B", id=f"q{i}", perspective=None) for i in range(6)]
     none = Summary(**DRAWN).of(plain, [record(i) for i in range(6)], protocol="robust", specialties=["all"])
-    assert none["perspectives"] == {"each": {}, "together": {}} and none["adherence"] == {}
+    assert none["perspectives"] == {"each": {}, "together": {}, "groups": {}} and none["adherence"] == {}
     json.dumps(one, allow_nan=False)
 
 
@@ -218,3 +218,25 @@ def test_predictions_of_older_runs_are_read(tmp_path):
     assert {row["perspective"] for row in rows_of_numbers(out)} == {D, I, A, "older"}
     path = Path(saved(tmp_path / "old", lines, name="old", seed=0))
     report.run(config_for(tmp_path, f"report.runs=[{path}]", "report.published=null"))
+
+
+def test_kinds_of_questions_by_perspective():
+    """Group `needs`: q0 to q2 need intuition, the others nothing."""
+    rows = answers()
+    for row in rows:
+        row["groups"] = {"needs": "intuition" if row["id"] < "q3" else "nothing", "set": "one"}
+    groups = found(rows)["groups"]
+    assert list(groups) == ["needs"]  # `set` has one value
+    cell = groups["needs"]["intuition"]
+    assert [cell[p]["robust"]["accuracy"] for p in PERSPECTIVES] == [pytest.approx(x / 3) for x in (1, 2, 1, 1)]
+    assert [groups["needs"]["nothing"][p]["robust"]["n"] for p in PERSPECTIVES] == [3, 3, 3, 2]
+    shown = group_rows({"model": found(rows)}, "robust")
+    assert shown[0] == {
+        "model": "model", "questions": "needs intuition", D: "0.33 (3)", I: "0.67 (3)", A: "0.33 (3)", B: "0.33 (3)",
+    }  # fmt: skip
+    numbers = [one for one in rows_of_numbers(found(rows)) if one["measure"] == "accuracy, needs intuition"]
+    assert [one["score"] for one in numbers if one["protocol"] == "robust" and one["perspective"] == I] == [
+        pytest.approx(2 / 3)
+    ]
+    assert found([row for row in rows if row["perspective"] == D])["groups"] == {}
+    assert group_rows({"model": found(answers())}, "robust") == []

@@ -563,7 +563,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "start": start,
     "grams": grams,
     "distil": distil,
-    "rotate": lambda _: [[perspectives_of(f"q{i}", "rotate"), perspectives_of(f"q{i}", "vote")] for i in range(6)],
+    "rotate": lambda _: [[perspectives_of(record(0, id=f"q{i}"), way) for way in ("rotate", "vote")] for i in range(6)],
     "majority": majority,
     "robust": partial(judged, robust.judge),
     "medevalkit": partial(judged, medevalkit.judge),

@@ -19,7 +19,8 @@ MEASURES = ("vote", "mean", "best", "oracle", "gain", "agreement")  # of `togeth
 
 def measured(predictions: Sequence[Prediction], mean: Mean) -> dict[str, Any]:
     """`each`: perspective to its numbers over what was asked under it; `together`: protocol to `_together`, empty where
-    no question was asked under two perspectives (rotate: every perspective has questions of its own).
+    no question was asked under two perspectives (needed, rotate: each has questions of its own); `groups`: a record's
+    group, its value, the perspective and the protocol to an accuracy.
 
     A refused question is wrong and has neither adherence nor criteria. A criterion that could not be checked in an
     answer (None) does not count in its mean; its n says in how many it could.
@@ -33,7 +34,21 @@ def measured(predictions: Sequence[Prediction], mean: Mean) -> dict[str, Any]:
     each = {name: _alone(name, rows, mean) for name, rows in rows_of.items() if rows}
     several = [answers for answers in answers_of.values() if len(answers) > 1]
     together = {protocol: _together(several, each, mean, protocol) for protocol in PROTOCOLS} if several else {}
-    return {"each": each, "together": together}
+    return {"each": each, "together": together, "groups": _in_groups(predictions, mean) if len(each) > 1 else {}}
+
+
+def _in_groups(predictions: Sequence[Prediction], mean: Mean) -> dict[str, Any]:
+    """Accuracy by a group of the records (`Record.groups`) that has several values, and by perspective."""
+    rows_of: dict[tuple[str, str, str], list[Prediction]] = defaultdict(list)
+    for row in predictions:
+        if row.get("perspective") is not None:
+            for key, value in (row.get("groups") or {}).items():
+                rows_of[key, str(value), row["perspective"]].append(row)
+    found: dict[str, Any] = {}
+    for (key, value, name), rows in sorted(rows_of.items()):
+        scores = {protocol: mean([row[protocol]["correct"] for row in rows], rows) for protocol in PROTOCOLS}
+        found.setdefault(key, {}).setdefault(value, {})[name] = scores
+    return {key: values for key, values in found.items() if len(values) > 1}
 
 
 def _alone(name: str, rows: Sequence[Prediction], mean: Mean) -> dict[str, Any]:
@@ -132,6 +147,12 @@ def rows_of_numbers(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
         for protocol in PROTOCOLS:
             yield {"perspective": name, "measure": "accuracy", "protocol": protocol, **_score(one[protocol])}
+    for key, values in found.get("groups", {}).items():
+        for value, by_name in values.items():
+            for name, of in by_name.items():
+                for protocol in PROTOCOLS:
+                    cell = {"perspective": name, "measure": f"accuracy, {key} {value}", "protocol": protocol}
+                    yield cell | _score(of[protocol])
     for protocol, one in found["together"].items():
         for measure in MEASURES:
             yield {"measure": measure, "protocol": protocol, **_score(one[measure])}

@@ -47,16 +47,18 @@ class QuestionSet:
     breakdowns: tuple[str, ...] = ()
 
 
-def perspectives_of(identity: str, setting: str) -> tuple[str | None, ...]:
-    """The perspectives a question is asked under: one of the four by a hash of its id (rotate), all four (vote), none,
-    or always one.
+def perspectives_of(record: Record, setting: str) -> tuple[str | None, ...]:
+    """The perspectives a question is asked under: the one that it says it needs, else one of the four by a hash of its
+    id (needed), always by the hash (rotate), all four (vote), none, or always one.
 
     A hash, because the place in the list would tie perspectives to guidelines. # ours
     """
     if setting == "vote":
         return PERSPECTIVES
-    if setting == "rotate":
-        return (PERSPECTIVES[zlib.crc32(identity.encode()) % len(PERSPECTIVES)],)
+    if setting == "needed" and record.groups.get("needs") in PERSPECTIVES:
+        return (record.groups["needs"],)
+    if setting in ("needed", "rotate"):
+        return (PERSPECTIVES[zlib.crc32(record.id.encode()) % len(PERSPECTIVES)],)
     return (None if setting == "none" else setting,)
 
 
@@ -68,7 +70,7 @@ def asks_of(
     asked: list[tuple[Record, str | None, Ask]] = []
     for record in questions.records:
         images = tuple(blank or questions.image_root / name for name in record.images)
-        for perspective in (None,) if protocol == "medevalkit" else perspectives_of(record.id, perspectives):
+        for perspective in (None,) if protocol == "medevalkit" else perspectives_of(record, perspectives):
             if protocol == "medevalkit":
                 text = questions.ask(record)
             else:

@@ -26,6 +26,8 @@ SAID = (
     "how many answers where not all could be checked. A dash: not asked, or undefined."
 )
 
+GROUPS = "Accuracy by kind of question and perspective (robust), in brackets over how many answers."
+
 
 def two_decimals(number: float) -> str:
     """`0.83`."""
@@ -48,6 +50,20 @@ def perspective_rows(found: Mapping[str, Mapping[str, Any]], show: Callable[[flo
             n = first["oracle" if measure == "kappa" else measure]["n"]
             rows.append({"model": name, "asked under": said, "n": str(n), **same, **cells})
     return [{column: row.get(column, "-") for column in COLUMNS} for row in rows]
+
+
+def group_rows(
+    found: Mapping[str, Mapping[str, Any]], protocol: str, show: Callable[[float], str] = two_decimals
+) -> list[Row]:
+    """Of each model (its name to `perspectives.measured`) a row per value of a group of the records, and a column per
+    perspective with its accuracy and how many questions; no row where no record has a group."""
+    return [
+        {"model": name, "questions": f"{key} {value}"}
+        | {p: f"{show(of[p][protocol]['accuracy'])} ({of[p][protocol]['n']})" if p in of else "-" for p in PERSPECTIVES}
+        for name, one in found.items()
+        for key, values in one.get("groups", {}).items()
+        for value, of in values.items()
+    ]
 
 
 def _asked(perspective: str, one: Mapping[str, Any], show: Callable[[float], str]) -> Row:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import BASELINES
-from mmedexpert.reporting.perspectives import SAID, perspective_rows
+from mmedexpert.reporting.perspectives import GROUPS, SAID, group_rows, perspective_rows
 from mmedexpert.runtime.runs import Run, explained
 
 Row = dict[str, str]
@@ -126,6 +126,9 @@ def print_result(runs: Mapping[str, Run], note: str = "") -> None:
         own = {name: one for name, one in evaluated.items() if not one["question_set"]["public"]}
         if asked_under := perspective_rows({name: one["perspectives"] for name, one in (own | public).items()}):
             print_table(asked_under, "Perspectives", SAID)
+        by_model = {name: one["perspectives"] for name, one in own.items()}
+        if by_group := group_rows(by_model, "robust"):
+            print_table(by_group, "Kinds of questions", GROUPS)
         if own:
             pipeline = runs.get("pipeline")
             rows = model_rows(pipeline.summary) if pipeline else [_row(name, one) for name, one in own.items()]

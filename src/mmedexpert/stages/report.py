@@ -25,7 +25,7 @@ from mmedexpert.evaluation.comparison import (
 )
 from mmedexpert.evaluation.perspectives import measured, rows_of_numbers
 from mmedexpert.evaluation.summary import Summary
-from mmedexpert.reporting.perspectives import SAID, perspective_rows
+from mmedexpert.reporting.perspectives import GROUPS, SAID, group_rows, perspective_rows
 from mmedexpert.reporting.tables import Row, csv_text, latex, markdown, print_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, run_id, write_json
@@ -173,6 +173,14 @@ def sections(
     found.append(
         ("Perspectives", f"Accuracies, gain and agreement in percent. {SAID}", _perspectives(perspectives or {}))
     )
+    found += [
+        (
+            f"Kinds of questions{f' of {name}' if name else ''}",
+            f"In percent. {GROUPS}",
+            group_rows(models, "robust", _percent),
+        )
+        for name, models in (perspectives or {}).items()
+    ]
     for benchmark, group in dict.fromkeys((n["benchmark"], n["group"]) for n in of["breakdown"]):
         part = [n for n in of["breakdown"] if (n["benchmark"], n["group"]) == (benchmark, group)]
         for protocol in PROTOCOLS:
