@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmedexpert.training.advantages import group_relative, guideline_based, perspective_terms
+from mmedexpert.training.advantages import group_relative, guideline_based, perspective_terms, within_perspectives
 
 K = 4
 
@@ -224,3 +224,26 @@ def test_bad_shapes_and_scales_are_refused() -> None:
         perspective_terms(torch.rand(6, K), [1.0] * K)
     with pytest.raises(ValueError, match="gate"):
         perspective_terms(torch.rand(2, 6, K), [1.0] * K, gate=torch.ones(6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_outcomes_compared_within_a_perspective_are_its_own_groups(scale: Any) -> None:
+    """The completions of each perspective are a group by themselves, times its weight; the others do not matter."""
+    rewards = torch.from_numpy(random_rewards(3, 2, 8))
+    asked, weights = [0, 0, 1, 1, 2, 2, 2, 0], (1.0, 2.0, 0.0)
+    found = within_perspectives(rewards, asked, weights, scale)
+    for place, weight in enumerate(weights):
+        columns = [i for i, name in enumerate(asked) if name == place]
+        torch.testing.assert_close(found[:, columns], weight * group_relative(rewards[:, columns], scale))
+    whole = guideline_based(rewards, torch.full((2, 8, 3), math.nan), weights, reward_scale=scale, asked=asked)
+    torch.testing.assert_close(whole, found)
+    with pytest.raises(ValueError, match="3 completions were asked for, 8 have rewards"):
+        within_perspectives(rewards, [0, 1, 2], weights)
+
+
+def test_a_perspective_that_is_mostly_right_is_not_paid_for_being_asked() -> None:
+    """Compared within the question it is; within the perspective its right answers are worth nothing special."""
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    adherence = torch.full((1, 4, 2), math.nan)
+    assert guideline_based(rewards, adherence, (1.0, 1.0))[0, 0] > 0
+    assert guideline_based(rewards, adherence, (1.0, 1.0), asked=[0, 0, 1, 1])[0].tolist()[:2] == [0.0, 0.0]

@@ -66,11 +66,11 @@ def run(config: Config) -> dict[str, Run]:
 
 
 def control(config: Config) -> Run:
-    """The control of the perspectives: the reasoner of this config with every weight 0, plain GRPO on the same
+    """The control of the perspectives: the reasoner of this config with `gba.scale=0`, plain GRPO on the same
     prompts from the same start. UserError for `gba.init=each`, which has no single one."""
     if config.gba.init == "each":
         raise UserError("the control grpo is one reasoner: use gba.init=merged_experts, caci, sft_all or base")
-    plain = replace(config, gba=replace(config.gba, name="grpo", weights=[0.0] * len(PERSPECTIVES)))
+    plain = replace(config, gba=replace(config.gba, name="grpo", scale=0.0))
     return run(plain)["reasoner"]
 
 
@@ -167,10 +167,13 @@ def _key(config: Config, specialties: list[str]) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The settings of GBA that act: where no perspective has weight, scale and gate act on nothing."""
+    """The settings of GBA that act: where no perspective's term has weight, scale and gate act on nothing, and weights
+    on the outcomes alone that are compared by perspective."""
     settings = {k: v for k, v in asdict(config.gba).items() if k not in ("name", "checkpoint_every")}
     if not _weighted(config):
-        settings |= {"weights": [0.0] * len(PERSPECTIVES), "scale": 0.0, "gate": "none"}
+        settings |= {"scale": 0.0, "gate": "none"}
+        if config.gba.grouping == "question":
+            settings["weights"] = [0.0] * len(PERSPECTIVES)
     return settings
 
 
@@ -224,7 +227,9 @@ def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:
 def _guidance(config: Config) -> Guidance:
     settings = config.gba
     scale_rewards = cast(RewardScale, settings.scale_rewards)
-    return Guidance(tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, scale_rewards)
+    return Guidance(
+        tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, scale_rewards, settings.grouping
+    )
 
 
 def _sampler(

@@ -106,6 +106,31 @@ def perspective_terms(
     return scale * (terms - terms.mean(1, keepdim=True))
 
 
+def within_perspectives(
+    rewards: Tensor, asked: Sequence[int], weights: Sequence[float] | Tensor, scale: RewardScale = "group"
+) -> Tensor:
+    """`group_relative` among the completions of a group that one perspective was asked of, times its weight.  # ours
+
+    Args:
+        rewards: `[B, G]`.
+        asked: the perspective of each of the G completions, as a place in `weights`.
+        weights, scale: see `perspective_terms`, `group_relative`.
+
+    Returns:
+        `[B, G]`.
+
+    Raises:
+        ValueError: as many places as completions are needed.
+    """
+    if len(asked) != rewards.shape[1]:
+        raise ValueError(f"{len(asked)} completions were asked for, {rewards.shape[1]} have rewards")
+    found = torch.zeros_like(rewards if rewards.is_floating_point() else rewards.float())
+    for place in sorted(set(asked)):
+        columns = [g for g, name in enumerate(asked) if name == place]
+        found[:, columns] = float(weights[place]) * group_relative(rewards[:, columns], scale)
+    return found
+
+
 def guideline_based(
     outcome: Tensor,
     adherence: Tensor,
@@ -114,6 +139,7 @@ def guideline_based(
     scale: float = 1.0,
     gate: Tensor | None = None,
     reward_scale: RewardScale = "group",
+    asked: Sequence[int] | None = None,
 ) -> Tensor:
     """Guideline-based advantages (GBA): the outcome's advantage plus every perspective's term.  # ours
 
@@ -122,6 +148,7 @@ def guideline_based(
     Args:
         outcome: `[B, G]` outcome rewards (accuracy and format).
         adherence, weights, scale, gate, reward_scale: see `perspective_terms`.
+        asked: the perspective of each of the G completions; A(r) is then `within_perspectives`, weights and all.
 
     Returns:
         `[B, G]`.
@@ -132,6 +159,9 @@ def guideline_based(
     if adherence.shape[:-1] != outcome.shape:
         raise ValueError(f"outcome {tuple(outcome.shape)} must match the [B, G] of adherence {tuple(adherence.shape)}")
     terms = perspective_terms(adherence, weights, scale=scale, gate=gate, reward_scale=reward_scale)
-    base = group_relative(outcome, reward_scale)
+    if asked is None:
+        base = group_relative(outcome, reward_scale)
+    else:
+        base = within_perspectives(outcome, asked, weights, reward_scale)
     # Adding a zero would turn -0.0 into 0.0.
     return base + terms.sum(2) if scale and any(float(weight) > 0 for weight in weights) else base

@@ -37,14 +37,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Guidance:
-    """GBA's own settings: perspective `weights`, their `scale`, `gate` none|correct, and `conditioning` (see
-    `assign_perspectives`)."""
+    """GBA's own settings: perspective `weights`, their `scale`, `gate` none|correct, `conditioning` (see
+    `assign_perspectives`), and whether outcomes are compared among a question's or a perspective's completions."""
 
     weights: tuple[float, ...]
     scale: float
     gate: str
     conditioning: str
     scale_rewards: RewardScale
+    grouping: str = "question"
 
 
 PER_GROUP = ("outcome", "adherence", "terms", "advantages")  # fields of a Rollout with a row per group
@@ -133,6 +134,9 @@ def advantages(outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: 
         "reward_scale": guidance.scale_rewards,
     }
     terms = perspective_terms(adherence, guidance.weights, **options)
+    if guidance.grouping == "perspective":
+        names = assign_perspectives(guidance.weights, outcome.shape[1], guidance.conditioning)
+        options["asked"] = [PERSPECTIVES.index(name) for name in names if name]
     return guideline_based(outcome, adherence, guidance.weights, **options), terms
 
 
