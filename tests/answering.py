@@ -133,7 +133,9 @@ def composed(model: Path, outputs: Path, *overrides: str) -> Config:
         "model.lora.r=4", "model.lora.alpha=8", "data.source._target_=answering.lamps", "data.source.train=8",
         "data.source.val=4", "data.source.test=6", "dsa.steps=3", "dsa.batch_size=4", "gba.steps=2",
         "gba.prompts_per_step=2", "gba.num_generations=8", "eval.num_resamples=50", "logger=none",
-        "trainer.accelerator=cpu", f"paths.outputs={outputs}",
+        "trainer.accelerator=cpu", "trainer.processes=1", f"paths.outputs={outputs}",
     ]  # fmt: skip
+    if not any(word.startswith("merge=") for word in overrides):
+        plain.append("merge=caci_vote")  # a sum of updates, without lessons after it
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed(compose("config", overrides=[*plain, *overrides]))

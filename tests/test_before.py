@@ -114,8 +114,8 @@ def test_open_questions_are_trained_on_like_others(with_records):
     [
         (["+data.source.tarin=3"], ["data.source.tarin", "'train'"]),
         (["data.source.train=many"], ["data.source.train='many'", "whole number"]),
-        (["+merge.method.densty=1"], ["merge.method.densty", "density"]),
-        (["merge.method.vote=loud"], ["loud", "merge.method"]),
+        (["merge=ties", "+merge.method.densty=1"], ["merge.method.densty", "density"]),
+        (["merge=ties", "merge.method.vote=loud"], ["loud", "merge.method"]),
         (["merge=ties", "merge.search={vote: [mass, loud]}"], ["loud"]),
         (["merge=linear", "merge.method.weights=[1,-1,1,-1,0]"], ["the merge method refused"]),
         (["benchmark=slake", "+benchmark.slake.load.langs=[en]"], ["benchmark.slake.load.langs", "languages"]),

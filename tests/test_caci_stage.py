@@ -59,7 +59,7 @@ def kept(delta: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def rule(experts: list[torch.Tensor], reasoner: torch.Tensor, method: dict[str, Any]) -> torch.Tensor:
-    """conf/merge/caci.yaml's formula, written out entry by entry over stacked deltas."""
+    """conf/merge/caci_vote.yaml's formula, written out entry by entry over stacked deltas."""
     weights = torch.tensor(method["expert_weights"] or [1.0] * len(experts))
     trimmed = [kept(delta, method["expert_density"]) for delta in experts]
     guided = kept(reasoner, method["reasoner_density"])

@@ -203,8 +203,8 @@ def test_merge_methods_instantiate(path):
         ("experiment=table_mian", ["experiment=table_mian", "did you mean 'table_main'"]),
         ("model=qwen2_vl", ["model=qwen2_vl", "did you mean 'qwen2_vl_2b'"]),
         (
-            "merge.method.reasoner_densty=1",
-            ["merge.method.reasoner_densty", "did you mean 'merge.method.reasoner_density'"],
+            "merge.method.reasoner_scalng=1",
+            ["merge.method.reasoner_scalng", "did you mean 'merge.method.reasoner_scaling'"],
         ),
         ("merge.method.density=1", ["merge.method.density", "ties"]),
         ("data.source.trian=1", ["data.source.trian", "did you mean 'data.source.train'"]),

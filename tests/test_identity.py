@@ -25,7 +25,7 @@ def outputs(tmp_path_factory) -> Path:
 def ids(outputs: Path, *overrides: str) -> dict[str, str]:
     """run_id of every run that a pipeline would make or reuse; nothing is trained."""
     runs.explained.clear()
-    pipeline.run(composed(*SMALL, f"paths.outputs={outputs}", "runs.explain=true", *overrides))
+    pipeline.run(composed(*SMALL, "model.shipped=null", f"paths.outputs={outputs}", "runs.explain=true", *overrides))
     return {f"{row['stage']}/{row['name']}": row["run_id"] for row in runs.explained}
 
 
@@ -54,7 +54,7 @@ def changed(before: dict[str, str], outputs: Path, *overrides: str) -> set[str]:
          {"dsa/adult_medicine", "start/merged_experts", "eval/start-phantom-test"}),
         ("gba.conditioning=free", {"gba/default"}, {"dsa/adult_medicine"}),
         ("reward.weights.format=0.3", {"gba/default"}, {"dsa/adult_medicine"}),
-        ("merge.method.expert_density=0.5", {"caci/caci", "eval/caci-phantom-test"}, {"gba/default"}),
+        ("merge.method.ridge=0.5", {"caci/caci", "eval/caci-phantom-test"}, {"gba/default"}),
         ("eval.perspectives=none", {"eval/base-phantom-test"}, {"gba/default", "eval/majority-phantom-test"}),
         ("model.system_prompt=Think", {"dsa/adult_medicine", "eval/base-phantom-test"}, {"pretrain/tiny"}),
         ("model.max_new_tokens=20", {"gba/default", "eval/base-phantom-test"}, {"dsa/adult_medicine"}),
@@ -98,7 +98,8 @@ def test_without_weights_the_scale_and_gate_make_no_other_run(outputs):
         ("rubrics", {"gba/default"}, {"dsa/adult_medicine", "eval/base-phantom-test"}),  # judged again, not asked again
         ("sft", {"pretrain/tiny", "dsa/adult_medicine"}, {"data/phantom"}),
         ("phantom", {"data/phantom"}, {"pretrain/tiny"}),
-        ("caci", {"caci/caci"}, {"gba/default"}),
+        ("regmean", {"caci/caci"}, {"gba/default"}),
+        ("distil", {"distil/caci", "eval/caci-phantom-test"}, {"caci/caci"}),
         ("start", {"start/merged_experts", "gba/default"}, {"dsa/adult_medicine"}),
         ("robust", {"gba/default"}, {"eval/base-phantom-test"}),
         ("sampling", {"gba/default", "eval/base-phantom-test"}, {"dsa/adult_medicine"}),

@@ -110,7 +110,7 @@ def test_scalings_share_one_pass_and_densities_their_thresholds(
     monkeypatch.setattr(stream, "call_method", lambda *a, **k: called.append(a[3]) or call(*a, **k))
     grid = {"reasoner_scaling": [0.5, 1.0, 2.0], "expert_scaling": [0.5, 1.0], "expert_weights": [None, [1, 2]]}
     points = grid_points(grid | {"expert_density": [0.5, 0.8]}, ("expert_scaling", "reasoner_scaling"))
-    assert len(points) == 24 and len(list(merges(folders, rule_of(CONF / "merge" / "caci.yaml"), points))) == 24
+    assert len(points) == 24 and len(list(merges(folders, rule_of(CONF / "merge" / "caci_vote.yaml"), points))) == 24
     tensors, densities, passes = 4, 2, 4  # q_proj and up_proj of two layers; weights times densities
     assert len(searched) == tensors * densities
     blocks = [name for name in called if name != "the settings"]
@@ -133,6 +133,8 @@ def test_a_value_the_rule_refuses_is_told_before_the_first_merge(folders: list[P
 
 
 def config(*overrides: str) -> Any:
+    if not any(word.startswith("merge=") for word in overrides):
+        overrides = ("merge=caci_vote", *overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return typed(compose("config", overrides=list(overrides)))
 
@@ -178,10 +180,10 @@ def test_a_bad_grid_is_one_line_before_any_work(overrides: list[str], words: lis
 
 def test_the_stage_searches_on_val_and_shows_what_it_did(outputs: Path) -> None:
     """A smoke pipeline, then two points; again nothing is done, and another grid is another run."""
-    command = ["stage=caci", "merge.search={expert_scaling: [1.0, 0.5]}", "merge.lora_rank=4"]
-    before = set((outputs / "caci").glob("caci-*"))
+    command = ["stage=caci", "merge=caci_vote", "merge.search={expert_scaling: [1.0, 0.5]}", "merge.lora_rank=4"]
+    before = set((outputs / "caci").glob("caci_vote-*"))
     run(outputs, *command)
-    (folder,) = set((outputs / "caci").glob("caci-*")) - before
+    (folder,) = set((outputs / "caci").glob("caci_vote-*")) - before
     rows = list(csv.DictReader((folder / "search.csv").open()))
     assert [row["expert_scaling"] for row in rows] == ["1.0", "0.5"] and [row["best"] for row in rows].count(
         "True"
@@ -203,6 +205,6 @@ def test_the_stage_searches_on_val_and_shows_what_it_did(outputs: Path) -> None:
     assert (folder / "model" / "model.safetensors").is_file() and (folder / "adapter" / "adapter_config.json").is_file()
 
     run(outputs, *command)
-    assert {folder} == set((outputs / "caci").glob("caci-*")) - before
-    run(outputs, "stage=caci", "merge.search={expert_scaling: [0.5]}")
-    assert len(set((outputs / "caci").glob("caci-*")) - before) == 2
+    assert {folder} == set((outputs / "caci").glob("caci_vote-*")) - before
+    run(outputs, "stage=caci", "merge=caci_vote", "merge.search={expert_scaling: [0.5]}")
+    assert len(set((outputs / "caci").glob("caci_vote-*")) - before) == 2

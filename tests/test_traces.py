@@ -103,7 +103,7 @@ def test_allowing_it_is_no_part_of_an_experts_identity(untraced, monkeypatch):
 
 def test_the_tiny_model_keeps_its_rates():
     config = composed()
-    assert (config.dsa.lr, config.dsa.steps, config.gba.lr, config.gba.steps) == (1e-3, 120, 1e-3, 40)
+    assert (config.dsa.lr, config.dsa.steps, config.gba.lr, config.gba.steps) == (3e-3, 120, 1e-3, 20)
 
 
 @pytest.mark.parametrize("model", REAL)

@@ -92,7 +92,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     kinds = {(name, kind.__name__) for name, one in DATA.items() for kind in one.__mro__}
     read |= {(name, key) for name, kind in kinds for owner, key in read if owner == kind}
     # conf/dsa and conf/gba: rates and steps come with the model
-    read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps")}
+    read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams")}
     assert wanted - read == UNREAD
 
 
@@ -114,9 +114,10 @@ def test_every_key_of_the_schema_says_who_reads_it():
         (["stage=report", "benchmark=slake"], ["benchmark", "report.runs"]),
         (["stage=report", "eval.split=val"], ["eval.split"]),
         (["stage=report", "protocol=robust"], ["protocol"]),
-        (["model.name_or_path=tests", "pretrain.images=3"], ["pretrain.images", "weights already"]),
+        (["model.name_or_path=tests", "pretrain.looking_steps=3"], [ "weights already"]),
         (["model.name_or_path=tests", "model.architecture.hidden_size=3"], ["hidden_size", "weights already"]),
-        (["pretrain.reading_steps=0", "pretrain.text_batch_size=3"], ["text_batch_size", "reading_steps=0"]),
+        (["stage=pretrain", "pretrain.reading_steps=0", "pretrain.text_batch_size=3"],
+         ["text_batch_size", "reading_steps=0"]),
         (["model.revision=abc"], ["model.revision", "hub"]),
         (["model=qwen2_vl_2b", "model.name_or_path=tests", "model.revision=abc"], ["model.revision", "hub"]),
         (["engine.endpoint.model=m"], ["engine.endpoint.model", "engine=openai"]),
@@ -207,7 +208,7 @@ def test_what_a_command_does():
         def work(*overrides: str) -> set[str]:
             return parts(typed(compose("config", overrides=list(overrides))))
 
-        everything = {"base", "pretrain", "data", "dsa", "gba", "caci", "eval", "own"}
+        everything = {"base", "data", "dsa", "gba", "caci", "eval", "own"}
         assert work() == everything == work("stage=eval") == work("stage=eval", "eval.models=[reasoner]")
         assert work("benchmark=slake", "merge=none") == everything - {"caci"} | {"benchmark"}
         assert work("stage=report") == {"report"} and work("stage=data") == {"data"}

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmedexpert.merging.methods import caci
 
 EXPERTS = 5  # conf/specialty/all.yaml
-DENSITY = 0.8  # conf/merge/caci.yaml, both roles
+DENSITY = 0.8  # conf/merge/caci_vote.yaml, both roles
 EXPERT_STD, REASONER_STD = 1e-3, 5e-5  # ours: an RL update is 20 times smaller, as in caci_cases.py
 TOLERANCE = 1e-5  # ours: the share of entries that rounding may give another sign
 CLOSE = 1e-5  # ours: entries that differ by more than this share of the largest differ
@@ -32,7 +32,7 @@ def shapes(size: Size) -> list[tuple[int, int]]:
 
 
 def merged(deltas: list[Tensor]) -> Tensor:
-    """The merge with the settings of conf/merge/caci.yaml."""
+    """The merge with the settings of conf/merge/caci_vote.yaml."""
     bound = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - DENSITY, dtype=torch.float64)))
     stds = [*[EXPERT_STD] * EXPERTS, REASONER_STD]
     return caci(
