@@ -178,6 +178,8 @@ def test_merge_methods_instantiate(path):
         ("gba.beta=abc", ["gba.beta", "abc"]),
         ("gba.gate=corect", ["gba.gate", "correct"]),
         ("gba.num_generations=1", ["gba.num_generations"]),
+        ("gba={grouping: perspective, conditioning: free}", ["gba.grouping=perspective", "prompted"]),
+        ("gba={grouping: perspective, weights: [0,0,0,0]}", ["gba.grouping=perspective", "weights"]),
         ("gba.num_generations=4", ["gba.num_generations", "8"]),
         ("gba.top_p=1.5", ["gba.top_p"]),
         ("gba.num_iterations=3", ["gba.checkpoint_every", "3"]),

@@ -245,6 +245,15 @@ def test_report_has_trls_names(parts):
     assert {f"advantages/{name}/mean" for name in PERSPECTIVES} <= names
 
 
+def test_the_terms_share_of_the_advantage_is_told(parts):
+    """None without scale; with it the size of the terms against that of the whole."""
+    plain = sample(parts, weights=(1.0, 1.0, 1.0, 1.0), group=8, scale=0.0)
+    assert report(plain)["advantages/share"] == 0.0
+    plain.terms = torch.tensor([0.5, -0.5, 0.0, 0.25]).expand_as(plain.terms)
+    plain.advantages = torch.ones_like(plain.advantages)
+    assert report(plain)["advantages/share"] == pytest.approx(0.25)
+
+
 @pytest.mark.slow
 def test_it_learns_to_say_what_is_rewarded(parts, monkeypatch, tmp_path):
     """Reward: the share of one token among those sampled. Ten updates must raise it clearly."""

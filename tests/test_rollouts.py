@@ -99,6 +99,7 @@ def test_the_report_is_of_what_its_names_say():
         "completions/max_length": max(lengths), "completions/clipped_ratio": 1 - len(ended) / len(lengths),
         "completions/mean_terminated_length": sum(ended) / len(ended), "completions/min_terminated_length": min(ended),
         "completions/max_terminated_length": max(ended), "advantages/std": rollout.advantages.std(),
+        "advantages/share": rollout.terms.sum(2).abs().mean() / rollout.advantages.abs().mean(),
         "adherence": asked[~asked.isnan()].mean(), "rewards/accuracy/mean": 1 / 3, "rewards/format/mean": 5.5,
         "rewards/accuracy/std": torch.tensor(rollout.parts["accuracy"]).std(),
         "rewards/format/std": torch.arange(12.0).std(), "grader/missing": 0.25, "grader/calls": 9.0,
@@ -167,6 +168,18 @@ def test_the_terms_that_are_logged_add_up_to_the_advantage(gate):
         base = group_relative(outcome, scale=scale_rewards)
         assert torch.allclose(base + terms.sum(2), total) and not torch.allclose(base, total)
         assert bool((terms[1] == 0).all()) == (gate == "correct")  # a group without a right answer
+
+
+def test_outcomes_are_compared_by_the_perspective_that_was_asked():
+    """With gba.grouping=perspective, weights and all; the terms are what they are within a question."""
+    draw = torch.Generator().manual_seed(1)
+    outcome, adherence = torch.rand(B, 8, generator=draw), torch.rand(B, 8, K, generator=draw)
+    weights, correct = (1.0, 0.5, 0.0, 2.0), torch.rand(B, 8, generator=draw) > 0.5
+    settings = Guidance(weights, 0.7, "correct", "prompted", "group")
+    total, terms = advantages(outcome, adherence, replace(settings, grouping="perspective"), correct)
+    of_each = [weight * group_relative(outcome[:, 2 * k : 2 * k + 2]) for k, weight in enumerate(weights)]
+    torch.testing.assert_close(total, torch.cat(of_each, 1) + terms.sum(2))
+    torch.testing.assert_close(terms, advantages(outcome, adherence, settings, correct)[1])
 
 
 def test_an_open_question_with_two_images_takes_the_same_path(tiny, picture, tmp_path, monkeypatch):

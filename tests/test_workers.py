@@ -58,10 +58,9 @@ def test_all_is_done_in_other_processes_and_told_here(pool, tmp_path, capfd):
 
 
 def test_an_error_ends_the_others_and_is_the_users_own(pool, tmp_path):
-    start = time.monotonic()
     with pytest.raises(UserError, match=r"data\.root=x is no folder"):
-        workers.side_by_side([fails, partial(told, tmp_path / "never", "long", 60.0)])
-    assert time.monotonic() - start < 20 and not (tmp_path / "never").exists()
+        workers.side_by_side([fails, partial(told, tmp_path / "never", "long", 3600.0)])
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_worker_that_dies_is_told_with_a_way_on(pool):

@@ -83,20 +83,22 @@ def _as_they_end(futures: list[Future[Any]]) -> Iterator[Future[Any]]:
 @contextmanager
 def _shown() -> Iterator[None]:
     """Shows what workers tell, until the block ends and all of it was read."""
-    told = _told
-    listener = threading.Thread(target=_listen, args=(told,), daemon=True)
+    over = threading.Event()  # no word in the queue: a worker that was killed may hold its lock
+    listener = threading.Thread(target=_listen, args=(_told, over), daemon=True)
     listener.start()
     try:
         yield
     finally:
-        told.put(None)
+        over.set()
         listener.join()
 
 
-def _listen(told: Any) -> None:
-    bars = progress.Bars()
-    with bars:
-        while (message := told.get()) is not None:
+def _listen(told: Any, over: threading.Event) -> None:
+    with progress.Bars() as bars:
+        while not (told.empty() and over.wait(0.1)):
+            if told.empty():
+                continue
+            message = told.get()
             if isinstance(message, str):
                 bars.line(message)
             else:

@@ -135,8 +135,9 @@ def processes_of(config: Config) -> int:
         return 1
     if config.trainer.processes is not None:
         return config.trainer.processes
-    tiny = config.model.architecture is not None and device_of(config) == "cpu"
-    return min(_cores(), MOST_PROCESSES) if tiny else 1
+    if config.model.architecture is None or config.engine.name != "transformers" or device_of(config) != "cpu":
+        return 1
+    return min(_cores(), MOST_PROCESSES)
 
 
 def _cores() -> int:

@@ -51,7 +51,7 @@ from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.grading import Grader, grader_of
 from mmedexpert.training.judge import VERSION
 from mmedexpert.training.losses import LossType
-from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, roll_out
+from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, report, roll_out
 
 RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
 
@@ -287,6 +287,7 @@ class _Watch:
             "reward": float(rollout.outcome.mean()),
             "accuracy": sum(rollout.parts["accuracy"]) / len(rollout.texts),
             "adherence": float(rollout.adherence.nanmean().nan_to_num()),
+            "share": report(rollout)["advantages/share"],
         }
         with self.curve.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -308,11 +309,11 @@ def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
 
 
 def _gain(curve: Path) -> dict[str, float]:
-    """Mean reward, accuracy and adherence over the first and the last fifth of the rollouts."""
+    """Mean reward, accuracy, adherence and the terms' share of the advantage, over the first and the last fifth."""
     rows = read_lines(curve, ("rollout", "reward", "accuracy", "adherence"))
     fifth = max(1, len(rows) // 5)
     out = {}
-    for key in ("reward", "accuracy", "adherence"):
+    for key in ("reward", "accuracy", "adherence", "share"):
         for place, part in (("start", rows[:fifth]), ("end", rows[-fifth:])):
-            out[f"{key}/{place}"] = sum(row[key] for row in part) / len(part)
+            out[f"{key}/{place}"] = sum(row.get(key, 0.0) for row in part) / len(part)
     return out

@@ -234,6 +234,8 @@ def report(rollout: Rollout) -> dict[str, float]:
         "completions/min_terminated_length": ended.min(),
         "completions/max_terminated_length": ended.max(),
         "advantages/std": rollout.advantages.std(),
+        # how much of the advantage is the perspectives': mean sizes, 0 without their terms
+        "advantages/share": rollout.terms.sum(2).abs().mean() / rollout.advantages.abs().mean().clamp(min=1e-8),
         "adherence": rollout.adherence.nanmean().nan_to_num(),
     }
     for name, values in rollout.parts.items():
