@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_comparison import config_for, saved
 from test_evaluate import prediction, record
 
 from mmedexpert.evaluation.perspectives import kappa, measured, rows_of_numbers
-from mmedexpert.evaluation.predict import UNANSWERED
+from mmedexpert.evaluation.predict import UNANSWERED, perspectives_of
 from mmedexpert.evaluation.stats import cluster_bootstrap_ci
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.guidelines import PERSPECTIVES
@@ -240,3 +241,14 @@ def test_kinds_of_questions_by_perspective():
     ]
     assert found([row for row in rows if row["perspective"] == D])["groups"] == {}
     assert group_rows({"model": found(answers())}, "robust") == []
+
+
+def test_a_question_is_asked_under_the_perspective_that_it_needs():
+    """`needed`: the record's own, whatever the hash of its id says; the hash where it names none or no perspective."""
+    for needs in PERSPECTIVES:
+        assert perspectives_of(replace(record(0), groups={"needs": needs}), "needed") == (needs,)
+        asked = replace(record(0), groups={"needs": needs})
+        assert perspectives_of(asked, "rotate") == perspectives_of(record(0), "rotate")
+    for groups in ({}, {"needs": "luck"}):
+        asked = replace(record(0), groups=groups)
+        assert perspectives_of(asked, "needed") == perspectives_of(asked, "rotate")
