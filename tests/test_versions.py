@@ -10,7 +10,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 from mmedexpert.data import overlap
 from mmedexpert.data.images import open_image
 from mmedexpert.data.record import Record, Trace
+from mmedexpert.data.records import plain
 from mmedexpert.data.splits import assign_splits
 from mmedexpert.engines.asking import Ask, Reply
 from mmedexpert.evaluation import stats
@@ -441,7 +441,7 @@ def read(make: Callable[[Path], Any], load: Callable[..., Any], folder: Path, **
     """What a benchmark's reader makes of files in its published layout, the odd ones among them."""
     root = make(folder / "root")
     records, _, bad = load(root, folder / "out", **options)
-    return [[json.loads(json.dumps(asdict(one))) for one in records], sorted(reason[:40] for _, reason in bad)]
+    return [[json.loads(json.dumps(plain(one))) for one in records], sorted(reason[:40] for _, reason in bad)]
 
 
 def gmai_files(root: Path) -> Path:
@@ -576,7 +576,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=float))
 
 
@@ -603,7 +603,7 @@ def test_a_rule_that_changed_has_another_number(rule: str, tmp_path: Path) -> No
     reference = json.loads(REFERENCES.read_text())[rule]
     if VERSIONS[rule] != reference["version"]:
         pytest.fail(f"{rule} is version {VERSIONS[rule]}: write its outputs with python {Path(__file__).name}")
-    assert same(plain(RULES[rule](tmp_path)), reference["outputs"]), (
+    assert same(as_json(RULES[rule](tmp_path)), reference["outputs"]), (
         f"{rule} gives other results than as version {VERSIONS[rule]}: raise it in versions.py, then run this file"
     )
 
@@ -642,7 +642,7 @@ def main() -> int:
     for rule, outputs in RULES.items():
         known = before.get(rule)
         with tempfile.TemporaryDirectory() as folder:
-            made = plain(outputs(Path(folder)))
+            made = as_json(outputs(Path(folder)))
         if known is not None and known["version"] == VERSIONS[rule]:
             kept[rule] = known
             stuck += [] if same(made, known["outputs"]) else [rule]

@@ -27,7 +27,8 @@ class Record:
 
     `answer` is an option letter, or text; `image_group` is the unit that never crosses splits (image or patient);
     `groups` are a benchmark's own breakdowns (name to value); `latent` holds exact ground truth of synthetic images
-    (measurement, unit, population). `kind` is one of KINDS; empty: choice with options, open without.
+    (measurement, unit, population). `kind` is one of KINDS; empty: choice with options, open without. `provenance`
+    tells where it comes from and what was found out about it, in a set that was curated (curation/steps.py).
     """
 
     id: str
@@ -47,6 +48,7 @@ class Record:
     kind: str = ""
     language: str = "en"
     groups: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def asked_as(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,7 @@ def save_records(
         "counts": counts,
         "skipped": [{"id": record_id, "reason": reason} for record_id, reason in skipped],
     }
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    write_atomic(folder / RECORDS, lines.encode())
+    write_atomic(folder / RECORDS, b"".join(map(line_of, records)))
     write_atomic(folder / DATASET, (json.dumps(dataset, ensure_ascii=False, indent=2) + "\n").encode())
 
 
@@ -100,6 +99,31 @@ def _parsed(text: str, path: Path) -> tuple[Record, ...]:
     return tuple(records)
 
 
+def stream_records(path: Path) -> Iterator[Record]:
+    """The records of a JSON lines file one after the other, in constant memory; UserError naming file and line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    if line.strip():
+                        yield _from_json(json.loads(line))
+                except ValueError as error:
+                    raise UserError(f"{path} line {number}: {error}; mend or delete the line") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): run the step before it again") from error
+
+
+def line_of(record: Record) -> bytes:
+    """A record as its line of a JSON lines file."""
+    return json.dumps(plain(record), ensure_ascii=False).encode() + b"\n"
+
+
+def plain(record: Record) -> dict[str, Any]:
+    """A record as a dictionary, as `asdict`, which copies all; without provenance where it has none."""
+    values = {**vars(record), "trace": record.trace and vars(record.trace)}
+    return values if record.provenance else {key: value for key, value in values.items() if key != "provenance"}
+
+
 def fingerprint(records: Sequence[Record], image_root: Path) -> str:
     """sha256 of the records (in order, canonical JSON) and of their images' bytes; the place of the root is no part.
 
@@ -107,8 +131,7 @@ def fingerprint(records: Sequence[Record], image_root: Path) -> str:
     """
     digest = hashlib.sha256()
     for record in records:
-        plain = {**vars(record), "trace": record.trace and vars(record.trace)}  # as asdict, which copies all
-        line = json.dumps(plain, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        line = json.dumps(plain(record), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         digest.update(line.encode() + b"\n")
     for name in track(sorted({name for record in records for name in record.images}), "fingerprint of images"):
         try:
@@ -133,7 +156,7 @@ def _from_json(data: Any) -> Record:
         mistyped.append("options")
     if trace is not None and not _is_trace(trace):
         mistyped.append("trace")
-    mistyped += [name for name in ("latent", "groups") if not isinstance(data.get(name, {}), dict)]
+    mistyped += [name for name in ("latent", "groups", "provenance") if not isinstance(data.get(name, {}), dict)]
     if mistyped:
         raise ValueError(f"wrong type of value in {', '.join(mistyped)}")
     kept: dict[str, Any] = {**data, "images": tuple(data["images"]), "specialties": tuple(data["specialties"])}
