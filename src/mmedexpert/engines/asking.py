@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One question: a user turn of images (several are announced as `<image_1>: ` and so on) and then text."""
+    """One question: a user turn of images (several are announced as `<image_1>: ` and so on) and then text.
+
+    `sample` tells apart several answers to one question, where the engine samples. `format` is OpenAI's
+    `response_format` (a JSON schema), a wish.
+    """
 
     id: str
     text: str
     images: tuple[Path, ...]
+    sample: int = 0
+    format: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
