@@ -1,6 +1,7 @@
 """Compose -> check -> seed -> call the stage -> print the table. `python run.py --help` lists the groups."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def job(composed: DictConfig) -> None:
         config = typed(composed, given)  # before torch is imported: a mistake is reported within a second
         unread = notes(config, given, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
         note(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
-        import lightning
+        import numpy
         import torch
 
         from mmedexpert.reporting import tables as report
@@ -66,7 +67,8 @@ def job(composed: DictConfig) -> None:
         silence(traceback=TRACEBACK)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
-        lightning.seed_everything(config.seed, verbose=False)
+        for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
+            seeded(config.seed)
         if config.stage.name != "report":  # it only reads
             launch(config)
             config = check_inputs(config)

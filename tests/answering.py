@@ -21,7 +21,8 @@ from mmedexpert.models import tiny
 from mmedexpert.models.backbone import save_backbone
 from mmedexpert.models.encode import Encoder, prompt_text
 from mmedexpert.schema import Config
-from mmedexpert.training.fit import batch_indices, fit
+from mmedexpert.training.batches import batch_indices
+from mmedexpert.training.fit import fit
 from mmedexpert.training.sft import Samples, SftModule
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -24,7 +24,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import add_lora
 from mmedexpert.stages import common
-from mmedexpert.training.fit import fit, gathered, share, trained_weights
+from mmedexpert.training.batches import share
+from mmedexpert.training.fit import fit, gathered, trained_weights
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.grading import RulesGrader
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out

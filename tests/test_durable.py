@@ -18,7 +18,7 @@ from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import save_backbone
 from mmedexpert.models.checkpoint import new_folder
-from mmedexpert.reporting.csv_log import CsvLogger, read_rows
+from mmedexpert.reporting.loggers import CsvLogger, read_rows
 from mmedexpert.runtime.runs import execute
 from mmedexpert.stages import dsa, gba
 from mmedexpert.training import fit as fit_module

@@ -109,3 +109,29 @@ def test_tags_of_the_answer_format_stay_tokens(tiny):
     ids = tiny[1].completion("<think>low<|im_end|></think><answer>B</answer>")
     tags = tiny[1].tokenizer.convert_tokens_to_ids(list(TAGS))
     assert [i for i in ids if i in tags] == tags
+
+
+def test_encoders_of_one_tower_share_what_they_have_seen(tiny, picture, tmp_path):
+    import copy
+
+    from mmedexpert.models.encode import Encoder
+
+    model, own = copy.deepcopy(tiny[0]).requires_grad_(False), tiny[1]
+    path = tmp_path / "one.png"
+    picture((56, 56), 3).save(path)
+
+    def encoder_of(core):
+        made = Encoder(own.tokenizer, own.image_processor)
+        made.share_images(core)
+        prompt = made.chat("What is it?", [made.image(path)])
+        seen_before = prompt.images[0].seen is not None
+        made.encode_images(core, [prompt])
+        return seen_before, prompt.images[0].seen.pooler_output[0]
+
+    first, features = encoder_of(model)
+    again, same = encoder_of(copy.deepcopy(model))
+    assert (first, again) == (False, True) and same is features
+    other = copy.deepcopy(model)
+    other.model.visual.patch_embed.proj.weight.mul_(2)
+    another, others = encoder_of(other)
+    assert not another and not others.equal(features), "another tower sees for itself"

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmedexpert.reporting.csv_log import CsvLogger, read_rows
-from mmedexpert.training.fit import Checkpoint, TrainingModule, batch_indices, damage, fit
+from mmedexpert.reporting.loggers import CsvLogger, read_rows
+from mmedexpert.training.batches import batch_indices
+from mmedexpert.training.fit import Checkpoint, TrainingModule, damage, fit
 from mmedexpert.training.sft import MuonWithAdamW
 
 

@@ -24,7 +24,7 @@ from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
-from mmedexpert.reporting.csv_log import read_rows
+from mmedexpert.reporting.loggers import read_rows
 from mmedexpert.stages import gba
 from mmedexpert.training import judge
 from mmedexpert.training.grading import Case, report_of

@@ -178,7 +178,7 @@ def test_every_step_applies_the_gradient_of_the_kl_to_the_expert_of_its_record(a
             encoded.append(record)
             return sample(encoder, image_root, record)
 
-        patch.setattr("mmedexpert.stages.distil.sample", watched)
+        patch.setattr("mmedexpert.training.sft.sample", watched)
         (run,) = caci.run(config).values()
     assert len(steps) == 4 and run.stage == "distil"
     merge = next(run.folder.parent.parent.glob("caci/linear-*/model"))

@@ -14,7 +14,7 @@ from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.models.generate import Completions
 from mmedexpert.training import rollouts
 from mmedexpert.training.advantages import group_relative
-from mmedexpert.training.fit import step_seed
+from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import PAIRS, Case, Grading, RulesGrader
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, report, roll_out
 

@@ -91,8 +91,8 @@ def test_every_key_of_the_schema_is_read_somewhere():
     # what a function reads of a server, it reads of every kind of server
     kinds = {(name, kind.__name__) for name, one in DATA.items() for kind in one.__mro__}
     read |= {(name, key) for name, kind in kinds for owner, key in read if owner == kind}
-    # conf/dsa and conf/gba: rates and steps come with the model
-    read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams")}
+    # conf/dsa, conf/gba, conf/engine: rates, steps and sizes come with the model
+    read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams", "eval_batch_size")}
     assert wanted - read == UNREAD
 
 

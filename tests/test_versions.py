@@ -46,7 +46,7 @@ from mmedexpert.sources import gmai, medxpertqa, mmmu, omnimedvqa, path_vqa, pmc
 from mmedexpert.sources.phantom import lessons
 from mmedexpert.training import losses, rewards
 from mmedexpert.training.advantages import group_relative, guideline_based
-from mmedexpert.training.fit import batch_indices, step_seed
+from mmedexpert.training.batches import batch_indices, step_seed
 from mmedexpert.training.rollouts import assign_perspectives
 from mmedexpert.training.sft import MuonWithAdamW
 

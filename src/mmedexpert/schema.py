@@ -55,6 +55,7 @@ class ModelConfig:
     system_prompt: str | None = None
     instructions: str = "full"
     max_new_tokens: int = MISSING
+    eval_batch_size: int = MISSING
     dsa_lr: float = MISSING
     dsa_steps: int = MISSING
     gba_lr: float = MISSING

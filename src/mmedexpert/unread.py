@@ -32,6 +32,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.system_prompt": ("dsa", "gba", "search", "eval"),
     "model.instructions": ("dsa", "gba", "search", "eval"),
     "model.max_new_tokens": ("gba", "search", "eval"),
+    "model.eval_batch_size": ("search", "eval"),
     "model.gradient_checkpointing": ("dsa", "gba"),
     "model.lora": ("dsa", "gba"),
     "model.dsa_lr": ("dsa",),

@@ -23,6 +23,7 @@ class TransformersEngine:
     def __init__(self, model: Any, encoder: Encoder, *, batch_size: int, max_new_tokens: int) -> None:
         self.model, self.encoder = model, encoder
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        encoder.share_images(core_of(model))
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         """Replies batch by batch. Questions on one image come near each other, so that its features are still kept.

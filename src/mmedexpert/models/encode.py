@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -58,6 +59,17 @@ def target_text(record: Record) -> str:
     return f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
 
 
+class Memory:
+    """The last used images by path, at most `free` bytes of them."""
+
+    def __init__(self, free: int) -> None:
+        self.images: OrderedDict[str, EncodedImage] = OrderedDict()
+        self.free = free
+
+
+_shared: dict[str, Memory] = {}  # by processor and vision tower, the last one
+
+
 class Encoder:
     """Tokenises prompts and completions and patches images, keeping `cache_bytes` of the last used images in memory.
 
@@ -82,8 +94,20 @@ class Encoder:
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} - {*TAGS}
         self._special = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
-        self._images: OrderedDict[str, EncodedImage] = OrderedDict()
-        self._free = cache_bytes
+        self._memory = Memory(cache_bytes)
+
+    def share_images(self, core: Any) -> None:
+        """Keep images together with those encoders of this process whose image processor and vision tower are the same:
+        models that are asked the same questions one after the other. On a CPU, where a tower is quickly told apart."""
+        weights = core.model.visual.state_dict()
+        if any(weight.device.type != "cpu" for weight in weights.values()):
+            return
+        told = hashlib.sha256(self.image_processor.to_json_string().encode())
+        for name, weight in weights.items():
+            told.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
+        if (key := told.hexdigest()) not in _shared:
+            _shared.clear()
+        self._memory = _shared.setdefault(key, self._memory)
 
     def patches(self, image: Image.Image, dtype: torch.dtype = torch.float32) -> EncodedImage:
         """One image as patches."""
@@ -92,17 +116,17 @@ class Encoder:
 
     def image(self, path: Path) -> EncodedImage:
         """An image file, from memory when it was used lately."""
-        key = str(path)
-        if key not in self._images:
-            self._images[key] = self.patches(open_image(path))
-            self._images[key].kept = True
-            self._free -= _bytes(self._images[key])
-            while self._free < 0 and len(self._images) > 1:
-                _, oldest = self._images.popitem(last=False)
-                self._free += _bytes(oldest)
+        key, memory = str(path), self._memory
+        if key not in memory.images:
+            memory.images[key] = self.patches(open_image(path))
+            memory.images[key].kept = True
+            memory.free -= _bytes(memory.images[key])
+            while memory.free < 0 and len(memory.images) > 1:
+                _, oldest = memory.images.popitem(last=False)
+                memory.free += _bytes(oldest)
                 oldest.kept = False
-        self._images.move_to_end(key)
-        return self._images[key]
+        memory.images.move_to_end(key)
+        return memory.images[key]
 
     @torch.no_grad()
     def encode_images(self, core: Any, prompts: Sequence[Prompt], *, patches_together: int = 0) -> None:
@@ -136,7 +160,7 @@ class Encoder:
             if _deep(out):
                 image.seen.deepstack_features = [(layer[place],) for layer in _deep(out)]
             image.patches = None
-            self._free += (before - _bytes(image)) * image.kept
+            self._memory.free += (before - _bytes(image)) * image.kept
 
     def chat(self, text: str, images: Sequence[EncodedImage]) -> Prompt:
         """One user turn (images first) and the start of the assistant's, through the model's chat template.

@@ -188,21 +188,17 @@ def _grow(
     keys: Sequence[np.ndarray], rows: list[int], depth: int, parent: _Node | None, leaves: dict[int, _Node]
 ) -> list[_Node]:
     """The radix tree of rows that agree up to `depth`; `leaves` gets the node at which each row ends."""
+    heads: dict[bytes, list[int]] = {}  # rows with the same next tokens; short ones are alone but for their equals
+    for row in rows:
+        heads.setdefault(keys[row][depth : depth + MIN_SHARED].tobytes(), []).append(row)
     nodes = []
-    while rows:
-        first, together, rest, end = keys[rows[0]], [rows[0]], [], len(keys[rows[0]])
-        for row in rows[1:]:
-            shared = shared_length(first[depth:], keys[row][depth:])
-            if shared >= MIN_SHARED or len(keys[row]) == len(first) == depth + shared:
-                together.append(row)
-                end = min(end, depth + shared)
-            else:
-                rest.append(row)
+    for together in heads.values():
+        first, *others = (keys[row][depth:] for row in together)
+        end = depth + min([len(first), *(shared_length(first, other) for other in others)])
         node = _Node(together[0], depth, end, parent)
         leaves |= {row: node for row in together if len(keys[row]) == end}
         node.children = _grow(keys, [row for row in together if len(keys[row]) > end], end, node, leaves)
         nodes.append(node)
-        rows = rest
     return nodes
 
 

@@ -16,17 +16,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
-from lightning.pytorch.loggers import Logger, WandbLogger
 
 from mmedexpert.data.images import open_image
-from mmedexpert.reporting.csv_log import CsvLogger
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.runs import Run, console
+
+if TYPE_CHECKING:  # its import takes seconds, which a command that finds all done need not wait for
+    from lightning.pytorch.loggers import Logger
 
 ANSWER_SECONDS = 5.0  # ours: in which the W&B server must answer, else runs are logged offline
 START_SECONDS, UPLOAD_SECONDS = 30.0, 300.0  # ours: waited for W&B at a run's start and end; the rest stays on disk
@@ -42,12 +43,14 @@ def logger_for(run: Run, *, kind: str, project: str, group: str, config: Mapping
     W&B: group = pipeline, job_type = stage, id = run_id with resume, so that a continued run continues its curves. No
     error of a logger stops the run: it is told once.
     """
+    from mmedexpert.reporting.loggers import Csv, Wandb
+
     shown = public(config)
     if kind == "csv":
         folder = run.folder / "csv"
         folder.mkdir(exist_ok=True)
         write_atomic(folder / "hparams.yaml", yaml.safe_dump(shown, sort_keys=False).encode())
-        yield _Csv(folder / "metrics.csv")
+        yield Csv(folder / "metrics.csv")
         return
     mode = wandb_mode() if kind == "wandb" else "disabled"
     started = _start(run, mode, project=project, group=group, config=shown) if mode != "disabled" else None
@@ -56,10 +59,10 @@ def logger_for(run: Run, *, kind: str, project: str, group: str, config: Mapping
         return
     code = 1
     try:
-        yield _Wandb(experiment=started)
+        yield Wandb(experiment=started)
         code = 0
     finally:
-        with _no_stop("W&B"):
+        with no_stop("W&B"):
             started.finish(exit_code=code)
 
 
@@ -129,7 +132,7 @@ def _start(run: Run, mode: Mode, *, project: str, group: str, config: Mapping[st
 
     modes: tuple[Mode, Mode] = (mode, "offline")
     for attempt in dict.fromkeys(modes):
-        with _no_stop(f"W&B ({attempt})"):
+        with no_stop(f"W&B ({attempt})"):
             settings = wandb.Settings(
                 console="off", x_disable_stats=attempt == "offline", init_timeout=START_SECONDS,
                 finish_timeout=UPLOAD_SECONDS,
@@ -145,20 +148,8 @@ def _start(run: Run, mode: Mode, *, project: str, group: str, config: Mapping[st
     return None
 
 
-class _Wandb(WandbLogger):
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with _no_stop("W&B"):
-            super().log_metrics(metrics, step)
-
-
-class _Csv(CsvLogger):
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        with _no_stop(str(self.path)):
-            super().log_metrics(metrics, step)
-
-
 @contextmanager
-def _no_stop(what: str) -> Iterator[None]:
+def no_stop(what: str) -> Iterator[None]:
     """An error of a logger is told, once, and training goes on."""
     try:
         yield
@@ -200,9 +191,13 @@ def log_table(logger: Logger | None, key: str, rows: Sequence[Mapping[str, Any]]
     A cell `image` is the path of an image: with `images` its pixels are sent, never its name, else nothing of it. A
     cell `record` is an id, which may hold a file name: it is sent as a hash.
     """
-    if not isinstance(logger, WandbLogger) or not rows:
+    if logger is None or not rows:
         return
     import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    if not isinstance(logger, WandbLogger):
+        return
 
     def cell(column: str, value: Any) -> Any:
         if column == "image" and value:
@@ -210,8 +205,8 @@ def log_table(logger: Logger | None, key: str, rows: Sequence[Mapping[str, Any]]
         return hashlib.sha256(str(value).encode()).hexdigest()[:10] if column == "record" else value
 
     columns: list[str | int] = [column for column in rows[0] if column != "image" or images]
-    with _no_stop("W&B"):
-        data = [[cell(str(column), row[str(column)]) for column in columns] for row in rows]
+    with no_stop("W&B"):
+        data: list[Any] = [[cell(str(column), row[str(column)]) for column in columns] for row in rows]
         logger.experiment.log({key: wandb.Table(columns=columns, data=data)})
 
 

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from lightning.fabric import Fabric
-from lightning.pytorch.loggers import Logger
 
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import fingerprint, load_records
@@ -25,6 +23,9 @@ from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, execute
 from mmedexpert.schema import BASE, Config
+
+if TYPE_CHECKING:  # its import takes six seconds, and finding what is done needs none of it
+    from lightning.pytorch.loggers import Logger
 
 REPEAT = f"""\
 # python run.py --config-path <this folder> --config-name config    repeats the command, and finds this run finished
@@ -78,6 +79,8 @@ def launch(config: Config) -> None:
     if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed does not go with trainer.strategy=fsdp: use bf16-mixed")
     if not met:
+        from lightning.fabric import Fabric
+
         Fabric(accelerator=device_of(config), devices=devices, num_nodes=trainer.num_nodes, strategy="ddp").launch()
 
 
@@ -126,7 +129,9 @@ def begin_workers(config: Config) -> None:
 
 def _imported() -> None:
     """What a worker does first: the stages' libraries take seconds, which its first work would wait for."""
-    import mmedexpert.stages.pipeline  # noqa: F401
+    import mmedexpert.stages.pipeline
+    import mmedexpert.training.gba
+    import mmedexpert.training.sft  # noqa: F401
 
 
 def processes_of(config: Config) -> int:

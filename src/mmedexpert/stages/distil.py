@@ -31,9 +31,6 @@ from mmedexpert.stages.common import (
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.dsa import licences, save_adapter, save_sum
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.training.distil import DistilModule, completer, lesson_stream
-from mmedexpert.training.fit import fit
-from mmedexpert.training.sft import sample
 
 
 def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
@@ -59,6 +56,10 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
         key["model"]["max_new_tokens"] = config.model.max_new_tokens
 
     def work(run: Run) -> dict[str, float]:
+        from mmedexpert.training.distil import DistilModule, completer, lesson_stream  # Lightning, which takes seconds
+        from mmedexpert.training.fit import fit
+        from mmedexpert.training.sft import sample
+
         own = {name: records_of(data, "train", [name])[0] for name in names}
         image_root = records_of(data, "train", names)[1]
         encoder = load_encoder(merged.folder / "model", loading(config))

@@ -35,8 +35,6 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.training.fit import fit, trained_weights
-from mmedexpert.training.sft import SftModule, sft_stream
 
 _told: set[Path] = set()  # data sets without traces that this command has named
 
@@ -88,6 +86,9 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
     }
 
     def work(run: Run) -> dict[str, float]:
+        from mmedexpert.training.fit import fit  # Lightning, which takes seconds
+        from mmedexpert.training.sft import SftModule, sft_stream
+
         records, image_root = records_of(data, "train", specialties)
         encoder = load_encoder(base.folder, loading(config))
         model = add_lora(
@@ -133,6 +134,8 @@ def save_adapter(folder: Path, model: PeftModel, encoder: Encoder, base_folder: 
 
     It appears when complete, in the place of what a dead try left. All ranks gather the weights, rank 0 writes them.
     """
+    from mmedexpert.training.fit import trained_weights
+
     weights = trained_weights(model)
     if rank() > 0:
         return

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -46,12 +46,13 @@ from mmedexpert.stages.data import dataset
 from mmedexpert.stages.distil import distilled
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.advantages import RewardScale
-from mmedexpert.training.fit import fit, gathered
-from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.grading import Grader, grader_of
 from mmedexpert.training.judge import VERSION
 from mmedexpert.training.losses import LossType
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, report, roll_out
+
+if TYPE_CHECKING:  # Lightning, which takes seconds
+    from mmedexpert.training.gba import GbaModule
 
 RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
 
@@ -121,6 +122,9 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         inputs["start"] = start.run_id
 
     def work(run: Run) -> dict[str, float]:
+        from mmedexpert.training.fit import fit
+        from mmedexpert.training.gba import rollout_stream
+
         records, image_root = records_of(data, "train", specialties)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
         grader = grader_of(_reward(config), Path(config.paths.outputs) / "grades.jsonl")
@@ -212,6 +216,8 @@ def _policy(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> PeftMo
 
 
 def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:
+    from mmedexpert.training.gba import GbaModule, Objective
+
     settings = config.gba
     objective = Objective(
         cast(LossType, settings.loss_type), settings.epsilon, settings.epsilon_high, settings.beta,
@@ -236,6 +242,8 @@ def _sampler(
     config: Config, policy: PeftModel, encoder: Encoder, image_root: Path, grader: Grader
 ) -> Callable[[list[Record], list[int]], Rollout]:
     """What samples and scores a group for each record, by the record's seed."""
+    from mmedexpert.training.fit import gathered
+
     settings, guidance = config.gba, _guidance(config)
     sampling = Sampling(
         settings.num_generations, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k

@@ -20,8 +20,7 @@ from mmedexpert.schema import Config
 from mmedexpert.stages.common import content_of, loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.training.fit import batch_indices
-from mmedexpert.training.sft import sample
+from mmedexpert.training.batches import batch_indices
 
 
 def grams(config: Config, experts: Mapping[str, Run], reasoners: Mapping[str, Run]) -> dict[str, Run]:
@@ -43,6 +42,8 @@ def _of_expert(config: Config, name: str, expert: Run, others: Mapping[str, Run]
     base, data = base_of(config), dataset(config)
 
     def work(run: Run) -> dict[str, float]:
+        from mmedexpert.training.sft import sample  # Lightning, which takes seconds
+
         records, image_root = records_of(data, "train", [name])
         count = min(config.merge.gram_records, len(records))
         chosen = [records[i] for i in next(batch_indices(len(records), count, config.seed, 0))]

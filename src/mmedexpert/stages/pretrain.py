@@ -26,8 +26,7 @@ from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import ArchitectureConfig, Config, ModelConfig, PretrainConfig
 from mmedexpert.sources.phantom import lessons
 from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
-from mmedexpert.training.fit import Stream, fit
-from mmedexpert.training.sft import PretrainModule, Samples
+from mmedexpert.training.batches import Stream
 
 SHIPPED = Path(tiny.__file__).parent / "shipped"  # what `experiments/base/ship.py` wrote
 
@@ -73,6 +72,9 @@ def _pretrain(config: Config) -> Run:
     }
 
     def work(run: Run) -> dict[str, float]:
+        from mmedexpert.training.fit import fit  # Lightning, which takes seconds
+        from mmedexpert.training.sft import PretrainModule
+
         with run.phase("prepare"):
             tokenizer = tiny.build_tokenizer(corpus(config.seed), architecture.vocab_size)
             encoder = Encoder(tokenizer, tiny.build_image_processor(architecture.image_size))
@@ -118,6 +120,7 @@ def corpus(seed: int) -> list[str]:
 
 def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stream:
     """Reading and copying, then looking; any step can be made again from the seed."""
+    from mmedexpert.training.sft import Samples
 
     def image_batch(step: int) -> Samples:
         rng = np.random.default_rng([seed, 0, step])

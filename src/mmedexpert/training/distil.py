@@ -16,7 +16,8 @@ from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.models.generate import generate
 from mmedexpert.models.packing import Pack, micro_batches, pack
-from mmedexpert.training.fit import Stream, TrainingModule, batch_indices, step_seed
+from mmedexpert.training.batches import Stream, batch_indices, step_seed
+from mmedexpert.training.fit import TrainingModule
 
 LOGITS, POSITIONS = 2**22, 256  # ours: logits of each model at a time, and positions at least, as models/logps.py
 

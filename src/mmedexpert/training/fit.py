@@ -7,10 +7,9 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -25,9 +24,7 @@ from mmedexpert.runtime.files import sync
 from mmedexpert.runtime.progress import Bar
 from mmedexpert.runtime.ranks import gather, rank
 from mmedexpert.runtime.runs import console
-
-Stream = Callable[[int], Iterator[Any]]
-Item = TypeVar("Item")
+from mmedexpert.training.batches import Item, Stream, step_seed
 
 
 class TrainingModule(L.LightningModule):
@@ -120,30 +117,6 @@ class TrainingModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps, self.metrics = checkpoint["skipped_steps"], checkpoint["metrics"]
-
-
-def step_seed(seed: int, step: int, *place: int) -> int:
-    """A 63-bit seed for one step of one run, or for one place in it."""
-    return int(np.random.SeedSequence([seed, step, *place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def batch_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Endless batches of shuffled indices, epoch after epoch, from batch number `start` on; the same for one seed."""
-    position = start * batch_size
-    while True:
-        batch: list[int] = []
-        while len(batch) < batch_size:
-            epoch, offset = divmod(position, size)
-            order = np.random.default_rng([seed, epoch]).permutation(size)
-            taken = order[offset : offset + batch_size - len(batch)]
-            batch += taken.tolist()
-            position += len(taken)
-        yield batch
-
-
-def share(items: Sequence[Item], rank: int, ranks: int) -> Sequence[Item]:
-    """The part of a batch that a rank works on: parts follow each other and differ by one item at most."""
-    return items[len(items) * rank // ranks : len(items) * (rank + 1) // ranks]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.packing import micro_batches, pack, token_logps
 from mmedexpert.runtime.ranks import gather, rank, ranks
-from mmedexpert.training.fit import Stream, TrainingModule, batch_indices, share, step_seed
+from mmedexpert.training.batches import Stream, batch_indices, share, step_seed
+from mmedexpert.training.fit import TrainingModule
 from mmedexpert.training.losses import LossType, masked_mean, policy_loss
 from mmedexpert.training.rollouts import Rollout, report
 

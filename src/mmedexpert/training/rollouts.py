@@ -20,7 +20,7 @@ from mmedexpert.models.generate import generate
 from mmedexpert.scoring import Protocol
 from mmedexpert.training import rewards
 from mmedexpert.training.advantages import RewardScale, guideline_based, perspective_terms
-from mmedexpert.training.fit import step_seed
+from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Case, Criteria, Grader, report_of
 
 

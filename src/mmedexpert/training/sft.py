@@ -15,7 +15,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt, target_text
 from mmedexpert.models.packing import micro_batches, pack, token_logps
-from mmedexpert.training.fit import Stream, TrainingModule, batch_indices, share
+from mmedexpert.training.batches import Stream, batch_indices, share
+from mmedexpert.training.fit import TrainingModule
 
 
 @dataclass(frozen=True)

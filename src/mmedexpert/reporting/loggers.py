@@ -1,4 +1,4 @@
-"""`metrics.csv` of a run: a row for each step, which a kill does not lose and a resumed run does not repeat."""
+"""Lightning's loggers as runs use them: W&B, and `metrics.csv`, a row a step, which a kill does not lose."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
+from mmedexpert.reporting.tracking import no_stop
 from mmedexpert.runtime.files import write_atomic
 
 Row = dict[str, Any]
@@ -75,3 +76,21 @@ def read_rows(path: Path) -> list[Row]:
     whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
     rows = csv.DictReader(io.StringIO(whole))
     return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+
+
+class Wandb(WandbLogger):
+    """Lightning's W&B logger, whose errors stop no run."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """As the parent."""
+        with no_stop("W&B"):
+            super().log_metrics(metrics, step)
+
+
+class Csv(CsvLogger):
+    """`metrics.csv`, whose errors stop no run."""
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """As the parent."""
+        with no_stop(str(self.path)):
+            super().log_metrics(metrics, step)
