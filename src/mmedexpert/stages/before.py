@@ -71,8 +71,12 @@ def missing_note(config: Config) -> str:
 
 def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, Any], tuple[str, ...]]]:
     """What the config has built: its key, the `_target_` and its values, and what the program gives beside them."""
-    if "data" in work:
+    if "data" in work and not config.data.sources:
         yield "data.source", config.data.source, ("root", "out_dir", "seed")
+    if "data" in work:
+        for kind, told in (("sources", config.data.sources), ("benchmarks", config.data.benchmarks)):
+            for name, one in told.items():
+                yield f"data.{kind}.{name}", one, ("root", "out_dir", "seed")
     if "caci" in work:
         yield "merge.method", config.merge.method or {}, ()
     if "benchmark" in work:
