@@ -421,7 +421,8 @@ from mmedexpert.engines.ledger import Ledger
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.training.judge import JudgeGrader
 from test_judge_grader import cases
-JudgeGrader(OpenAIEngine(sys.argv[1], "m", concurrency=2, retries=0, ledger=Ledger(Path(sys.argv[2]))))(cases(9))
+ledger = Ledger(Path(sys.argv[2]))
+JudgeGrader(OpenAIEngine(sys.argv[1], "m", max_new_tokens=64, concurrency=2, retries=0, ledger=ledger))(cases(9))
 """
 
 

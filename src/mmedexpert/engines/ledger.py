@@ -17,7 +17,6 @@ from typing import Any
 from filelock import FileLock
 
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.files import write_atomic
 
 LEDGER = "ledger.sqlite"  # its name in an outputs folder
 FORMAT = 1  # of the table, in the file's user_version
@@ -115,12 +114,14 @@ class Ledger:
 
     def export(self, path: Path) -> int:
         """Write all rows as JSON lines, by key; their number."""
-        with self._transaction() as database:
-            rows = [asdict(Row(*row)) for row in database.execute("SELECT * FROM replies ORDER BY key")]
-        for row in rows:
-            row |= {name: json.loads(row[name]) for name in ("request", "response") if row[name]}
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return len(rows)
+        count, part = 0, path.with_name(f".{path.name}.part")
+        with self._transaction() as database, part.open("w", encoding="utf-8") as file:
+            for count, values in enumerate(database.execute("SELECT * FROM replies ORDER BY key"), start=1):
+                row = asdict(Row(*values))
+                row |= {name: json.loads(row[name]) for name in ("request", "response") if row[name]}
+                file.write(json.dumps(row) + "\n")
+        part.replace(path)
+        return count
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
