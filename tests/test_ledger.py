@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,22 +264,22 @@ def test_a_killed_run_asks_nothing_twice(server, ledger):
     assert {server.asked[str(n)] for n in range(25)} == {1} and {n for n in range(40) if replies[n].kept} == given
 
 
-def write(path: str, first: int) -> None:
-    ledger = Ledger(Path(path))
-    for n in range(first, first + 40):
-        ledger.add([row(f"key {n}"), row(f"twin {n}")])
-        ledger.add([row("contested", attempts=1, error_text=str(first))])
+WRITER = """
+import sys
+from pathlib import Path
+from mmedexpert.engines.ledger import REPLIED, Ledger, Row
+ledger, first = Ledger(Path(sys.argv[1])), int(sys.argv[2])
+for n in range(first, first + 40):
+    ledger.add([Row(f"key {n}", REPLIED, "m", "{}"), Row(f"twin {n}", REPLIED, "m", "{}")])
+    ledger.add([Row("contested", REPLIED, "m", "{}")])
+"""
 
 
 def test_two_processes_write_at_once_and_nothing_is_lost(ledger):
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write, args=(str(ledger.path), first)) for first in (0, 1000)]
-    for writer in writers:
-        writer.start()
+    commands = [[sys.executable, "-c", WRITER, str(ledger.path), str(first)] for first in (0, 1000)]
+    writers = [subprocess.Popen(command) for command in commands]
     ledger.add([row("mine")])
-    for writer in writers:
-        writer.join(120)
-        assert writer.exitcode == 0
+    assert [writer.wait(120) for writer in writers] == [0, 0]
     names = {f"{word} {first + n}" for word in ("key", "twin") for first in (0, 1000) for n in range(40)}
     assert {one["key"] for one in rows(ledger)} == {"mine", "contested", *names}
     with closing(sqlite3.connect(ledger.path)) as database:

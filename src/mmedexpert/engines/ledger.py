@@ -116,7 +116,8 @@ class Ledger:
         """Write all rows as JSON lines, by key; their number."""
         count, part = 0, path.with_name(f".{path.name}.part")
         with self._transaction() as database, part.open("w", encoding="utf-8") as file:
-            for count, values in enumerate(database.execute("SELECT * FROM replies ORDER BY key"), start=1):
+            for values in database.execute("SELECT * FROM replies ORDER BY key"):
+                count += 1
                 row = asdict(Row(*values))
                 row |= {name: json.loads(row[name]) for name in ("request", "response") if row[name]}
                 file.write(json.dumps(row) + "\n")
