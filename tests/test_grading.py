@@ -18,7 +18,9 @@ from test_config import composed
 
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.engines.ledger import Ledger
 from mmedexpert.engines.openai import OpenAIEngine
+from mmedexpert.engines.replies import Prices
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
@@ -200,9 +202,10 @@ class Judge(OpenAIEngine):
         super().__init__("http://localhost:1/v1", "m")
         self.lost = lost
 
-    def __call__(self, asks: Sequence[Ask], formats: Any = None) -> Iterator[tuple[int, Reply]]:
-        for place, (ask, wish) in enumerate(zip(asks, formats, strict=True)):
-            whole = wish["json_schema"]["schema"]["properties"]
+    def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
+        for place, ask in enumerate(asks):
+            assert ask.format is not None
+            whole = ask.format["json_schema"]["schema"]["properties"]
             said = ask.text.split("\nCompletion: ")[1].split("\n")[0]
             held = len(said) % 4
             reply = {p: {c: n < held for n, c in enumerate(one["properties"])} for p, one in whole.items()}
@@ -240,11 +243,11 @@ def rolled(
 def test_a_missing_grade_moves_the_others_by_its_absence_alone(tiny, picture, tmp_path, monkeypatch, gate):
     """It is a completion whose perspective was not asked: of the same rollout, one reply malformed."""
 
-    def judged(name: str, lost: set[str]) -> Rollout:
-        grader = JudgeGrader(Judge(lost), tmp_path / f"{name}.jsonl")
+    def judged(lost: set[str]) -> Rollout:
+        grader = JudgeGrader(Judge(lost))
         return rolled(tiny, picture, tmp_path, monkeypatch, grader, gate=gate)
 
-    whole, less = judged("whole", set()), judged("less", {" 3!"})
+    whole, less = judged(set()), judged({" 3!"})
     place = (0, 3, 1)  # the fourth of the first group: intuitive has its third and fourth
     assert not whole.adherence[place].isnan() and less.adherence[place].isnan() and less.criteria[3] == {}
     there = torch.ones(2, 8, 4, dtype=torch.bool)
@@ -273,7 +276,7 @@ def test_a_missing_grade_moves_the_others_by_its_absence_alone(tiny, picture, tm
 
 
 def test_free_completions_are_graded_by_all_four_in_one_call(tiny, picture, tmp_path, monkeypatch):
-    grader = JudgeGrader(Judge({" 3!"}), tmp_path / "cache.jsonl")
+    grader = JudgeGrader(Judge({" 3!"}))
     rollout = rolled(tiny, picture, tmp_path, monkeypatch, grader, conditioning="free")
     assert report(rollout)["grader/calls"] == 16
     assert rollout.adherence[0, 3].isnan().all() and rollout.adherence.isnan().sum() == 4
@@ -295,24 +298,27 @@ def test_a_cell_says_what_held() -> None:
 
 
 def test_the_config_names_the_grader(tmp_path, monkeypatch):
-    cache = tmp_path / "cache.jsonl"
-    assert isinstance(grader_of(composed().reward, cache), RulesGrader)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert isinstance(grader_of(composed().reward, ledger), RulesGrader)
     more = ["concurrency=3", "timeout_s=4", "retries=2", "max_new_tokens=99", "revision=new", "shows_images=false",
-            "shows_answer=true", "api_key_env=JUDGE_KEY"]  # fmt: skip
+            "shows_answer=true", "api_key_env=JUDGE_KEY", "requests_per_minute=60", "tokens_per_minute=1e5",
+            "max_requests=7", "max_cost=2.5", "prices={input: 1, output: 3, version: mine}"]  # fmt: skip
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     reward = composed(*JUDGED, *(f"reward.judge.{one}" for one in more)).reward
-    grader = grader_of(reward, cache)
+    grader = grader_of(reward, ledger)
     assert isinstance(grader, JudgeGrader)
     engine = grader.engine
     assert (engine.base_url, engine.model, engine.api_key) == ("http://localhost:1/v1", "m", "s3cret")
     assert (engine.concurrency, engine.timeout_s, engine.retries, engine.max_new_tokens) == (3, 4.0, 2, 99)
-    assert (grader.revision, grader.shows_images, grader.shows_answer) == ("new", False, True)
-    assert grader.cache.path == cache and not cache.exists()
-    hybrid = grader_of(replace(reward, grader="hybrid"), cache)
+    assert (engine.revision, grader.shows_images, grader.shows_answer) == ("new", False, True)
+    assert (engine.requests_per_minute, engine.tokens_per_minute) == (60.0, 1e5)
+    assert (engine.max_requests, engine.max_cost, engine.prices) == (7, 2.5, Prices(1.0, 3.0, "mine"))
+    assert engine.ledger is ledger and not ledger.path.exists()
+    hybrid = grader_of(replace(reward, grader="hybrid"), ledger)
     assert isinstance(hybrid, HybridGrader) and isinstance(hybrid.judge, JudgeGrader)
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(UserError, match=r"JUDGE_KEY \(reward.judge.api_key_env\) is empty"):
-        grader_of(reward, cache)
+        grader_of(reward, ledger)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +331,11 @@ def test_the_config_names_the_grader(tmp_path, monkeypatch):
         ([*JUDGED, "reward.judge.timeout_s=0"], ["reward.judge.timeout_s"]),
         ([*JUDGED, "reward.judge.max_new_tokens=0"], ["reward.judge.max_new_tokens"]),
         ([*JUDGED, "reward.judge.retries=-1"], ["reward.judge.retries"]),
+        ([*JUDGED, "reward.judge.requests_per_minute=0"], ["reward.judge.requests_per_minute"]),
+        ([*JUDGED, "reward.judge.max_requests=0"], ["reward.judge.max_requests"]),
+        ([*JUDGED, "reward.judge.max_cost=1"], ["reward.judge.max_cost", "prices"]),
+        ([*JUDGED, "reward.judge.prices.input=1"], ["reward.judge.prices", "version"]),
+        ([*JUDGED, "reward.judge.prices={input: -1, output: 1, version: a}"], ["reward.judge.prices.input"]),
     ],
 )
 def test_a_grader_that_cannot_be_is_refused_at_once(overrides, words):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,6 +19,8 @@ from hypothesis import strategies as st
 from test_openai_engine import Answer, Server, ask_all, asks, closed_port, completion, prompt_of, save_tiny_llava
 
 from mmedexpert.data.record import Record
+from mmedexpert.engines.asking import Ask, BudgetReached
+from mmedexpert.engines.ledger import Ledger
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
@@ -28,7 +29,7 @@ from mmedexpert.reporting.loggers import read_rows
 from mmedexpert.stages import gba
 from mmedexpert.training import judge
 from mmedexpert.training.grading import Case, report_of
-from mmedexpert.training.judge import HANDFUL, MAX_CHARACTERS, Cache, JudgeGrader, response_format, verdict_of
+from mmedexpert.training.judge import HANDFUL, MAX_CHARACTERS, JudgeGrader, response_format, verdict_of
 
 OPTIONS = {"A": "Normal heart", "B": "Cardiomegaly"}
 INTUITIVE = list(perspectives()["intuitive"].criteria)
@@ -76,8 +77,13 @@ def cases(count: int, name: str = "r", **more: Any) -> list[Case]:
     return [Case(record(f"{name}{n % 3}"), f"text {n}" + "!" * (n % 4), "intuitive", **more) for n in range(count)]
 
 
-def grader(server: Server, folder: Path, *, fresh: str = "cache", engine: dict[str, Any] | None = None, **more: Any):
-    return JudgeGrader(server.engine(**engine or {}), folder / f"{fresh}.jsonl", **more)
+def grader(server: Server, folder: Path, *, fresh: str = "ledger", engine: dict[str, Any] | None = None, **more: Any):
+    return JudgeGrader(server.engine(ledger=Ledger(folder / f"{fresh}.sqlite"), **engine or {}), **more)
+
+
+def replied(folder: Path) -> int:
+    """How many replies the ledger holds."""
+    return int(Ledger(folder / "ledger.sqlite").totals()["replied"])
 
 
 def column(found: Any, name: str = "intuitive") -> list[float]:
@@ -86,6 +92,10 @@ def column(found: Any, name: str = "intuitive") -> list[float]:
 
 def share(n: int) -> float:
     return (n % 4) / len(INTUITIVE)
+
+
+def wishing(wish: Any, *texts: str) -> list[Ask]:
+    return [Ask(text, text, (), format=wish) for text in texts]
 
 
 # --- what comes back --------------------------------------------------------------------------------------------------
@@ -185,10 +195,10 @@ def test_a_server_that_refuses_schemas_and_logprobs_is_asked_without_both(server
 
     server.answer = answer
     wish = response_format(["intuitive"])
-    replies = dict(server.engine()(asks(*"abcdef"), [wish] * 6))
+    replies = dict(server.engine()(wishing(wish, *"abcdef")))
     assert {reply.text for reply in replies.values()} == {"fine"} and len(replies) == 6
     server.bodies.clear()
-    assert not any(reply.refused for _, reply in server.engine()(asks("g"), [wish]))
+    assert not any(reply.refused for _, reply in server.engine()(wishing(wish, "g")))
     assert [sorted({"logprobs", "response_format"} & set(body)) for body in server.bodies][-1] == []
 
 
@@ -196,7 +206,7 @@ def test_a_question_at_fault_is_refused_and_keeps_the_schema_of_the_others(serve
     refuse: Answer = (400, {}, b'{"error": {"message": "context length exceeded"}}')
     server.answer = lambda prompt, before, body: refuse if prompt == "long" else completion("fine")
     engine, wish = server.engine(concurrency=1), response_format(["intuitive"])
-    replies = dict(engine(asks("long", "b", "c"), [wish] * 3))
+    replies = dict(engine(wishing(wish, "long", "b", "c")))
     assert replies[0].refused.startswith("400") and [replies[n].text for n in (1, 2)] == ["fine", "fine"]
     assert all("response_format" in body for body in server.bodies if prompt_of(body) != "long")
 
@@ -311,13 +321,13 @@ def test_a_first_batch_without_any_answer_stops_the_run(server, tmp_path):
     ) as caught:
         grader(server, tmp_path)(cases(1))
     assert server.base_url in str(caught.value) and "reward.judge: m at" in str(caught.value)
-    assert not (tmp_path / "cache.jsonl").exists()
+    assert replied(tmp_path) == 0
     url = f"http://me:s3cret@127.0.0.1:{closed_port()}/v1"
     with pytest.raises(UserError, match="no server answers at http://") as gone:
-        JudgeGrader(OpenAIEngine(url, "m", retries=0), tmp_path / "cache.jsonl")(cases(3))
+        JudgeGrader(OpenAIEngine(url, "m", retries=0))(cases(3))
     assert "s3cret" not in str(gone.value)
     with pytest.raises(UserError, match="does not serve 'n'"):
-        JudgeGrader(OpenAIEngine(server.base_url, "n", retries=0), tmp_path / "cache.jsonl")(cases(3))
+        JudgeGrader(OpenAIEngine(server.base_url, "n", retries=0))(cases(3))
 
 
 def test_a_later_batch_without_any_answer_stops_it_unless_it_is_a_handful(server, tmp_path):
@@ -367,73 +377,57 @@ def test_nothing_is_asked_twice_not_even_in_one_batch(server, tmp_path):
     assert again.counts["both"] + again.counts["neither"] > 0
 
 
-CHANGES = ["model", "server", "revision", "question", "completion", "perspective", "options", "image", "wording"]
+CHANGES = ["model", "revision", "question", "completion", "perspective", "options", "image", "wording"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_change_of_content_is_asked_anew(server, tmp_path, picture, monkeypatch, change):
     picture(1).save(tmp_path / "0.png")
-    text, perspective, options, name, more = "text", "intuitive", OPTIONS, "r", {}
+    text, perspective, options, name = "text", "intuitive", OPTIONS, "r"
     image = (tmp_path / "0.png",)
     grader(server, tmp_path)([Case(record(), text, perspective, image)])
-    engine = server.engine()
+    engine = server.engine(ledger=Ledger(tmp_path / "ledger.sqlite"), revision="new" if change == "revision" else None)
     if change == "model":
         server.models = (200, {}, b'{"data": [{"id": "other"}]}')
         engine.model = "other"
-    if change == "server":
-        engine.address = "http://elsewhere/v1"
     if change == "image":
         picture(2).save(tmp_path / "0.png")
     if change == "wording":
         monkeypatch.setattr(judge, "PROMPT", judge.PROMPT + " ")
-    more = {"revision": "new"} if change == "revision" else {}
     name, options = "q" if change == "question" else name, {"A": "x", "B": "y"} if change == "options" else options
     text, perspective = text + "!" * (change == "completion"), "bayesian" if change == "perspective" else perspective
-    again = JudgeGrader(engine, tmp_path / "cache.jsonl", **more)(
-        [Case(record(name, options), text, perspective, image)]
-    )
+    again = JudgeGrader(engine)([Case(record(name, options), text, perspective, image)])
     assert again.counts["calls"] == 1 and len(server.bodies) == 2
 
 
-def test_another_place_of_the_same_image_and_another_password_are_the_same(server, tmp_path, picture):
+def test_another_place_of_the_same_image_and_another_address_are_the_same(server, tmp_path, picture):
     for name in ("0.png", "moved.png"):
         picture(1).save(tmp_path / name)
         found = grader(server, tmp_path)([Case(record(), "text", "intuitive", (tmp_path / name,))])
     assert found.counts["cached"] == 1
-    for password in ("s3cret", "changed"):
-        url = server.base_url.replace("://", f"://me:{password}@")
-        found = JudgeGrader(OpenAIEngine(url, "m"), tmp_path / "other.jsonl")(cases(2))
+    for address in (server.base_url.replace("://", "://me:s3cret@"), "http://elsewhere:1/v1"):
+        engine = OpenAIEngine(address, "m", ledger=Ledger(tmp_path / "ledger.sqlite"))
+        found = JudgeGrader(engine)(cases(2))
     assert found.counts["cached"] == 2
-    kept = (tmp_path / "other.jsonl").read_text() + (tmp_path / "cache.jsonl").read_text()
-    assert "s3cret" not in kept and "changed" not in kept and str(tmp_path) not in kept and "0.png" not in kept
-
-
-@pytest.mark.parametrize("cut", [1, 20])
-def test_a_line_that_a_kill_cut_off_is_cut_away_and_asked_again(server, tmp_path, cut):
-    cache = tmp_path / "cache.jsonl"
-    whole = grader(server, tmp_path)(cases(6))
-    lines = cache.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 6 and all(json.loads(line)["model"] == "m" for line in lines)
-    cache.write_bytes(b"".join(lines)[:-cut])
-    again = grader(server, tmp_path)(cases(6))
-    assert (again.counts["calls"], again.counts["cached"]) == (1, 5) and again.scores[0] != again.scores[1]
-    assert column(again) == column(whole)
-    assert len({json.loads(line)["key"] for line in cache.read_text().splitlines()}) == 6
+    kept = b"".join(path.read_bytes() for path in tmp_path.glob("ledger.sqlite*"))
+    assert not [word for word in ("s3cret", "127.0.0.1", str(tmp_path), "0.png") if word.encode() in kept]
 
 
 KILLED = """
 import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
+from mmedexpert.engines.ledger import Ledger
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.training.judge import JudgeGrader
 from test_judge_grader import cases
-JudgeGrader(OpenAIEngine(sys.argv[1], "m", concurrency=2, retries=0), Path(sys.argv[2]))(cases(9))
+ledger = Ledger(Path(sys.argv[2]))
+JudgeGrader(OpenAIEngine(sys.argv[1], "m", max_new_tokens=64, concurrency=2, retries=0, ledger=ledger))(cases(9))
 """
 
 
 def test_a_kill_in_the_middle_loses_nothing_that_was_graded(server, tmp_path):
-    cache = tmp_path / "cache.jsonl"
+    path = tmp_path / "ledger.sqlite"
 
     def answer(prompt: str, before: int, body: dict[str, Any]) -> Answer:
         if int(completion_of(body)[5]) > 4:
@@ -441,11 +435,11 @@ def test_a_kill_in_the_middle_loses_nothing_that_was_graded(server, tmp_path):
         return completion(saying(body))
 
     server.answer = answer
-    process = subprocess.Popen([sys.executable, "-c", KILLED, server.base_url, str(cache), str(Path(__file__).parent)])
-    deadline = time.monotonic() + 60
-    while not cache.exists() or cache.read_bytes().count(b"\n") < 5:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, server.base_url, str(path), str(Path(__file__).parent)])
+    deadline = time.monotonic() + 120
+    while not path.exists() or replied(tmp_path) < 5:
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait(20)
     server.answer = lambda prompt, before, body: completion(saying(body))
@@ -454,58 +448,11 @@ def test_a_kill_in_the_middle_loses_nothing_that_was_graded(server, tmp_path):
     assert column(again) == pytest.approx([share(n) for n in range(9)])
 
 
-def test_a_judge_interrupted_between_two_answers_has_kept_the_first(server, tmp_path, monkeypatch):
-    one, replies = grader(server, tmp_path, engine={"concurrency": 1}), []
-    read = judge.verdict_of
-
-    def stop(*given: Any) -> Any:
-        replies.append(given)
-        if len(replies) == 4:
-            raise KeyboardInterrupt
-        return read(*given)
-
-    monkeypatch.setattr(judge, "verdict_of", stop)
-    with pytest.raises(KeyboardInterrupt):
-        one(cases(8))
-    assert (tmp_path / "cache.jsonl").read_bytes().count(b"\n") == 3
-
-
-@pytest.mark.parametrize("line", ["{}", "[]", "text", '{"key": "a"}', '{"criteria": {}}', "[" * 9000])
-def test_a_file_that_is_no_cache_is_told_and_not_written_to(server, tmp_path, line):
-    (tmp_path / "cache.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match=r"cache\.jsonl line 1 is no verdict: delete"):
+def test_a_file_that_is_no_ledger_is_told_and_not_written_to(server, tmp_path):
+    (tmp_path / "ledger.sqlite").write_text("text\n" * 100)
+    with pytest.raises(UserError, match=r"ledger\.sqlite: the ledger is damaged .*move it away"):
         grader(server, tmp_path)(cases(2))
-    assert (tmp_path / "cache.jsonl").read_text() == line + "\n" and not server.bodies
-
-
-def test_a_row_that_lacks_a_criterion_is_asked_again(server, tmp_path):
-    grader(server, tmp_path)(cases(1))
-    row = json.loads((tmp_path / "cache.jsonl").read_text())
-    del row["criteria"]["intuitive"][INTUITIVE[0]]
-    (tmp_path / "cache.jsonl").write_text(json.dumps(row) + "\n")
-    assert grader(server, tmp_path)(cases(1)).counts["calls"] == 1
-
-
-def write(path: str, first: int) -> None:
-    cache = Cache(Path(path))
-    for n in range(first, first + 60):
-        cache.add(f"key {n}", {"criteria": {"intuitive": {"a": bool(n % 2)}}})
-
-
-def test_ranks_share_a_cache(tmp_path):
-    """Two write at once; each reads what the other has added, and no line is lost, torn or mixed."""
-    path = tmp_path / "cache.jsonl"
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write, args=(str(path), first)) for first in (0, 1000)]
-    for writer in writers:
-        writer.start()
-    mine = Cache(path)
-    mine.add("mine", {"criteria": {}})
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
-    assert set(mine.read()) == {"mine", *(f"key {first + n}" for first in (0, 1000) for n in range(60))}
-    assert len(path.read_bytes().splitlines()) == 121
+    assert (tmp_path / "ledger.sqlite").read_text() == "text\n" * 100 and not server.bodies
 
 
 def test_what_another_run_has_graded_meanwhile_is_not_asked(server, tmp_path):
@@ -514,9 +461,18 @@ def test_what_another_run_has_graded_meanwhile_is_not_asked(server, tmp_path):
     other(cases(6))
     before = len(server.bodies)
     assert mine(cases(6)).counts["cached"] == 6 and len(server.bodies) == before
-    (tmp_path / "cache.jsonl").unlink()  # by a user, in the middle: nothing breaks, and what is new is kept
+    for path in tmp_path.glob("ledger.sqlite*"):
+        path.unlink()  # by a user, in the middle: nothing breaks, and what is new is kept
     mine(cases(8))
-    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 2
+    assert replied(tmp_path) == 8
+
+
+def test_a_budget_stops_the_run_at_once_and_the_next_one_goes_on(server, tmp_path):
+    with pytest.raises(BudgetReached, match=r"max_requests=5 is reached: 3 of 8"):
+        grader(server, tmp_path, engine={"max_requests": 5})(cases(8))
+    again = grader(server, tmp_path, engine={"max_requests": 5})(cases(8))
+    assert (again.counts["cached"], again.counts["calls"]) == (5, 3) and set(server.asked.values()) == {1}
+    assert column(again) == pytest.approx([share(n) for n in range(8)])
 
 
 # --- a whole stage ----------------------------------------------------------------------------------------------------
@@ -537,8 +493,7 @@ def test_a_stage_is_graded_logged_and_goes_on_where_it_was_stopped(server, answe
     )
     with pytest.raises(UserError, match=r"graded none of 16 completions .*500 boom"):
         gba.run(config())
-    kept = len((tmp_path / "grades.jsonl").read_text().splitlines())
-    assert 2 < kept <= 16
+    assert 2 < replied(tmp_path) <= 16
     server.answer = lambda prompt, before, body: completion(saying(body))
     server.asked.clear()
     (run,) = gba.run(config()).values()
@@ -583,9 +538,12 @@ def test_transformers_serve_is_asked_and_its_nonsense_is_missing(tmp_path, pictu
         process = subprocess.Popen(command, env=os.environ | offline, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 90
-            engine = OpenAIEngine(f"http://127.0.0.1:{port}/v1", str(folder), max_new_tokens=4, timeout_s=60)
+            ledger = Ledger(tmp_path / "ledger.sqlite")
+            engine = OpenAIEngine(
+                f"http://127.0.0.1:{port}/v1", str(folder), max_new_tokens=4, timeout_s=60, ledger=ledger
+            )
             while True:
-                one = JudgeGrader(engine, tmp_path / "cache.jsonl")
+                one = JudgeGrader(engine)
                 with pytest.raises(UserError) as caught:
                     one(cases(4, images=(tmp_path / "0.png",)))
                 if "no server answers" not in str(caught.value):
@@ -597,7 +555,7 @@ def test_transformers_serve_is_asked_and_its_nonsense_is_missing(tmp_path, pictu
             found = one(cases(4, images=(tmp_path / "0.png",)))
             assert all(map(math.isnan, column(found))) and found.counts["tokens"] >= 4
             assert report_of(found.counts)["grader/missing"] == 1 and found.counts["calls"] == 4
-            assert (tmp_path / "cache.jsonl").exists() is False
+            assert replied(tmp_path) == 0
         finally:
             process.terminate()
             process.wait(20)

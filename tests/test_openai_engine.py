@@ -27,7 +27,10 @@ from PIL import Image
 
 from mmedexpert.data.images import open_image
 from mmedexpert.engines.asking import Ask, Reply
-from mmedexpert.engines.openai import GONE, OpenAIEngine, _data_url, _messages, _reply
+from mmedexpert.engines.messages import data_url, messages_of
+from mmedexpert.engines.openai import OpenAIEngine
+from mmedexpert.engines.replies import reply_of
+from mmedexpert.engines.sending import GONE
 from mmedexpert.errors import UserError
 
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
@@ -456,7 +459,7 @@ def decoded(url: str) -> Image.Image:
 def test_plain_png_and_jpeg_go_as_they_are(tmp_path, picture):
     for name, kind in (("a.png", "png"), ("b.jpg", "jpeg"), ("png inside.jpg", "png")):
         picture(1).save(tmp_path / name, kind.upper())
-        url = _data_url(tmp_path / name)
+        url = data_url(tmp_path / name)
         assert url.startswith(f"data:image/{kind};base64,")
         assert base64.b64decode(url.partition(",")[2]) == (tmp_path / name).read_bytes()
 
@@ -482,14 +485,14 @@ def save_odd(path: Path, kind: str) -> None:
 )
 def test_other_images_go_as_the_other_engine_sees_them(tmp_path, kind):
     save_odd(tmp_path / "image", kind)
-    sent = decoded(_data_url(tmp_path / "image"))
+    sent = decoded(data_url(tmp_path / "image"))
     assert sent.format == "PNG"
     assert np.array_equal(np.asarray(sent), np.asarray(open_image(tmp_path / "image")))
 
 
 def test_a_missing_image_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"no\.png is missing"):
-        _data_url(tmp_path / "no.png")
+        data_url(tmp_path / "no.png")
 
 
 @given(count=st.integers(0, 4), text=st.text(max_size=20))
@@ -498,7 +501,7 @@ def test_several_images_are_announced_and_one_is_not(tmp_path_factory, count, te
     path = tmp_path_factory.getbasetemp() / "one.png"
     if not path.exists():
         Image.new("RGB", (4, 4)).save(path)
-    [message] = _messages(Ask("a", text, (path,) * count), "")
+    [message] = messages_of(Ask("a", text, (path,) * count), "")
     kinds = [part["type"] for part in message["content"]]
     texts = [part["text"] for part in message["content"] if part["type"] == "text"]
     assert kinds.count("image_url") == count
@@ -510,7 +513,7 @@ def test_several_images_are_announced_and_one_is_not(tmp_path_factory, count, te
 @settings(max_examples=50, deadline=None)
 def test_no_malformed_body_is_taken_for_an_answer(body):
     with pytest.raises(ValueError):
-        _reply(body, 0.0)
+        reply_of(body, 0.0)
 
 
 # --- a real server ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import RESERVED, trained_names
 from mmedexpert.runtime.typos import no_such_key
-from mmedexpert.schema import Config, RewardConfig
+from mmedexpert.schema import Config, EndpointConfig, RewardConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.instructions": ("small", "full"),
@@ -59,7 +59,13 @@ NOT_NEGATIVE = (
     "gba.warmup_ratio", "model.lora.dropout", "merge.distil_steps",
 )  # fmt: skip
 AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
+ENDPOINTS = ("engine.endpoint", "eval.llm_judge", "reward.judge")
 ABOVE_0_OR_NULL = (
+    *(
+        f"{endpoint}.{limit}"
+        for endpoint in ENDPOINTS
+        for limit in ("requests_per_minute", "tokens_per_minute", "max_requests", "max_cost")
+    ),
     "data.limit",
     "trainer.micro_batch_tokens",
     "trainer.threads",
@@ -202,8 +208,28 @@ def check(config: Config) -> None:
     if (judge.base_url is None) != (judge.model is None):
         raise UserError("eval.llm_judge needs both base_url and model, or neither")
     _check_grader(config.reward)
+    for where in ENDPOINTS:
+        _check_prices(where, _value(config, where))
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
+
+
+def _check_prices(where: str, endpoint: EndpointConfig) -> None:
+    """A price list is whole, and a budget in USD has one."""
+    prices = endpoint.prices
+    given = [value is not None for value in (prices.input, prices.output, prices.version)]
+    if any(given) and not all(given):
+        raise UserError(
+            f"{where}.prices needs input and output, in USD per million tokens, and version, any name of the price list"
+        )
+    for name, price in (("input", prices.input), ("output", prices.output)):
+        if price is not None and not (price >= 0 and math.isfinite(price)):
+            raise UserError(f"{where}.prices.{name}={price} must be a finite number, 0 or more")
+    if endpoint.max_cost is not None and not all(given):
+        raise UserError(
+            f"{where}.max_cost={endpoint.max_cost} needs {where}.prices.input, .output (USD per million tokens) and "
+            f".version, or give {where}.max_requests in its place"
+        )
 
 
 def _check_grader(reward: RewardConfig) -> None:

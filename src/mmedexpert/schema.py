@@ -83,8 +83,17 @@ class PretrainConfig:
 
 
 @dataclass
+class PricesConfig:
+    """USD per million tokens read and written, and the name of the price list."""
+
+    input: float | None = None
+    output: float | None = None
+    version: str | None = None
+
+
+@dataclass
 class EndpointConfig:
-    """An OpenAI-compatible server."""
+    """An OpenAI-compatible server, and how much may be asked of it."""
 
     base_url: str | None = None
     model: str | None = None
@@ -93,6 +102,11 @@ class EndpointConfig:
     concurrency: int = 16
     timeout_s: float = 300.0
     retries: int = 5
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_requests: int | None = None
+    max_cost: float | None = None
+    prices: PricesConfig = field(default_factory=PricesConfig)
 
 
 @dataclass

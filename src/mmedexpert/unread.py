@@ -153,7 +153,9 @@ RULES = (
     ),
     Rule(
         ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency",
-         "eval.llm_judge.timeout_s", "eval.llm_judge.retries"), lambda c, _: c.eval.llm_judge.base_url is None,
+         "eval.llm_judge.timeout_s", "eval.llm_judge.retries", "eval.llm_judge.requests_per_minute",
+         "eval.llm_judge.tokens_per_minute", "eval.llm_judge.max_requests", "eval.llm_judge.max_cost",
+         "eval.llm_judge.prices"), lambda c, _: c.eval.llm_judge.base_url is None,
         "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
     ),
     Rule(

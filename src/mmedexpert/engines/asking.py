@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmedexpert.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -25,11 +27,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """A greedy answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
+    """An answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
 
     `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell; `prompt_tokens` are
     those of the question, 0 likewise. A question that cannot be answered for good (`refusal`) has no text, the
-    finish_reason refused, and the reason in `refused`.
+    finish_reason refused, and the reason in `refused`. `kept`: it came out of a ledger (`engines.ledger`), and cost
+    nothing.
     """
 
     text: str
@@ -39,11 +42,16 @@ class Reply:
     mean_logp: float | None
     refused: str = ""
     prompt_tokens: int = 0
+    kept: bool = False
 
 
 def refusal(reason: str) -> Reply:
     """The reply to a question that the engine will never answer: an image it cannot open, a text that is too long."""
     return Reply("", 0, "refused", 0.0, None, reason)
+
+
+class BudgetReached(UserError):
+    """An engine has asked or spent as much as it may: what came is kept, the same command goes on with the rest."""
 
 
 # (place in the asked list, reply), in any order, each as soon as it is there

@@ -1,4 +1,4 @@
-"""Asking any OpenAI-compatible server (vLLM, SGLang, `transformers serve`): several questions at once, greedy.
+"""Asking any OpenAI-compatible server (vLLM, SGLang, `transformers serve`): several questions at once, nothing twice.
 
 Start vLLM with `--generation-config vllm`: it otherwise applies the model's own sampling defaults (a repetition penalty
 of 1.05 for Qwen2.5-VL), which MedEvalKit does not.
@@ -7,42 +7,42 @@ of 1.05 for Qwen2.5-VL), which MedEvalKit does not.
 from __future__ import annotations
 
 import atexit
-import base64
-import io
 import os
-import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
-from typing import Any, cast
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import anyio
-import openai
 from anyio.from_thread import start_blocking_portal
-from anyio.streams.memory import MemoryObjectSendStream
-from PIL import ExifTags, Image
 
-from mmedexpert.data.images import open_image
-from mmedexpert.engines.asking import Ask, Reply, refusal
+from mmedexpert.engines.asking import Ask, BudgetReached, Reply, refusal
+from mmedexpert.engines.ledger import Ledger, canonical, key_of
+from mmedexpert.engines.messages import hash_url, messages_of
+from mmedexpert.engines.replies import Prices, kept_reply, reason_of
+from mmedexpert.engines.sending import Sending
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.schema import EndpointConfig
 
-GONE = 20  # ours: this many questions in a row that the server could not take (and `concurrency` more): it is gone
-CONNECT_SECONDS = 5.0  # ours: the openai client's own default; a dead host is told apart from a slow answer
-CHECK_RETRIES = 2  # ours: few, so that a server that is not there is told at once
-Format = Mapping[str, Any] | None  # a `response_format`
-Formats = Sequence[Format] | None
-ABORTED = ("abort", "error")  # how vLLM and SGLang end an answer that they gave up, for instance on shutdown
-
 
 class OpenAIEngine:
-    """Greedy answers of `model` at `base_url` (with its `/v1`) to questions about images, `concurrency` at a time.
+    """Answers of `model` at `base_url` (with its `/v1`) to questions about images, `concurrency` at a time.
 
     An Engine of `engines.asking`. 429, 5xx, lost connections and time-outs are tried again `retries` times by the
     openai client, with exponential back-off and jitter, or when the server says. `timeout_s` is the longest silence of
     the server per try. `api_key` None sends no key that the environment may hold: the server may be anyone's. `address`
-    is base_url without its password, for messages and caches.
+    is base_url without its password, for messages.
+
+    *Sampling.* Greedy by default. With `seed`, the n-th sample of a question (`Ask.sample`) is drawn with seed + n.
+
+    *Ledger.* With `ledger` a reply that is there is given without asking, and a new one is on the disk before it is
+    given: a killed run asks nothing twice. `revision` is any name for what is served under `model` now, and part of a
+    row's key; the server's address is none. What is asked again: `ledger.Row`; `retry_refused` asks refusals, too.
+
+    *Limits.* `requests_per_minute` counts every try, `tokens_per_minute` what replies have read and written. The budget
+    of this engine: `max_requests` questions (tries again are not counted), `max_cost` USD by `prices`; those in flight
+    when it is reached, `concurrency` at most, still come.
     """
 
     def __init__(
@@ -50,176 +50,167 @@ class OpenAIEngine:
         base_url: str,
         model: str,
         *,
+        revision: str | None = None,
         api_key: str | None = None,
         system_prompt: str = "",
         max_new_tokens: int = 8192,  # peers: MedEvalKit
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
         concurrency: int = 16,
         timeout_s: float = 600.0,
         retries: int = 5,
+        ledger: Ledger | None = None,
+        retry_refused: bool = False,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_requests: int | None = None,
+        max_cost: float | None = None,
+        prices: Prices | None = None,
     ) -> None:
-        if concurrency < 1 or retries < 0 or timeout_s <= 0 or max_new_tokens < 1:
-            raise ValueError("concurrency and max_new_tokens start at 1, retries at 0, timeout_s above 0")
+        if concurrency < 1 or retries < 0 or timeout_s <= 0 or max_new_tokens < 1 or temperature < 0:
+            raise ValueError("concurrency and max_new_tokens start at 1, retries and temperature at 0, timeout_s above")
+        if any(n is not None and n <= 0 for n in (requests_per_minute, tokens_per_minute, max_requests, max_cost)):
+            raise ValueError("requests_per_minute, tokens_per_minute, max_requests and max_cost are above 0, or None")
         if not base_url.startswith(("http://", "https://")):
             shown = base_url.rpartition("@")[2]  # before it stands a user and password
             raise UserError(f"base_url {shown!r} is no web address: write it as http://localhost:8000/v1")
+        if max_cost is not None and prices is None:
+            raise UserError("max_cost needs prices, in USD per million tokens: give them, or max_requests in its place")
         self.base_url = base_url
         self.address = without_password(base_url)
         self.model = model
+        self.revision = revision
         self.api_key = api_key
         self.system_prompt = system_prompt
         self.max_new_tokens = max_new_tokens
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.concurrency = concurrency
         self.timeout_s = timeout_s
         self.retries = retries
-        self._logprobs = True  # until the server refuses
-        self._formats = True  # so, too
+        self.ledger, self.retry_refused = ledger, retry_refused
+        self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
+        self.max_requests, self.max_cost, self.prices = max_requests, max_cost, prices
+        self.asked, self.spent = 0, 0.0  # questions sent, and USD
+        self.takes_logprobs = self.takes_formats = True  # until the server refuses
 
-    def __call__(self, asks: Sequence[Ask], formats: Formats = None) -> Iterator[tuple[int, Reply]]:
+    def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         """(place in `asks`, reply), each as soon as it is there; images are read when their question's turn comes.
 
-        `formats` holds OpenAI's `response_format` (a JSON schema) of each question. It is a wish: a server that refuses
-        it is asked without, and a reply may be of another form.
+        An ask's `format` is a wish: a server that refuses it is asked without, and a reply may be of another form.
 
         A question that the server refuses for good (HTTP 400, 413, 415, 422: too long, an image it does not take), or
         whose image cannot be opened, gets a `refusal`.
 
+        With a ledger the replies that it holds come first, a question that stands twice in `asks` is asked once, and
+        where all is known no server is needed.
+
         Raises UserError before the first question where the server is not there, refuses the key, is no such server or
-        does not serve the model; and after the last reply where questions stayed without one.
+        does not serve the model; and after the last reply where questions stayed without one, BudgetReached where a
+        limit is the cause.
         """
-        replies = self._replies(asks, formats or [None] * len(asks))
+        replies = self._replies(asks)
         alive = weakref.ref(replies)
         # One left half-read would, when the interpreter ends, wait for the event loop's thread, which no longer runs.
         atexit.register(_close, alive)
         return replies
 
-    def _replies(self, asks: Sequence[Ask], formats: Sequence[Format]) -> Generator[tuple[int, Reply], None, None]:
-        if not asks:
+    def request(self, ask: Ask) -> str:
+        """What the ledger keeps of a question, canonical JSON whose SHA-256 is its key; OSError for a lost image."""
+        sampling = {"temperature": float(self.temperature), "max_tokens": self.max_new_tokens}
+        sampling |= {"top_p": float(self.top_p)} if self.top_p is not None else {}
+        sampling |= {"seed": self.seed} if self.seed is not None else {}
+        told: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages_of(ask, self.system_prompt, hash_url),
+            "sampling": sampling,
+            "sample": ask.sample,
+        }
+        told |= {"revision": self.revision} if self.revision is not None else {}
+        told |= {"response_format": ask.format} if ask.format is not None else {}
+        return canonical(told)
+
+    def kept(self, request: str) -> Reply | None:
+        """The reply or refusal that the ledger holds for a `request`; None where it is to be asked."""
+        assert self.ledger is not None
+        return kept_reply(self.ledger.get(key_of(request)), retry_refused=self.retry_refused)
+
+    def forget(self, ask: Ask) -> None:
+        """Have a question asked again the next time: its reply cannot be read. Does nothing without a ledger."""
+        if self.ledger is not None:
+            try:
+                self.ledger.forget([key_of(self.request(ask))])
+            except OSError:  # its image is gone: it was never asked
+                return
+
+    @property
+    def budget_reached(self) -> str:
+        """The limit that is reached, with its value; empty while there is room."""
+        if self.max_requests is not None and self.asked >= self.max_requests:
+            return f"max_requests={self.max_requests}"
+        if self.max_cost is not None and self.spent >= self.max_cost:
+            return f"max_cost={self.max_cost} (spent: {self.spent:.4f} USD)"
+        return ""
+
+    def _replies(self, asks: Sequence[Ask]) -> Generator[tuple[int, Reply], None, None]:
+        same: dict[Any, list[int]] = {}  # the places of one question
+        for place, ask in enumerate(asks):
+            if self.ledger is None:
+                same[place] = [place]
+                continue
+            try:
+                request = self.request(ask)
+            except OSError as error:
+                yield place, refusal(reason_of(UserError(f"an image of {ask.id} cannot be read ({error})")))
+                continue
+            if (key := key_of(request)) in same:
+                same[key].append(place)
+            elif found := self.kept(request):
+                yield place, found
+            else:
+                same[key] = [place]
+        places = {first: others for first, *others in same.values()}
+        if not places:
             return
-        failed: list[str] = []
         send, receive = anyio.create_memory_object_stream[tuple[int, Reply]](self.concurrency)
+        sending = Sending(self, asks, list(places), send)
         # The event loop has its own thread: requests go on while the caller writes a reply to disk. Leaving the block
         # by an exception (Ctrl-C, the caller's own) cancels them.
         with receive, start_blocking_portal() as portal:
-            work = portal.start_task_soon(self._answer_all, asks, formats, send, failed)
+            work = portal.start_task_soon(sending.run)
             while True:
                 try:
-                    reply = portal.call(receive.receive)
+                    place, reply = portal.call(receive.receive)
                 except anyio.EndOfStream:
                     break
-                yield reply
-            answered = work.result()
-        if missing := len(asks) - answered:
-            stopped = f", then {missing - len(failed)} were not sent" if missing > len(failed) else ""
-            raise UserError(
-                f"{missing} of {len(asks)} questions got no answer from {self.address}: {len(failed)} failed{stopped} "
-                f"(first: {failed[0]}); the other answers are kept, the same command asks only these again"
+                yield place, reply
+                for other in places[place]:
+                    yield other, replace(reply, kept=True)
+            work.result()
+        if missing := len(places) - sending.answered:
+            raise self._missing(missing, len(places), sending.failed)
+
+    def _missing(self, missing: int, count: int, failed: Sequence[str]) -> UserError:
+        """What to tell where questions stayed without an answer."""
+        unsent = missing - len(failed)
+        if (limit := self.budget_reached) and unsent:
+            also = f", and {len(failed)} failed (first: {failed[0]})" if failed else ""
+            return BudgetReached(
+                f"{limit} is reached: {unsent} of {count} questions were not sent to {self.address}{also}; the answers "
+                "that came are kept, the same command goes on with the rest under the same limit, or raise it"
             )
-
-    async def _answer_all(
-        self, asks: Sequence[Ask], formats: Sequence[Format], send: MemoryObjectSendStream[tuple[int, Reply]],
-        failed: list[str],
-    ) -> int:  # fmt: skip
-        """Send every answer and refusal down the stream, append reasons to `failed`; the number of replies sent."""
-        turn = iter(enumerate(asks))  # shared by the workers: each question is taken once
-        workers = min(self.concurrency, len(asks))
-        answered = in_a_row = 0
-
-        async def work() -> None:
-            nonlocal answered, in_a_row
-            for place, ask in turn:
-                try:
-                    reply = await self._answer(client, ask, self.max_new_tokens, workers, formats[place])
-                except Exception as error:  # a hostile body can raise almost anything
-                    if _own_fault(error):
-                        answered += 1
-                        await send.send((place, refusal(_reason(error))))
-                        continue
-                    failed.append(f"{ask.id}: {_reason(error)}")
-                    in_a_row += 1
-                    if in_a_row >= GONE + workers:
-                        return
-                else:
-                    in_a_row = 0
-                    answered += 1
-                    await send.send((place, reply))
-
-        async with (
-            send,
-            openai.AsyncOpenAI(
-                base_url=self.base_url,
-                api_key=self.api_key or "none",
-                max_retries=self.retries,
-                timeout=openai.Timeout(self.timeout_s, connect=CONNECT_SECONDS),
-            ) as client,
-        ):
-            await self._check(client)
-            async with anyio.create_task_group() as group:
-                for _ in range(workers):
-                    group.start_soon(work)
-        return answered
-
-    async def _check(self, client: openai.AsyncOpenAI) -> None:
-        """Raise UserError unless the server is there and serves the model."""
-        try:
-            listed = await client.with_options(max_retries=CHECK_RETRIES).models.list()
-            served = [str(model.id) for model in listed.data]
-        except openai.APIConnectionError as error:
-            fix = "start the server, or correct base_url"
-            raise UserError(f"no server answers at {self.address} ({_reason(error)}): {fix}") from error
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(f"{self.address} refuses the api_key ({_reason(error)}): give its key") from error
-        except openai.APIStatusError as error:
-            fix = "correct base_url (it often ends in /v1), or look at the server's log"
-            raise UserError(f"{self.address} does not list its models ({_reason(error)}): {fix}") from error
-        except Exception as error:  # HTML, a list, half a JSON object: anything may come back
-            told = f"/models gave no list ({_reason(error)})"
-            raise UserError(f"{self.address} is no OpenAI-compatible server, {told}: correct base_url") from error
-        if self.model in served:
-            return
-        reason = ""
-        # `transformers serve` lists its hub cache only, never the local folder it was started with: try such a name.
-        if not served or Path(self.model).is_dir() or PurePath(self.model).is_absolute():
-            try:
-                await self._answer(client, Ask("probe", "Hello", ()), 1)
-                return
-            except Exception as error:
-                reason = f" ({_reason(error)})"
-        names = ", ".join(served[:20]) or "nothing"
-        raise UserError(f"{self.address} does not serve {self.model!r}{reason} but {names}: name one of these")
-
-    async def _answer(
-        self, client: openai.AsyncOpenAI, ask: Ask, max_tokens: int, workers: int = 1, wish: Format = None
-    ) -> Reply:
-        messages = await anyio.to_thread.run_sync(_messages, ask, self.system_prompt)
-        start = time.perf_counter()
-        wanted, wish = self._logprobs, wish if self._formats else None
-        try:
-            done = await self._ask(client, messages, max_tokens, wish)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if wanted and "logprob" in _reason(error):
-                self._logprobs = False  # some servers refuse to tell; the others in flight come here, too
-                return await self._answer(client, ask, max_tokens, workers, wish)
-            if wish is None:
-                raise
-            # Servers word it in many ways: where the question alone is taken, it was the format that was refused.
-            reply = await self._answer(client, ask, max_tokens, workers)
-            self._formats = False
-            return reply
-        return _reply(done, (time.perf_counter() - start) / workers)
-
-    async def _ask(self, client: openai.AsyncOpenAI, messages: Any, max_tokens: int, wish: Format) -> Any:
-        return await client.chat.completions.create(
-            model=self.model,
-            messages=messages,
-            max_tokens=max_tokens,  # not max_completion_tokens, which fewer servers know
-            temperature=0.0,
-            frequency_penalty=0.0,  # `transformers serve` derives its repetition penalty, here 1, from it
-            logprobs=True if self._logprobs else openai.omit,
-            response_format=openai.omit if wish is None else cast(Any, wish),
+        stopped = f", then {unsent} were not sent" if unsent else ""
+        return UserError(
+            f"{missing} of {count} questions got no answer from {self.address}: {len(failed)} failed{stopped} "
+            f"(first: {failed[0]}); the other answers are kept, the same command asks only these again"
         )
 
 
-def engine_of(endpoint: EndpointConfig, where: str, *, max_new_tokens: int, system_prompt: str = "") -> OpenAIEngine:
+def engine_of(
+    endpoint: EndpointConfig, where: str, *, max_new_tokens: int, system_prompt: str = "",
+    ledger: Ledger | None = None, retry_refused: bool = False, temperature: float = 0.0, top_p: float | None = None,
+    seed: int | None = None,
+) -> OpenAIEngine:  # fmt: skip
     """The engine of a config's server; `where` is the key it stands under.
 
     Raises UserError where the environment variable that should hold its key is empty.
@@ -231,87 +222,21 @@ def engine_of(endpoint: EndpointConfig, where: str, *, max_new_tokens: int, syst
             f"the environment variable {variable} ({where}.api_key_env) is empty: export it, or set "
             f"{where}.api_key_env=null"
         )
+    told = endpoint.prices
+    prices = None
+    if told.input is not None and told.output is not None and told.version is not None:
+        prices = Prices(told.input, told.output, told.version)
     return OpenAIEngine(
-        endpoint.base_url, endpoint.model, api_key=os.environ[variable] if variable else None,
-        system_prompt=system_prompt, max_new_tokens=max_new_tokens, concurrency=endpoint.concurrency,
-        timeout_s=endpoint.timeout_s, retries=endpoint.retries,
+        endpoint.base_url, endpoint.model, revision=endpoint.revision,
+        api_key=os.environ[variable] if variable else None, system_prompt=system_prompt,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        concurrency=endpoint.concurrency, timeout_s=endpoint.timeout_s, retries=endpoint.retries, ledger=ledger,
+        retry_refused=retry_refused, requests_per_minute=endpoint.requests_per_minute,
+        tokens_per_minute=endpoint.tokens_per_minute, max_requests=endpoint.max_requests, max_cost=endpoint.max_cost,
+        prices=prices,
     )  # fmt: skip
 
 
 def _close(alive: weakref.ref[Generator[tuple[int, Reply], None, None]]) -> None:
     if replies := alive():
         replies.close()
-
-
-def _messages(ask: Ask, system_prompt: str) -> list[dict[str, Any]]:
-    """The chat of one question: one image then the text; several are announced as `<image_1>: ` # peers: MedEvalKit"""
-    content: list[dict[str, Any]] = []
-    for number, path in enumerate(ask.images, start=1):
-        if len(ask.images) > 1:
-            content.append({"type": "text", "text": f"<image_{number}>: "})
-        content.append({"type": "image_url", "image_url": {"url": _data_url(path)}})
-    content.append({"type": "text", "text": ask.text})
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": content}]
-
-
-def _data_url(path: Path) -> str:
-    """The file's own bytes where every reader sees in them what `open_image` gives, else that image as PNG."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            as_it_is = upright and image.mode in ("L", "RGB") and "transparency" not in image.info
-            kind = "png" if image.format == "PNG" else "jpeg"
-    except Exception:  # another format, or damaged: open_image reads it, or says what is wrong
-        as_it_is = False
-    if as_it_is:
-        data = path.read_bytes()
-    else:
-        buffer, kind = io.BytesIO(), "png"
-        open_image(path).save(buffer, "PNG")
-        data = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _reply(done: Any, seconds: float) -> Reply:
-    """The reply in a chat completion, `seconds` being its share of the wall time; ValueError for a malformed one.
-
-    A thought that the server has parted from the answer is put before it again: the answer is what the model wrote.
-    """
-    if isinstance(done, str):
-        raise ValueError(f"not JSON but {_short(done, 60)!r}")
-    try:
-        choice = done.choices[0]
-        finish, text = choice.finish_reason, choice.message.content or ""
-        thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
-        logps = [float(token.logprob) for token in choice.logprobs.content or ()] if choice.logprobs else []
-        tokens = int(done.usage.completion_tokens) if done.usage else len(logps)
-        read = int(getattr(done.usage, "prompt_tokens", None) or 0)
-    except (AttributeError, IndexError, TypeError, KeyError) as error:
-        told = getattr(done, "error", None)  # some gateways send an error as 200
-        raise ValueError(f"not a chat completion ({_short(told or error)})") from error
-    if not isinstance(text, str) or not isinstance(finish, str) or finish in ABORTED:
-        raise ValueError(f"the answer is no text or was broken off (finish_reason {finish!r})")
-    if isinstance(thought, str):
-        text = f"<think>{thought}</think>{text}" if text else f"<think>{thought}"
-    text = text.encode(errors="replace").decode()  # half a surrogate pair could not be written as UTF-8
-    mean_logp = sum(logps) / len(logps) if logps else None
-    return Reply(text, tokens, "length" if finish == "length" else "stop", seconds, mean_logp, prompt_tokens=read)
-
-
-def _own_fault(error: Exception) -> bool:
-    """Whether the failure lies in the question (a damaged image, a text over the context length), not in the server."""
-    return isinstance(error, UserError) or getattr(error, "status_code", None) in (400, 413, 415, 422)
-
-
-def _reason(error: Exception) -> str:
-    """The failure in one short line, without passwords."""
-    if isinstance(error, openai.APIConnectionError) and error.__cause__:  # the outer one only says "Connection error."
-        return _short(f"{error} {error.__cause__}")
-    if isinstance(error, openai.APIStatusError):  # its text holds only OpenAI's own kind of message
-        return _short(f"{error.status_code} {error.response.text}")
-    return _short(error if isinstance(error, UserError | openai.OpenAIError | ValueError) else repr(error))
-
-
-def _short(text: object, length: int = 200) -> str:
-    return without_password(" ".join(str(text)[: 10 * length].split()))[:length]

@@ -15,13 +15,14 @@ import yaml
 
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import fingerprint, load_records
+from mmedexpert.engines.ledger import LEDGER, Ledger
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.models.backbone import Loading, attention
 from mmedexpert.reporting.tracking import group_name, logger_for
 from mmedexpert.runtime import runs, workers
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank, ranks
-from mmedexpert.runtime.runs import Run, execute
+from mmedexpert.runtime.runs import Run, console, execute
 from mmedexpert.schema import BASE, Config
 
 if TYPE_CHECKING:  # its import takes six seconds, and finding what is done needs none of it
@@ -221,6 +222,19 @@ def stage_logger(config: Config, run: Run) -> Iterator[Logger | None]:
     settings = config.logger
     with logger_for(run, kind=settings.name, project=settings.project, group=group, config=asdict(config)) as logger:
         yield logger
+
+
+def ledger_of(config: Config) -> Ledger:
+    """What servers were asked, of all runs in this outputs folder; caches of earlier versions are not read."""
+    outputs = Path(config.paths.outputs)
+    old = [name for name in ("grades.jsonl", "llm_judge.jsonl") if (outputs / name).exists()]
+    if old and rank() == 0:
+        console.print(
+            f"[yellow]{' and '.join(old)} in {outputs}: not read any more, what judges say is now kept in {LEDGER}; "
+            "delete them[/yellow]",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    return Ledger(outputs / LEDGER)
 
 
 def records_of(data: Run, split: str, specialties: list[str]) -> tuple[list[Record], Path]:

@@ -31,7 +31,16 @@ from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import benchmark
-from mmedexpert.stages.common import content_of, loading, model_key, records_of, stage_logger, stage_run, together
+from mmedexpert.stages.common import (
+    content_of,
+    ledger_of,
+    loading,
+    model_key,
+    records_of,
+    stage_logger,
+    stage_run,
+    together,
+)
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.overlap import clean_part
 from mmedexpert.stages.subjects import Subject, subjects_of
@@ -194,9 +203,8 @@ def _second_opinion(
     """An LLM judge's accuracy on the open answers, and why it did not judge some of them, by id."""
     from mmedexpert.engines.openai import engine_of
 
-    endpoint, record_of = config.eval.llm_judge, {record.id: record for record in questions.records}
-    engine = engine_of(endpoint, "eval.llm_judge", max_new_tokens=256)
-    judge = LLMJudge(engine, Path(config.paths.outputs) / "llm_judge.jsonl")
+    record_of = {record.id: record for record in questions.records}
+    judge = LLMJudge(engine_of(config.eval.llm_judge, "eval.llm_judge", max_new_tokens=256, ledger=ledger_of(config)))
     open_rows = [row for row in rows if row["kind"] == "open"]
     right = judge.judge([(record_of[row["id"]], row["response"]) for row in open_rows])
     judged = [row for row in open_rows if row["id"] in right]

@@ -35,6 +35,7 @@ from mmedexpert.stages.common import (
     Base,
     content_of,
     fit_options,
+    ledger_of,
     loading,
     model_key,
     records_of,
@@ -127,7 +128,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
 
         records, image_root = records_of(data, "train", specialties)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
-        grader = grader_of(_reward(config), Path(config.paths.outputs) / "grades.jsonl")
+        grader = grader_of(_reward(config), ledger_of(config))
         encoder, policy = load_encoder(base.folder, loading(config)), _policy(config, base, starts)
         curve = run.folder / "curve.jsonl"
         with run.phase("train"), stage_logger(config, run) as logger:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmedexpert.data.record import Record
+from mmedexpert.engines.ledger import Ledger
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import Grades, grades
 from mmedexpert.guidelines.truth import truth_of
@@ -143,8 +144,8 @@ def report_of(counts: Mapping[str, float]) -> dict[str, float]:
     return {f"grader/{name}": value for name, value in found.items()}
 
 
-def grader_of(reward: RewardConfig, cache: Path) -> Grader:
-    """The grader that `reward.grader` names; a judge keeps its grades in the JSON lines file `cache`.
+def grader_of(reward: RewardConfig, ledger: Ledger) -> Grader:
+    """The grader that `reward.grader` names; what a judge says is kept in `ledger`.
 
     Raises UserError where the environment variable with the judge's key is empty.
     """
@@ -154,8 +155,6 @@ def grader_of(reward: RewardConfig, cache: Path) -> Grader:
     from mmedexpert.training.judge import JudgeGrader  # it needs the interface above
 
     judge = reward.judge
-    engine = engine_of(judge, "reward.judge", max_new_tokens=judge.max_new_tokens)
-    found = JudgeGrader(
-        engine, cache, revision=judge.revision, shows_images=judge.shows_images, shows_answer=judge.shows_answer
-    )
+    engine = engine_of(judge, "reward.judge", max_new_tokens=judge.max_new_tokens, ledger=ledger)
+    found = JudgeGrader(engine, shows_images=judge.shows_images, shows_answer=judge.shows_answer)
     return HybridGrader(found) if reward.grader == "hybrid" else found

@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from mmedexpert.engines.asking import Ask, Reply
+from mmedexpert.engines.asking import Ask, BudgetReached, Reply
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
-from mmedexpert.runtime.fingerprints import file_digest
 from mmedexpert.training.grading import PAIRS, Case, Grading, pairs_of
 
 if TYPE_CHECKING:  # its library takes two seconds to import
@@ -55,23 +50,20 @@ class JudgeGrader:
 
     One call scores all criteria of a completion; a perspective's score is the share of its criteria that hold. # ours
     The judge sees the definitions of `perspectives.yaml`, question, options and completion; the image with
-    `shows_images`, the gold answer with `shows_answer`. What it says is kept in `cache` by content (server without
-    password, model, revision, prompt, schema, bytes of the images), shared by runs and ranks.
+    `shows_images`, the gold answer with `shows_answer`. What it says is kept in the engine's ledger, shared by runs and
+    ranks.
 
     A reply that is malformed, a refusal and a lost server give a missing grade, NaN: never 0, which would be paid as a
-    bad completion. It is not cached: a server started anew, with room for a longer reply, may answer it the next time.
+    bad completion. The ledger is told to forget it: a server started anew, with room for a longer reply, may answer it
+    the next time.
 
     Raises UserError where nothing of the first batch is graded, or nothing of a later one of more than HANDFUL
     completions, so that nobody trains on nothing; a single record that the server refuses for good (its image, its
-    length) is no such case. And for a damaged cache.
+    length) is no such case. BudgetReached where the engine may ask no more. And for a damaged ledger.
     """
 
-    def __init__(
-        self, engine: OpenAIEngine, cache: Path, *, revision: str | None = None, shows_images: bool = True,
-        shows_answer: bool = False,
-    ) -> None:  # fmt: skip
-        self.engine, self.cache, self.revision = engine, Cache(cache), revision
-        self.shows_images, self.shows_answer = shows_images, shows_answer
+    def __init__(self, engine: OpenAIEngine, *, shows_images: bool = True, shows_answer: bool = False) -> None:
+        self.engine, self.shows_images, self.shows_answer = engine, shows_images, shows_answer
         self.heard = False  # has it graded anything yet?
 
     def __call__(self, cases: Sequence[Case]) -> Grading:
@@ -81,33 +73,28 @@ class JudgeGrader:
         )
         if not cases:
             return Grading([], [], counts)
-        keys, asks = list[str](), dict[str, tuple[Ask, Case]]()
-        for case in cases:
-            key, ask = self._ask(case)
-            keys.append(key)
-            asks[key] = (ask, case)
-        kept = self.cache.read()
-        graded = {key: found for key, (_, case) in asks.items() if (found := complete(kept.get(key), case.asked))}
-        counts["cached"] = float(sum(key in graded for key in keys))
-        new = [pair for key, pair in asks.items() if key not in graded]
-        counts["calls"] = float(len(new))
+        asks = [self._ask(place, case) for place, case in enumerate(cases)]
+        verdicts: list[Verdict | None] = [None] * len(cases)
         reasons: list[str] = []
-        refused: set[str] = set()
-        for place, reply in self._replies(new, reasons):
-            ask, case = new[place]
-            counts["tokens"] += reply.tokens
-            counts["prompt_tokens"] += reply.prompt_tokens
-            found = None if reply.refused else verdict_of(reply.text, case.asked)
+        refused: set[int] = set()
+        for place, reply in self._replies(asks, reasons):
+            if reply.kept:
+                counts["cached"] += 1
+            else:
+                counts["tokens"] += reply.tokens
+                counts["prompt_tokens"] += reply.prompt_tokens
+            found = None if reply.refused else verdict_of(reply.text, cases[place].asked)
             if found is not None:
-                graded[ask.id] = found
-                self.cache.add(ask.id, self._row(found, reply))
+                verdicts[place] = found
                 continue
-            refused |= {ask.id} if reply.refused else set()
+            self.engine.forget(asks[place])
+            refused |= {place} if reply.refused else set()
             said = " ".join(reply.text[-400:].split())[-80:]
             reasons.append(reply.refused or f"its reply is not the JSON it was asked for: {said!r}")
-        verdicts = [graded.get(key) for key in keys]
-        counts["judged"], counts["missing"] = float(len(cases)), float(sum(found is None for found in verdicts))
-        own_fault = refused == set(asks) and len({case.record.id for case in cases}) == 1 and self.heard
+        counts["calls"] = len(cases) - counts["cached"]
+        graded = sum(found is not None for found in verdicts)
+        counts["judged"], counts["missing"] = float(len(cases)), float(len(cases) - graded)
+        own_fault = len(refused) == len(cases) and len({case.record.id for case in cases}) == 1 and self.heard
         if not graded and not own_fault and (len(cases) > HANDFUL or not self.heard):
             raise UserError(
                 f"reward.judge: {self.engine.model} at {self.engine.address} graded none of {len(cases)} completions "
@@ -124,84 +111,19 @@ class JudgeGrader:
             counts,
         )
 
-    def _replies(self, new: Sequence[tuple[Ask, Case]], reasons: list[str]) -> Iterator[tuple[int, Reply]]:
+    def _replies(self, asks: Sequence[Ask], reasons: list[str]) -> Iterator[tuple[int, Reply]]:
         """What the engine gives; what it raises for a lost server is a reason, after the replies that came."""
         try:
-            yield from self.engine([ask for ask, _ in new], [response_format(case.asked) for _, case in new])
+            yield from self.engine(asks)
+        except BudgetReached:
+            raise
         except UserError as error:
             reasons.append(str(error))
 
-    def _ask(self, case: Case) -> tuple[str, Ask]:
-        """A case's key in the cache, and the question with that key as its id."""
+    def _ask(self, place: int, case: Case) -> Ask:
         images = case.images if self.shows_images else ()
-        text, engine = prompt(case, images=bool(images), answer=self.shows_answer), self.engine
-        server = [engine.address.rstrip("/"), engine.model, self.revision, engine.system_prompt]
-        parts = [*server, text, response_format(case.asked), list(map(_digest, images))]
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return key, Ask(key, text, images)
-
-    def _row(self, found: Verdict, reply: Reply) -> dict[str, Any]:
-        engine = self.engine
-        return {"server": engine.address, "model": engine.model, "criteria": found, "reply": reply.text[-MAX_REPLY:]}
-
-
-def _digest(path: Path) -> str:
-    """The sha256 of an image; one that cannot be read is refused by the engine, and nothing kept of it."""
-    try:
-        return file_digest(path)
-    except OSError:
-        return "unreadable"
-
-
-class Cache:
-    """Verdicts by key in a JSON lines file that several processes read and add to, an fsynced line each.
-
-    The lock is held for a line only, so that ranks ask at the same time. A last line that a kill cut off is cut away.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.known, self.end, self.lines = path, dict[str, Any](), 0, 0
-        self.lock = FileLock(path.with_name(f".{path.name}.lock"))
-
-    def read(self) -> dict[str, Any]:
-        """The criteria of all keys, with what others have added by now. UserError naming a line that is none."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock:
-            self._catch_up()
-        return self.known
-
-    def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Keep a verdict; it is on the disk when this returns."""
-        with self.lock:
-            self._catch_up()
-            with self.path.open("ab") as file:
-                file.write(json.dumps({"key": key, **row}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Read what is new since the last time."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < self.end:  # somebody has deleted it, or lines of it
-            self.end = self.lines = 0
-        if size == self.end:
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.end)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in whole.split(b"\n")[:-1]:
-            self.lines += 1
-            try:
-                row = json.loads(line)
-                self.known[row["key"]] = row["criteria"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                number, self.lines = self.lines, self.lines - 1
-                raise UserError(f"{self.path} line {number} is no verdict: delete the line, or the file") from error
-            self.end += len(line) + 1
-        if len(whole) < len(data):  # whoever wrote it is gone: the lock is ours
-            os.truncate(self.path, self.end)
+        text = prompt(case, images=bool(images), answer=self.shows_answer)
+        return Ask(f"{case.record.id}, completion {place}", text, images, format=response_format(case.asked))
 
 
 def prompt(case: Case, *, images: bool, answer: bool) -> str:
