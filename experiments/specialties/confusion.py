@@ -2,7 +2,7 @@
 
 ROOT holds the real records: `medxpertqa/medxpertqa_mm_input.jsonl`, `vqa_rad/split_testset.json`,
 `omnimedvqa/records.jsonl`, as published (Med-R1's schema for the last). A question is found by its id (line number for
-OmniMedVQA) and must have the digest that labels.csv states. `--half development|held|all`; `--errors` lists each row
+OmniMedVQA) and must have the digest that labels.csv states. `--half development|held|fresh|all`; `--errors` lists each row
 where rules and labels differ, by id, with the rules' evidence.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
-    parser.add_argument("--half", choices=("development", "held", "all"), default="all")
+    parser.add_argument("--half", choices=("development", "held", "fresh", "all"), default="all")
     parser.add_argument("--errors", action="store_true")
     chosen = parser.parse_args()
     rows = labelled(chosen.root, chosen.half)

@@ -64,8 +64,8 @@ class Rule:
     label: str
     score: float
     why: str
-    when: Mapping[str, Sequence[str]]
-    unless: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    when: Mapping[str, Mapping[str, None]]  # of each field its phrases, an ordered set
+    unless: Mapping[str, Mapping[str, None]] = field(default_factory=dict)
     least: int = 1
 
     @property
@@ -78,11 +78,13 @@ class Rule:
         told = []
         for name, phrases in self.when.items():
             here = found[name]
-            hits = {} if here.keys().isdisjoint(phrases) else {here[one]: None for one in phrases if one in here}
+            if here.keys().isdisjoint(phrases.keys()):
+                return ""
+            hits = {here[phrase]: None for phrase in phrases if phrase in here}
             if len(hits) < self.least:
                 return ""
             told.append(f"{name} {', '.join(f'{words!r}' for words in list(hits)[: max(2, self.least)])}")
-        if not all(found[name].keys().isdisjoint(phrases) for name, phrases in self.unless.items()):
+        if not all(found[name].keys().isdisjoint(phrases.keys()) for name, phrases in self.unless.items()):
             return ""
         return f"{self.id}: {'; '.join(told) or 'whatever is read'}"
 
@@ -176,7 +178,8 @@ def _rule(row: Any, file: Path) -> Rule:
                 Phrases(phrases)
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{where}, {part}.{read}: {error}") from error
-    return Rule(**row)
+    sets = {part: {read: dict.fromkeys(row[part][read]) for read in row[part]} for part in ("when", "unless") if part in row}
+    return Rule(**row | sets)
 
 
 def _found(
