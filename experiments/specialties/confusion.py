@@ -2,8 +2,8 @@
 
 ROOT holds the real records: `medxpertqa/medxpertqa_mm_input.jsonl`, `vqa_rad/split_testset.json`,
 `omnimedvqa/records.jsonl`, as published (Med-R1's schema for the last). A question is found by its id (line number for
-OmniMedVQA) and must have the digest that labels.csv states. `--half development|held|fresh|all`; `--errors` lists each row
-where rules and labels differ, by id, with the rules' evidence.
+OmniMedVQA) and must have the digest that labels.csv states. `--half development|held|fresh|all`; `--errors` lists each
+row where rules and labels differ, by id, with the rules' evidence.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _digest(question: str) -> str:
 
 
 def labelled(root: Path, half: str) -> list[Row]:
-    """Each labelled question of a half with the rules' labels; exits naming the first that is not as it was labelled."""
+    """Each labelled question with the rules' labels; exits naming the first that is not the one labelled."""
     known = questions(root)
     rows: list[Row] = []
     for line in csv.DictReader(LABELS.read_text(encoding="utf-8").splitlines()):
@@ -98,12 +98,16 @@ def report(rows: Sequence[Row]) -> str:
         told.append(f"{source:<12}{_told([row for row in rows if row[0]['source'] == source])}")
     table = Counter((line["primary"], said[0].label) for line, said in rows)
     told += ["", "| labelled, rules | " + " | ".join(SPECIALTIES) + " | recall |", "|---" * 6 + "|"]
-    for name in SPECIALTIES:
-        line = [table[name, other] for other in SPECIALTIES]
-        told.append(f"| {name} | " + " | ".join(map(str, line)) + f" | {line[SPECIALTIES.index(name)] / sum(line):.2f} |")
-    given = [sum(table[other, name] for other in SPECIALTIES) for name in SPECIALTIES]
-    right = [f"{table[name, name] / total:.2f}" if total else "-" for name, total in zip(SPECIALTIES, given, strict=True)]
+    for place, name in enumerate(SPECIALTIES):
+        counts = [table[name, other] for other in SPECIALTIES]
+        told.append(f"| {name} | " + " | ".join(map(str, counts)) + f" | {_share(counts[place], sum(counts))} |")
+    given = Counter(said[0].label for _, said in rows)
+    right = [_share(table[name, name], given[name]) for name in SPECIALTIES]
     return "\n".join([*told, "| precision | " + " | ".join(right) + " | |"])
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2f}" if whole else "-"
 
 
 def main() -> None:

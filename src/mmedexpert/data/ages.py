@@ -19,7 +19,7 @@ OLD = re.compile(
     rf"(?<![\w.])(?P<number>{NUMBER})"
     rf"(?:\s*½|\s+1/2|[\s-]+and[\s-]+a[\s-]+half)?[\s-]*"
     rf"(?:(?P<unit>{UNIT})[\s-]*(?:old\b|of\s+age\b)|y[/.\s]?o\b)(?P<thing>{THING})"
-    r"(?P<relative>\s+(?:mother|father|parent|brother|sister|sibling|cousin|grand|husband|wife|primi|gravida|g\dp\d))?"
+    r"(?P<relative>\s+(?:mother|father|parent|brother|sister|sibling|cousin|grand|husband|wife))?"
 )
 WHOSE = re.compile(r"\b(?:his|her|their)\s+$")
 # "at age 7" is when something was, not how old the patient is
@@ -49,10 +49,10 @@ def age_group(text: str) -> tuple[str, str]:
         (related if relative else own).append((years, match[0].strip()))
     if related and related[0][0] < MAJORITY and (not own or BRINGS.search(small)):
         return MINOR, related[0][1]
-    if not own and "age" in small and (match := AGED.search(small)):
-        own = [(_years(match["number"], match["unit"]), match[0].strip())]
-    if not own and (match := MONOGRAM.search(text)):
-        own = [(float(match[1]), match[0])]
+    if not own and "age" in small and (aged := AGED.search(small)):
+        own = [(_years(aged["number"], aged["unit"]), aged[0].strip())]
+    if not own and (short := MONOGRAM.search(text)):
+        own = [(float(short[1]), short[0])]
     if own:
         return (MINOR if own[0][0] < MAJORITY else ADULT), own[0][1]
     grown = GROWN.search(small)

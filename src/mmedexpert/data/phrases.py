@@ -43,8 +43,8 @@ class Phrases:
     def hits(self, words: Sequence[str]) -> list[tuple[str, int, int]]:
         """(phrase, place of its first word, place behind its last), in order of places."""
         hits = []
-        for place, word in enumerate(words):
-            for phrase in self._by_word(word):
+        for place, phrases in enumerate(map(self._by_word, words)):
+            for phrase in phrases:  # few words begin one
                 parts = self._parts[phrase]
                 end = place + len(parts)
                 if end - place == 1 or (end <= len(words) and all(map(_matches, words[place + 1 : end], parts[1:]))):

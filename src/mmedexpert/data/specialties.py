@@ -6,7 +6,7 @@ Source: the four specialties are those of MMedExpert-R1; it publishes no rule th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -145,7 +145,9 @@ def read_rules(path: Path | None = None) -> Rules:
     parts = ("version", *MARKS, "ends", "reach", "rules")
     if not isinstance(data, dict) or set(data) != set(parts):
         raise UserError(f"{file} must hold the keys {', '.join(parts)}, and no others")
-    rules = tuple(_rule(row, file) for row in data["rules"])
+    for kind in MARKS:
+        _check(data[kind], f"{file}, {kind}")
+    rules = tuple(_rule(row, file) for row in data["rules"] or ())
     ids = [rule.id for rule in rules]
     if twice := [name for name in ids if ids.count(name) > 1]:
         raise UserError(f"{file}: two rules are called {twice[0]!r}; give each its own id")
@@ -154,6 +156,17 @@ def read_rules(path: Path | None = None) -> Rules:
     every = [phrase for rule in rules for part in (rule.when, rule.unless) for row in part.values() for phrase in row]
     kinds = {phrase: kind for kind in MARKS for phrase in data[kind]}
     return Rules(data["version"], rules, Phrases(every), Phrases(kinds), kinds, frozenset(data["ends"]), data["reach"])
+
+
+def _check(phrases: Any, where: str) -> None:
+    if not isinstance(phrases, list) or not phrases:
+        raise UserError(f"{where}: no list of phrases")
+    try:
+        Phrases(phrases)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (TypeError, AttributeError) as error:  # YAML reads a bare no, on, 12 as something else
+        raise UserError(f"{where}: every phrase is a text; put quotes around numbers, yes, no, on and off") from error
 
 
 def _rule(row: Any, file: Path) -> Rule:
@@ -171,14 +184,15 @@ def _rule(row: Any, file: Path) -> Rule:
     if not isinstance(row["score"], float) or not 0 < row["score"] <= 1:
         raise UserError(f"{where}: score {row['score']!r} is no number above 0 and up to 1; write it as 0.5 or 1.0")
     for part in ("when", "unless"):
+        if not isinstance(row.get(part, {}), dict):
+            raise UserError(f"{where}: {part} must be fields with lists of phrases, such as stem: [fracture*]")
         for read, phrases in row.get(part, {}).items():
             if read not in TEXTS + METADATA:
                 raise UserError(f"{where}: unknown field {read!r}{suggestion(read, TEXTS + METADATA)}")
-            try:
-                Phrases(phrases)
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"{where}, {part}.{read}: {error}") from error
-    sets = {part: {read: dict.fromkeys(row[part][read]) for read in row[part]} for part in ("when", "unless") if part in row}
+            _check(phrases, f"{where}, {part}.{read}")
+    sets = {
+        part: {read: dict.fromkeys(row[part][read]) for read in row[part]} for part in ("when", "unless") if part in row
+    }
     return Rule(**row | sets)
 
 
@@ -189,7 +203,8 @@ def _found(
     options = {str(letter): str(text) for letter, text in (options or {}).items()}
     answer = answer[0] if isinstance(answer, (list, tuple)) and answer else answer
     letter = str(answer or "").strip()
-    gold, _ = _read(rules, options.get(letter, "" if options and len(letter) == 1 else letter))
+    text = options.get(letter, options.get(letter.upper(), "" if options and len(letter) == 1 else letter))
+    gold, _ = _read(rules, text)
     stem = _without_choices(question, options)
     found: dict[str, dict[str, str]] = {"stem": {}, "now": {}, "gold": gold, "asked": gold, "case": {}}
     asked = False
