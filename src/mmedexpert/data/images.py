@@ -19,6 +19,10 @@ TAILS = (0.1, 99.9)  # ours: percentiles; what lies beyond (hot pixels, burnt-in
 FAINT = 1 / 8  # ours: a deep picture on less of its depth (CT numbers with an offset) is scaled by its own range
 LOST = 64  # ours: of 256 levels; a 16-bit colour picture darker than that has its content in the bits Pillow drops
 
+# what a JPEG or PNG may hold beside its picture; Pillow meets some chunks of a PNG only behind the picture
+BESIDE = {"transparency", "exif", "comment", "photoshop", "xmp", "mp", "Raw profile type exif"}
+CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+
 # what `changes` tells of a picture
 SCALED, OWN_RANGE = "deep grey, scaled by its bit depth", "deep grey, scaled by its own range"
 INVERTED, FIRST = "deep grey, inverted: white is zero", "several frames, the first is shown"
@@ -60,6 +64,17 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
 def changes(picture: Image.Image) -> tuple[str, ...]:
     """What `open_image` did to a picture beyond decoding it, or noticed: to be counted where a data set is made."""
     return picture.info["changes"]
+
+
+def is_plain(path: Path) -> bool:
+    """Whether every reader sees in the file what `open_image` gives, and it holds nothing else (EXIF, a comment): an
+    8-bit grey or RGB PNG or JPEG. What is not should be saved anew before it is passed on."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            same = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and not BESIDE & set(image.info)
+            return same and (image.format == "JPEG" or not any(chunk in path.read_bytes() for chunk in CHUNKS))
+    except Exception:  # another format, or damaged: open_image reads it, or says what is wrong
+        return False
 
 
 def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, ...]:

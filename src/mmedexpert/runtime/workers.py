@@ -129,14 +129,15 @@ def _begin(told: Any, terminal: bool, threads: int, parent: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     runs.console.file = _Lines(told, terminal)  # type: ignore[assignment]
     runs.console._force_terminal = terminal
     progress.relay = told.put
 
 
-def _leave_with(parent: int) -> None:
+def leave_with(parent: int) -> None:
+    """End this process when its parent has ended, however that was; in a thread."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
