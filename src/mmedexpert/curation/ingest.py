@@ -5,43 +5,34 @@ A picture's file is named by its bytes, so that no path tells a label; pictures 
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import re
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from mmedexpert.curation.steps import Verdict
-from mmedexpert.data.images import changes, is_plain
-from mmedexpert.data.overlap import picture_of
 from mmedexpert.data.record import TEXT, Record
 from mmedexpert.data.validation import Bad, not_text
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.fingerprints import folder_digest
+from mmedexpert.runtime.orphans import follow
 from mmedexpert.runtime.progress import SHORT, Bar
-from mmedexpert.runtime.workers import leave_with
-from mmedexpert.sources.dicom import is_dicom, open_picture
-from mmedexpert.sources.unpack import leaves_root, write_image
+from mmedexpert.sources.pictures import MAX_SIDE, Stored, store_picture
+from mmedexpert.sources.unpack import leaves_root
 
 UNREADABLE = "source record cannot be read"
 BROKEN_IMAGE = "image cannot be read"
 TWICE = "id occurs twice in its source"
 
-MAX_SIDE = 1024  # peers: MedVLThinker's longest side
 MAX_PIXELS = 40_000_000  # ours: above a mammogram (5,928 x 4,728), below slides: a tile or a region of these is wanted
-SMALLER = "made smaller: longest side {}"
-JPEG = b"\xff\xd8\xff"
 BATCH = 256  # records  # ours: few enough to wait for, many enough that workers seldom do
 TOGETHER = 4  # images a worker gets at once  # ours
 
@@ -69,14 +60,6 @@ class Source:
     license: str = ""
     redistribute: bool | None = None
     revision: str = ""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A picture's file below the image folder, and what `Record.provenance` says of it (curation/steps.py)."""
-
-    name: str
-    about: dict[str, Any]
 
 
 def ingest(
@@ -117,34 +100,6 @@ def may_redistribute(license: str) -> bool:
     """Whether a licence lets a record be released; no for NC, ND, research only, unknown and unstated ones. # ours"""
     words = " ".join(re.findall(r"[a-z]+\d*|\d+", license.casefold()))
     return FREE.fullmatch(re.sub(r"^creative commons attribution( share ?alike)?", _short, words)) is not None
-
-
-def store_picture(path: Path, *, image_dir: Path, max_side: int, max_pixels: int) -> Stored | str:
-    """Write a picture to `image_dir/<first two of its hash>/<hash>.<png|jpg>`, or say what is wrong with it.
-
-    The file's own bytes where every reader sees in them what is shown and nothing else, else a PNG of that.
-    """
-    try:
-        picture = open_picture(path, max_pixels=max_pixels)
-    except UserError as error:
-        return str(error).replace(f"{path} ", "", 1)
-    told = changes(picture)
-    own = not is_dicom(path) and is_plain(path)
-    if max_side and max(picture.size) > max_side:
-        picture.thumbnail((max_side, max_side))
-        told, own = (*told, SMALLER.format(max_side)), False
-    if own:
-        data = path.read_bytes()
-    else:
-        picture.info.clear()
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", compress_level=1)  # a third of the time of the default, a tenth larger
-        data = buffer.getvalue()
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{digest[:2]}/{digest[:32]}{'.jpg' if data.startswith(JPEG) else '.png'}"
-    write_image(image_dir / name, data)
-    about = {"sha256": digest, **asdict(picture_of(picture))}
-    return Stored(name, about | ({"changes": list(told)} if told else {}))
 
 
 def _stored(
@@ -201,7 +156,9 @@ def _unreadable(source: Source, revision: str, record_id: str, why: str) -> Verd
         source=source.name, license=source.license, split="", image_group="",
         provenance={"source": source.name, "revision": revision},
     )  # fmt: skip
-    return Verdict(record, UNREADABLE, why.replace(f"{source.root}/", ""))
+    if source.root.is_absolute():  # where a folder lies is nobody's business
+        why = why.replace(f"{source.root}/", "").replace(str(source.root), "its folder")
+    return Verdict(record, UNREADABLE, why)
 
 
 def _short(match: re.Match[str]) -> str:
@@ -215,7 +172,7 @@ def _workers(processes: int) -> Iterator[MapImages]:
         yield map
         return
     context = get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=follow, initargs=(os.getpid(),)) as pool:
         try:
             yield partial(pool.map, chunksize=TOGETHER)
         except BrokenProcessPool as error:
@@ -224,8 +181,3 @@ def _workers(processes: int) -> Iterator[MapImages]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _begin(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
-    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()

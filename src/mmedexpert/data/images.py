@@ -23,6 +23,8 @@ LOST = 64  # ours: of 256 levels; a 16-bit colour picture darker than that has i
 BESIDE = {"transparency", "exif", "comment", "photoshop", "xmp", "mp", "Raw profile type exif"}
 CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 
+SURE = 100  # ours: of two sides, far from the limit of 200; where that is not so, the rule itself is asked
+
 # what `changes` tells of a picture
 SCALED, OWN_RANGE = "deep grey, scaled by its bit depth", "deep grey, scaled by its own range"
 INVERTED, FIRST = "deep grey, inverted: white is zero", "several frames, the first is shown"
@@ -71,7 +73,8 @@ def is_plain(path: Path) -> bool:
     8-bit grey or RGB PNG or JPEG. What is not should be saved anew before it is passed on."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
-            same = image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and not BESIDE & set(image.info)
+            one = image.format in ("PNG", "JPEG") and not getattr(image, "is_animated", False)
+            same = one and image.mode in ("L", "RGB") and not BESIDE & set(image.info)
             return same and (image.format == "JPEG" or not any(chunk in path.read_bytes() for chunk in CHUNKS))
     except Exception:  # another format, or damaged: open_image reads it, or says what is wrong
         return False
@@ -84,10 +87,12 @@ def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str,
 
 def check_shape(picture: Image.Image, name: str) -> None:
     """UserError for a picture that Qwen-VL cannot patch: its own rule is asked (one side over 200 times the other)."""
-    # here, because it takes seconds and the modules that write files do not need it
+    width, height = picture.size
+    if 0 < max(width, height) <= SURE * min(width, height):
+        return
+    # here, because it takes seconds, and hundreds of megabytes in each process that opens images
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    width, height = picture.size
     try:
         smart_resize(height, width)
     except (ValueError, ZeroDivisionError) as error:

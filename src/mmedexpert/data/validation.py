@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from mmedexpert.data.images import check_image
 from mmedexpert.data.record import KINDS, SPLITS, TEXT, Record
+from mmedexpert.data.records import line_of
 from mmedexpert.data.table import alike
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.progress import track
@@ -165,7 +164,7 @@ def twins(record: Record) -> list[str]:
 def not_text(record: Record) -> str | None:
     """What keeps a record's texts from being written and tokenised (half of a surrogate pair out of JSON), or None."""
     try:
-        json.dumps(asdict(record), ensure_ascii=False).encode()
+        line_of(record)
     except UnicodeEncodeError as error:
         return f"a text of it is no Unicode ({error.reason}): mend or remove it"
     return None

@@ -189,8 +189,10 @@ def _windowed(levels: np.ndarray, used: np.ndarray, about: Any, told: list[str])
     rescaled = apply_modality_lut(levels, about)
     try:
         if about.get("VOILUTSequence"):
-            bits = int(about.VOILUTSequence[0].LUTDescriptor[2])
-            shares = apply_voi(np.round(rescaled).astype(np.int64), about) / (2.0**bits - 1)
+            entries, first, bits = (int(value) for value in about.VOILUTSequence[0].LUTDescriptor)
+            # clipped here: pydicom 3.0 lets what is far above a table of 8 bits wrap round
+            inside = np.round(rescaled).astype(np.int64).clip(first, first + (entries or 65536) - 1)
+            shares = apply_voi(inside, about) / (2.0**bits - 1)
             told.append(WINDOWED)
             return shares
         if "WindowCenter" in about and "WindowWidth" in about:

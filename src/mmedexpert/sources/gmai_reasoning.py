@@ -15,9 +15,9 @@ from mmedexpert.sources.vqa_table import find_files, images_of, load_rows, make_
 
 NEEDED = ("image", "conversations")
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL | re.IGNORECASE)
-TAIL = re.compile(
-    r"\n\s*(?:answer with|answer the question|please (?:answer|select|choose|provide|think))[^\n]*\s*$", re.I
-)
+# ours: a last line that tells how to answer is no part of the last option
+ASKS = "answer with|answer the question|please (?:answer|select|choose|provide|think)"
+TAIL = re.compile(rf"\n\s*(?:{ASKS})[^\n]*\s*$", re.IGNORECASE)
 
 
 def load(

@@ -170,8 +170,9 @@ def _read_set(folder: Path, out_dir: Path, max_side: int, changed: Counter[str])
     if len({fold(text) for text in (*labels.texts.values(), *about.distractors)}) < len(LETTERS):
         fix = f"add distractors: [...] to {folder / DESCRIPTION}"
         raise UserError(f"{folder} has fewer than {len(LETTERS)} labels ({', '.join(labels.texts.values())}): {fix}")
-    told = numbered([patient_of([folder / row["file"]]) for row in rows])  # a DICOM file's, whatever its name
-    people = patients(rows, [_patient(row["file"], about) or who for row, who in zip(rows, told, strict=True)], changed)
+    named = numbered([patient_of([folder / row["file"]]) for row in rows])  # of DICOM files
+    known = [_patient(row["file"], about) or who for row, who in zip(rows, named, strict=True)]
+    people = patients(rows, known, changed)
 
     same: dict[str, list[tuple[int, str]]] = {}  # content hash -> its rows, each with the prepared copy
     for number, row in enumerate(track(rows, f"preparing {name}")):

@@ -1,4 +1,4 @@
-"""A table of questions on images, or of text alone: json, jsonl, csv, tsv or Parquet, its columns named in the config."""
+"""A table of questions, on images or of text alone: json, jsonl, csv, tsv or Parquet, its columns named in a config."""
 
 from __future__ import annotations
 
@@ -208,9 +208,7 @@ def _parse(
         question, inline = parse_problem(question)
         choices = list(inline.items())
     elif isinstance(options, list):
-        choices = choices_of(
-            {letter: row.get(column) for letter, column in zip(ascii_uppercase, options, strict=False)}
-        )
+        choices = choices_of(dict(zip(ascii_uppercase, (row.get(column) for column in options), strict=False)))
     else:
         choices = choices_of(row.get(options))
     columns = named.get("image", [])
