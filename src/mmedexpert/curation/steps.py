@@ -6,6 +6,8 @@
     revision     of the source: a commit of the hub, or a digest of the folder it was read from
     redistribute whether its licence lets the record be released
     images       of each image {"sha256": of its bytes, "pixels": of its RGB pixels, "phash": 64 hex digits, "grey_std"}
+                 and where opening it changed or noticed something, "changes": what (data/images.py)
+    source_reasoning  the source's own, where it has one: no trace of ours
     labels       specialties found, [{"label", "score", "method", "evidence", "version"}] (data/specialties.py)
     checks       what steps found out, by the step's name, such as {"difficulty": {"passed": 5, "of": 16}}
 """

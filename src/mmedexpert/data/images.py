@@ -19,6 +19,12 @@ TAILS = (0.1, 99.9)  # ours: percentiles; what lies beyond (hot pixels, burnt-in
 FAINT = 1 / 8  # ours: a deep picture on less of its depth (CT numbers with an offset) is scaled by its own range
 LOST = 64  # ours: of 256 levels; a 16-bit colour picture darker than that has its content in the bits Pillow drops
 
+# what a JPEG or PNG may hold beside its picture; Pillow meets some chunks of a PNG only behind the picture
+BESIDE = {"transparency", "exif", "comment", "photoshop", "xmp", "mp", "Raw profile type exif"}
+CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+
+SURE = 100  # ours: of two sides, far from the limit of 200; where that is not so, the rule itself is asked
+
 # what `changes` tells of a picture
 SCALED, OWN_RANGE = "deep grey, scaled by its bit depth", "deep grey, scaled by its own range"
 INVERTED, FIRST = "deep grey, inverted: white is zero", "several frames, the first is shown"
@@ -62,6 +68,18 @@ def changes(picture: Image.Image) -> tuple[str, ...]:
     return picture.info["changes"]
 
 
+def is_plain(path: Path) -> bool:
+    """Whether every reader sees in the file what `open_image` gives, and it holds nothing else (EXIF, a comment): an
+    8-bit grey or RGB PNG or JPEG. What is not should be saved anew before it is passed on."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            one = image.format in ("PNG", "JPEG") and not getattr(image, "is_animated", False)
+            same = one and image.mode in ("L", "RGB") and not BESIDE & set(image.info)
+            return same and (image.format == "JPEG" or not any(chunk in path.read_bytes() for chunk in CHUNKS))
+    except Exception:  # another format, or damaged: open_image reads it, or says what is wrong
+        return False
+
+
 def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, ...]:
     """Open the image at `path` and throw it away; its `changes`. Raises UserError as `open_image` does."""
     return changes(open_image(path, max_pixels=max_pixels))
@@ -69,10 +87,12 @@ def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str,
 
 def check_shape(picture: Image.Image, name: str) -> None:
     """UserError for a picture that Qwen-VL cannot patch: its own rule is asked (one side over 200 times the other)."""
-    # here, because it takes seconds and the modules that write files do not need it
+    width, height = picture.size
+    if 0 < max(width, height) <= SURE * min(width, height):
+        return
+    # here, because it takes seconds, and hundreds of megabytes in each process that opens images
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    width, height = picture.size
     try:
         smart_resize(height, width)
     except (ValueError, ZeroDivisionError) as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 import imagehash
 import numpy as np
 from datasketch import MinHash, MinHashLSH
-from PIL import ImageStat
+from PIL import Image, ImageStat
 
 from mmedexpert.data.images import open_image
 from mmedexpert.data.record import Record
@@ -265,6 +265,14 @@ def _near_questions(train: Fingerprints, test: Fingerprints, min_jaccard: float)
     return sorted(near)
 
 
+def picture_of(image: Image.Image) -> Picture:
+    """The fingerprint of an image as `open_image` gives it."""
+    grey = image.convert("L")
+    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    phash = np.packbits(imagehash.phash(grey, HASH_SIDE).hash).tobytes().hex()
+    return Picture(pixels, phash, round(ImageStat.Stat(grey).stddev[0], 3))
+
+
 def _picture(path: Path, known: dict[str, Picture], cache: Path | None) -> Picture:
     """The image's fingerprint from the cache, else made, and added to it."""
     try:
@@ -272,11 +280,7 @@ def _picture(path: Path, known: dict[str, Picture], cache: Path | None) -> Pictu
     except OSError as error:
         raise UserError(f"image {path} cannot be read ({error.strerror}): restore it, or check the root") from error
     if content not in known:
-        image = open_image(path)
-        grey = image.convert("L")
-        pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        phash = np.packbits(imagehash.phash(grey, HASH_SIDE).hash).tobytes().hex()
-        known[content] = Picture(pixels, phash, round(ImageStat.Stat(grey).stddev[0], 3))
+        known[content] = picture_of(open_image(path))
         if cache:
             line = json.dumps({"file": content, **asdict(known[content])})
             with cache.open("ab", buffering=0) as file:  # one write, line end first: a line cut short spoils no other

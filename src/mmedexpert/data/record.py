@@ -7,6 +7,7 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 KINDS = ("choice", "yes_no", "closed", "open")
+TEXT = "text"  # the modality of a question without an image
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Trace:
 
 @dataclass(frozen=True)
 class Record:
-    """One question. `images` are paths relative to the data set's image root; `options` is None but for `kind` choice.
+    """One question. `images` are paths relative to the data set's image root (none where `modality` is "text");
+    `options` is None but for `kind` choice.
 
     `answer` is an option letter, or text; `image_group` is the unit that never crosses splits (image or patient);
     `groups` are a benchmark's own breakdowns (name to value); `latent` holds exact ground truth of synthetic images

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from mmedexpert.data.images import check_image
-from mmedexpert.data.record import KINDS, SPLITS, Record
+from mmedexpert.data.record import KINDS, SPLITS, TEXT, Record
+from mmedexpert.data.records import line_of
 from mmedexpert.data.table import alike
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.progress import track
@@ -120,11 +119,11 @@ def _wrong(record: Record) -> str | None:
     """What is wrong with the record's own fields, or None."""
     if fault := not_text(record):
         return fault
-    if not record.images:
-        return "it names no image"
+    if not record.images and record.modality != TEXT:
+        return f"it names no image, and its modality is not {TEXT!r}"
     if escaping := [name for name in record.images if _escapes(name)]:
         return f"image path {escaping[0]!r} is absolute or leaves the image root"
-    where = f"(image {_names(record)})"
+    where = f"(image {_names(record)})" if record.images else "(no image)"
     if not record.question.strip():
         return f"the question is empty {where}"
     if not record.specialties:
@@ -165,7 +164,7 @@ def twins(record: Record) -> list[str]:
 def not_text(record: Record) -> str | None:
     """What keeps a record's texts from being written and tokenised (half of a surrogate pair out of JSON), or None."""
     try:
-        json.dumps(asdict(record), ensure_ascii=False).encode()
+        line_of(record)
     except UnicodeEncodeError as error:
         return f"a text of it is no Unicode ({error.reason}): mend or remove it"
     return None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +15,7 @@ from typing import Any
 
 from mmedexpert.errors import UserError
 from mmedexpert.runtime import identity, progress, runs
+from mmedexpert.runtime.orphans import follow
 from mmedexpert.runtime.quiet import silence
 
 Work = Callable[[], Any]
@@ -128,18 +127,11 @@ def _begin(told: Any, terminal: bool, threads: int, parent: int) -> None:
     """A worker's start: it is quiet, tells the first process what it has to tell, and does not outlive it."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    follow(parent)
     torch.set_num_threads(threads)
     runs.console.file = _Lines(told, terminal)  # type: ignore[assignment]
     runs.console._force_terminal = terminal
     progress.relay = told.put
-
-
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _work(work: Work, told: set[Path], recipes: dict[str, str]) -> tuple[set[Path], set[str]]:

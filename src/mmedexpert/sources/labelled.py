@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mmedexpert.data.images import ONE_COLOUR, changes, check_shape, open_image
+from mmedexpert.data.images import ONE_COLOUR, changes, check_shape
 from mmedexpert.data.record import Record
 from mmedexpert.data.splits import FRACTIONS, assign_splits, join_groups
 from mmedexpert.data.table import fold, patients, read_table
@@ -22,6 +22,7 @@ from mmedexpert.data.validation import Bad, LeftOut
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.progress import track
+from mmedexpert.sources.dicom import numbered, open_picture, patient_of
 from mmedexpert.sources.labels import Labels, read_labels
 
 LABELS, DESCRIPTION = "labels.csv", "dataset.yaml"
@@ -80,7 +81,8 @@ def labelled_images(
     fractions: tuple[float, float, float] = FRACTIONS,
     max_side: int = MAX_SIDE,
 ) -> tuple[list[Record], Path, Bad]:
-    """Records, image root (`out_dir`) and bad (id, reason) from `root`: a folder with `labels.csv`, or of such folders.
+    """Records, image root (`out_dir`) and bad (id, reason) from `root`: a folder with `labels.csv`, or of such folders,
+    of image files or DICOM.
 
     Peers: OmniMedVQA's recipe (arXiv 2402.09181), gold label + three others of the set, shuffled. A cropped copy of
     each image, longest side at most `max_side`, goes to `out_dir/images` named by content, so no path holds a label.
@@ -168,7 +170,9 @@ def _read_set(folder: Path, out_dir: Path, max_side: int, changed: Counter[str])
     if len({fold(text) for text in (*labels.texts.values(), *about.distractors)}) < len(LETTERS):
         fix = f"add distractors: [...] to {folder / DESCRIPTION}"
         raise UserError(f"{folder} has fewer than {len(LETTERS)} labels ({', '.join(labels.texts.values())}): {fix}")
-    people = patients(rows, [_patient(row["file"], about) for row in rows], changed)
+    named = numbered([patient_of([folder / row["file"]]) for row in rows])  # of DICOM files
+    known = [_patient(row["file"], about) or who for row, who in zip(rows, named, strict=True)]
+    people = patients(rows, known, changed)
 
     same: dict[str, list[tuple[int, str]]] = {}  # content hash -> its rows, each with the prepared copy
     for number, row in enumerate(track(rows, f"preparing {name}")):
@@ -216,7 +220,7 @@ def _prepare(
     except (OSError, ValueError) as error:
         raise UserError(f"image {path} of {LABELS} cannot be read ({error}): restore it or drop its row") from error
     name = f"images/{hashlib.sha256(f'{digest} {list(crop)} {max_side}'.encode()).hexdigest()[:24]}.png"
-    picture = open_image(path)
+    picture = open_picture(path)
     told = tuple(one for one in changes(picture) if one != ONE_COLOUR)  # that the copy will tell
     width, height = picture.size
     left, top, right, bottom = crop

@@ -1,7 +1,8 @@
-"""MedXpertQA-MM (arXiv 2501.18362), test: 2,000 five-option questions with one to six images each."""
+"""MedXpertQA-MM (arXiv 2501.18362): five-option questions with one to six images each, 2,000 for test, 5 for dev."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -13,27 +14,34 @@ from mmedexpert.sources.parquet import read_parquet
 from mmedexpert.sources.unpack import place_images, read_objects
 
 # The hub's layout, then the file of the GitHub repository (`eval/data/medxpertqa/input`); the first that is there.
-FILES = ("MM/test.jsonl", "MM/test.json", "MM/test*.parquet", "medxpertqa_mm_input.jsonl")
+FILES = {
+    "test": ("MM/test.jsonl", "MM/test.json", "MM/test*.parquet", "medxpertqa_mm_input.jsonl"),
+    "dev": ("MM/dev.jsonl", "MM/dev.json", "MM/dev*.parquet"),
+}
 NEEDED = ("id", "question", "options", "label", "images")
 GROUPS = ("question_type", "medical_task", "body_system")
 
 
-def load(root: Path, out_dir: Path) -> tuple[list[Record], Path, Bad]:
+def load(root: Path, out_dir: Path, *, split: str = "test") -> tuple[list[Record], Path, Bad]:
     """Records, image root, bad (id, reason); images from `root/images`, else out of `root/images.zip`.
 
     Source: hub data set TsinghuaC3I/MedXpertQA, config MM, and the evaluation input of its GitHub repository. The
     question already ends in "Answer Choices: (A) ...", and stays so: MedEvalKit shows options twice.
-    Raises UserError for a root without a known file, a file that is cut short, and a file of another schema.
+    The records of dev are for training. Raises UserError for another split, a root without a known file, a file that is
+    cut short, and a file of another schema.
     """
-    paths = next((found for pattern in FILES if (found := sorted(root.glob(pattern)))), None)
+    if split not in FILES:
+        raise UserError(f"medxpertqa has no split {split!r}: choose one of {', '.join(FILES)}")
+    paths = next((found for pattern in FILES[split] if (found := sorted(root.glob(pattern)))), None)
     if paths is None:
-        raise UserError(f"{root} holds none of {', '.join(FILES)}: give the folder of TsinghuaC3I/MedXpertQA")
+        raise UserError(f"{root} holds none of {', '.join(FILES[split])}: give the folder of TsinghuaC3I/MedXpertQA")
     drafts: list[Record] = []
     bad: Bad = []
     for path in paths:
         for where, data in _read(path):
             try:
-                drafts.append(_parse(data, f"MedXpertQA-MM {path.relative_to(root).as_posix()}"))
+                draft = _parse(data, f"MedXpertQA-MM {path.relative_to(root).as_posix()}")
+                drafts.append(draft if split == "test" else replace(draft, split="train"))
             except ValueError as error:
                 bad.append((str(data.get("id") or where) if isinstance(data, dict) else where, f"{where}: {error}"))
     archives = [path for path in (root / "images.zip", root / "MM" / "images.zip") if path.is_file()]

@@ -152,7 +152,7 @@ def _load_medr1(root: Path, out_dir: Path, split: str, archives: Sequence[Path])
             if isinstance(data, dict) and data.get("split", split) != split:
                 continue
             try:
-                record = replace(_parse_medr1(data), source=f"OmniMedVQA {name}")
+                record = replace(_parse_medr1(data), source=f"OmniMedVQA {name}", split=split)
             except ValueError as error:
                 bad.append((where, str(error)))
                 continue

@@ -33,8 +33,11 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-def read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as {column: value}, a batch at a time; `optional` columns only where it has them.
+    None: all columns.
 
     Raises UserError for a file that is truncated or no Parquet file, and for one without the columns.
     """
@@ -44,10 +47,10 @@ def read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = (
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(_unreadable(path, error)) from error
     with file:
-        if missing := [name for name in columns if name not in names]:
+        if missing := [name for name in columns or () if name not in names]:
             fix = "give the folder as it was published"
             raise UserError(f"{path} has no column {', '.join(missing)} (it has {', '.join(names)}): {fix}")
-        wanted = [*columns, *(name for name in optional if name in names)]
+        wanted = names if columns is None else [*columns, *(name for name in optional if name in names)]
         try:
             for batch in file.iter_batches(batch_size=BATCH, columns=wanted):
                 yield from batch.to_pylist()

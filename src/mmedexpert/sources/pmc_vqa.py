@@ -1,4 +1,5 @@
-"""PMC-VQA (arXiv 2305.10415): four-option questions about figures of articles, `test_2.csv` or `test_clean.csv`."""
+"""PMC-VQA (arXiv 2305.10415): four-option questions about figures of articles, `test_2.csv`, `test_clean.csv`, or
+`train_2.csv` and `train.csv`."""
 
 from __future__ import annotations
 
@@ -21,19 +22,21 @@ def load(root: Path, out_dir: Path, file: str = "test_2.csv") -> tuple[list[Reco
     Source: hub data set RadGenome/PMC-VQA; version 2 (`test_2.csv`: the letter is in Answer) and version 1
     (`test_clean.csv`: in Answer_label). The two share hardly a question, so each record's source names the file and its
     number of rows. Option texts are the cells as they are, with their own "A:" and any blanks, as MedEvalKit has them.
-    Raises UserError for a missing or damaged file and for other columns.
+    A file whose name starts with train is the training part. Raises UserError for a missing or damaged file and for
+    other columns.
     """
     path = root / file
     rows = list(read_rows(path, ("figure_path", "question", *CHOICES, "answer")))
     if not rows:
         raise UserError(f"{path} holds no question: download it again")
     source = f"PMC-VQA {file} ({len(rows)} rows)"
+    split = "train" if path.name.startswith("train") else "test"
     drafts: list[Record] = []
     bad: Bad = []
     for number, (line, row) in enumerate(rows):
         record_id = f"{path.stem}-{number}"
         try:
-            drafts.append(replace(_parse(row, record_id), source=source))
+            drafts.append(replace(_parse(row, record_id), source=source, split=split))
         except ValueError as error:
             bad.append((record_id, f"{file} line {line}: {error}"))
     archives = [root / name for name in ARCHIVES if (root / name).is_file()]

@@ -48,7 +48,8 @@ def run(config: Config) -> dict[str, Run]:
         for merged in done["caci"].values():
             link(run.folder / "model", merged.folder / "model")
         records, image_root = records_of(done["data"]["data"], config.eval.split, config.specialty.names)
-        open_image(image_root / records[0].images[0]).save(run.folder / "example.png")
+        if shown := next((record.images[0] for record in records if record.images), None):
+            open_image(image_root / shown).save(run.folder / "example.png")
         return metrics
 
     key = {"missing_specialties": config.specialty.missing} if config.specialty.missing else {}

@@ -256,8 +256,8 @@ def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, imag
     rows = []
     for i, text in enumerate(rollout.texts):
         record, b, g = records[i // group], i // group, i % group
-        row: dict[str, Any] = {"step": step, "record": record.id, "image": str(image_root / record.images[0])}
-        row["question"] = record.question
+        image = str(image_root / record.images[0]) if record.images else ""
+        row: dict[str, Any] = {"step": step, "record": record.id, "image": image, "question": record.question}
         row |= {"perspective": rollout.perspectives[i] or "none", "completion": text, "answer": record.answer}
         row |= {name: values[i] for name, values in rollout.parts.items()}
         row |= {f"adherence_{name}": float(rollout.adherence[b, g, k]) for k, name in enumerate(PERSPECTIVES)}
