@@ -16,8 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from mmedexpert.curation.near import Index, bands, distances, near_images, number_of, packed, parts, pictures_of
-from mmedexpert.curation.near import plain, similarity, stem
+from mmedexpert.curation.near import (
+    Index,
+    bands,
+    distances,
+    near_images,
+    number_of,
+    packed,
+    parts,
+    pictures_of,
+    plain,
+    similarity,
+    stem,
+)
 from mmedexpert.curation.steps import Records, Verdict
 from mmedexpert.data.overlap import BITS, MAX_DISTANCE, Picture, picture_of, read_cache
 from mmedexpert.data.record import Record
@@ -69,7 +80,7 @@ class Benchmarks:
         for name, records, image_root in sets:
             passages.append(self._add(name, records, image_root, known, cache))
         self.asked = list(self.texts)
-        self.bands = Index(_bands(self.asked))
+        self.bands = Index(bands(self.asked))
         self.passages = Index(np.concatenate([_NO_GRAM, *(grams for grams, _ in passages)])[:, None])
         self.passage_of = np.concatenate([_NO_GRAM.astype(np.int32), *(rows for _, rows in passages)])
         usable = [picture for picture in self.pictures if picture.comparable]
@@ -136,7 +147,7 @@ class Benchmarks:
         rows = list(texts)
         best: dict[int, tuple[float, float, int]] = {}
         looked: set[tuple[int, int]] = set()
-        for one, other in self.bands.pairs(_bands(list(texts.values()))):
+        for one, other in self.bands.pairs(bands(list(texts.values()))):
             for a, b in zip(one.tolist(), other.tolist(), strict=True):
                 if (a, b) in looked:
                     continue
@@ -204,7 +215,7 @@ class Benchmarks:
 
 
 def decontaminate(records: Records, *, benchmarks: Benchmarks) -> Iterator[Verdict]:
-    """Drop what shows an image, shares passages or asks nearly the question of a benchmark, in that order of reasons."""
+    """Drop what shows an image, shares passages, or asks nearly the question of a benchmark; the first counts."""
     stream = iter(records)
     while batch := list(islice(stream, BATCH)):
         found = benchmarks.images_in(batch)
@@ -216,11 +227,6 @@ def decontaminate(records: Records, *, benchmarks: Benchmarks) -> Iterator[Verdi
 
 _NO_GRAM = np.empty(0, np.uint64)
 _NO_PAIR = np.empty((0, 2), np.int64)
-
-
-def _bands(texts: Sequence[str]) -> np.ndarray:
-    keys = [bands(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-    return np.concatenate(keys) if keys else np.empty((0, 1), np.uint64)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -26,13 +26,14 @@ WHOLE = 32  # ours: words of a question that is read whole for its answer; a lon
 LETTERS = 3  # ours: an option of fewer letters ("B", "T2") stands in many a question by chance
 YES_NO = frozenset("yes no true false present absent normal abnormal".split())
 HYPHEN = re.compile(r"(?<=[^\W\d_])[-\u2010-\u2015](?=[^\W\d_])")
-# options that speak of the others keep their place; where they or the question name letters, all do
+# options that speak of the others keep their place; where letters are named, all do (a question names figures so)
 REFERS = re.compile(
-    r"(?:all|none|neither|both|any|either|no|two|more than one)\b.*\b(?:above|below|these|those|following|options|choices"
-    r"|answers|mentioned|listed|other)\b.*|all|none|neither|both",
+    r"(?:all|none|neither|both|any|either|no|two|more than one)\b.*\b(?:above|below|these|those|following|options"
+    r"|choices|answers|correct|mentioned|listed)\b.*|all|none|neither|both",
     re.IGNORECASE | re.DOTALL,
 )
-NAMES = re.compile(r"\b[A-J]\s*(?:and|or|&|,|/|\+)\s*[A-J]\b|\b(?:options?|choices?|answers?)\s+\(?[A-J]\b")
+NAMED_LETTER = re.compile(r"\b(?:[Oo]ptions?|[Cc]hoices?|[Aa]nswers?)\s+\(?[A-J]\b")
+NAMED_LETTERS = re.compile(r"\b[A-J]\s*(?:and|or|&|,|/|\+)\s*[A-J]\b")
 NUMBER = re.compile(r"[-\u2212]?\d+(?:\.\d+)?")
 
 
@@ -50,7 +51,7 @@ def shuffled(record: Record) -> Record:
     """The record with its options ordered by a hash of its id and their texts, so that no letter is right more often.
 
     Options that speak of the others ("none of the above") keep their place, and so do all where they are numbers in
-    order, where letters are named, or where the record has a trace, which may name them. Done twice, it changes nothing.
+    order, where letters are named, or where there is a trace, which may name them. Done twice, it changes nothing.
     """
     options = record.options
     if not options or record.trace or not _free(record.question, list(options.values())):
@@ -127,7 +128,9 @@ def _folded(text: str) -> str:
 
 def _free(question: str, options: list[str]) -> bool:
     """Whether the order of options is of no meaning."""
-    if INLINE.search(question) or any(NAMES.search(text) for text in (question, *options)):
+    if INLINE.search(question) or any(map(NAMED_LETTER.search, (question, *options))):
+        return False
+    if any(map(NAMED_LETTERS.search, options)):
         return False
     found = [NUMBER.search(re.sub(r"(?<=\d),(?=\d{3})", "", text)) for text in options]
     values = [float(number[0].replace("\u2212", "-")) for number in found if number]
