@@ -116,11 +116,11 @@ def fingerprints(records: Sequence[Record], image_root: Path, cache: Path | None
     sets. A line is added as soon as an image is hashed: a killed run goes on from there.
     Raises UserError for an image that is missing or cannot be read, and for a cache that is another kind of file.
     """
-    known = _read_cache(cache) if cache else {}
+    known = read_cache(cache) if cache else {}
     row_of: dict[Picture, int] = {}
     row_of_name: dict[str, int] = {}
     for name in track(sorted({name for record in records for name in record.images}), "hashing images"):
-        row_of_name[name] = row_of.setdefault(_picture(image_root / name, known, cache), len(row_of))
+        row_of_name[name] = row_of.setdefault(picture_at(image_root / name, known, cache), len(row_of))
     name_of = {row: name for name, row in reversed(row_of_name.items())}
     row_of_text: dict[str, int] = {}
     texts = tuple(row_of_text.setdefault(normalised(record), len(row_of_text)) for record in records)
@@ -273,7 +273,7 @@ def picture_of(image: Image.Image) -> Picture:
     return Picture(pixels, phash, round(ImageStat.Stat(grey).stddev[0], 3))
 
 
-def _picture(path: Path, known: dict[str, Picture], cache: Path | None) -> Picture:
+def picture_at(path: Path, known: dict[str, Picture], cache: Path | None) -> Picture:
     """The image's fingerprint from the cache, else made, and added to it."""
     try:
         content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -288,7 +288,7 @@ def _picture(path: Path, known: dict[str, Picture], cache: Path | None) -> Pictu
     return known[content]
 
 
-def _read_cache(cache: Path) -> dict[str, Picture]:
+def read_cache(cache: Path) -> dict[str, Picture]:
     """File content (sha256) to fingerprint; makes the file where there is none. Damaged lines are left out."""
     try:
         if not cache.exists():
