@@ -381,6 +381,8 @@ def test_half_a_surrogate_pair_does_not_break_the_file(folder, tmp_path):
     step = partial(write_traces, teacher=teacher, verify="none", candidates=1)
     (one,) = run_step("traces", step, folder(record()), tmp_path / "after")
     assert one.trace.steps[-1] == "?"
+    step = partial(write_traces, teacher=Teacher("The lung is dark \ud800"), verify="none", candidates=1)
+    assert run_step("traces", step, folder(record()), tmp_path / "after").counts["reasons"] == {UNPARSED: 1}
 
 
 def test_open_and_yes_no_questions_are_answered_in_text():

@@ -76,7 +76,7 @@ def candidate_of(reply: str, record: Record) -> Candidate | None:
         lines = [line.strip() for line in tagged[1].split("\n") if line.strip()]
         steps = lines if len(lines) > 1 else sentences_of(tagged[1])
         answer = answer_of(tagged[2], record)
-        found = [Candidate(tuple(map(_sendable, steps)), answer)] if steps and answer else []
+        found = [Candidate(tuple(map(sendable, steps)), answer)] if steps and answer else []
     return found[0] if found and all(one == found[0] for one in found) else None
 
 
@@ -90,7 +90,7 @@ def _of_json(value: Any, record: Record) -> Candidate | None:
     if not (isinstance(steps, list) and steps and all(isinstance(step, str) for step in steps)):
         return None
     read = answer_of(answer, record) if isinstance(answer, str) else None
-    return Candidate(tuple(map(_sendable, steps)), read) if read else None
+    return Candidate(tuple(map(sendable, steps)), read) if read else None
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
@@ -112,8 +112,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _sendable(text: str) -> str:
-    return text.encode(errors="replace").decode()  # half a surrogate pair could not be written
+def sendable(text: str) -> str:
+    """A text that can be written and sent: half a surrogate pair, which JSON may hold, becomes a question mark."""
+    return text.encode(errors="replace").decode()
 
 
 def answer_of(text: str, record: Record) -> str | None:
@@ -121,7 +122,7 @@ def answer_of(text: str, record: Record) -> str | None:
 
     "C", "(c)", "C. Tuberculosis" and "tuberculosis" all name option C (`scoring.score_choice`, robust).
     """
-    text = _sendable(text.strip())
+    text = sendable(text.strip())
     if record.options is None:
         if record.asked_as == "yes_no":
             return read_yes_no(text, record.language)

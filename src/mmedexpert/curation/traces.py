@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from mmedexpert.curation.candidates import Candidate, candidate_of
+from mmedexpert.curation.candidates import Candidate, candidate_of, sendable
 from mmedexpert.curation.copies import RATIO, Copies
 from mmedexpert.curation.retrieval import Statement, Statements
 from mmedexpert.curation.steps import Records, Verdict, checked
@@ -53,10 +53,9 @@ Question: {question}
 {options}{answer}{statements}
 {instruction}
 
-Write two to ten steps of one to three sentences each, in plain English, about this very case{seen}; what a step says \
-follows from what is seen and from the steps before it. The last step names the answer. Write no headings, numbers, \
-lists or tags; correct nothing that you wrote; speak of the patient and not of this task, its statements or options' \
-order.
+Write two to ten short steps in plain English about this very case{seen}; what a step says follows from what is seen \
+and from the steps before it. The last step names the answer. Write no headings, numbers, lists or tags, and correct \
+nothing that you wrote; speak of the patient, never of this task, its statements or the order of its options.
 Reply with one JSON object of this form and nothing else: {form}"""  # ours
 STATEMENTS = "Statements of guidelines that may apply; use those that do, and no others: {statements}\n"
 
@@ -73,7 +72,7 @@ class _Wish:
     found: dict[str, Any] = field(default_factory=dict)
 
     def fail(self, reason: str, detail: str = "") -> None:
-        self.failures.append((reason, detail))
+        self.failures.append((reason, sendable(detail)))
 
     @property
     def ready(self) -> bool:
@@ -152,7 +151,7 @@ def prompt(
     record: Record, instruction: str, statements: Sequence[Statement], *, images: tuple[Path, ...], answer: bool = False
 ) -> str:
     """What the teacher reads: data as JSON, then the perspective's instruction; no gold answer unless `answer`."""
-    gold = {record.answer: record.options[record.answer]} if record.options else record.answer
+    gold = {record.answer: record.options.get(record.answer)} if record.options else record.answer
     form = "<letter>" if record.options else "<yes or no>" if record.asked_as == "yes_no" else "<a word or phrase>"
     told = quoted([one.text for one in statements])
     return PROMPT.format(

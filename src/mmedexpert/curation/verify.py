@@ -4,6 +4,7 @@ what is left of it without its conclusion, for the verifier (`verifier.py`)."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -49,11 +50,13 @@ def by_rules(
         return Held(candidate, WRONG, f"its answer is {candidate.answer}")
     if not manner:
         return Held(candidate, right=True)
-    if told := disagreement(record, candidate):
+    completion = target_text(told_as(record, perspective, candidate))  # as a model is trained to write it
+    found = grades(completion, record.options, truth_of(record))
+    if told := disagreement(record, candidate, found.faults):
         return Held(candidate, DISAGREES, told, True)
-    score, faults = adherence_of(record, perspective, candidate)
+    score = found.scores[perspective]
     if score < min_adherence:
-        return Held(candidate, MANNER, ", ".join(faults) or f"{perspective} {score:.2f}", True, score)
+        return Held(candidate, MANNER, ", ".join(found.faults) or f"{perspective} {score:.2f}", True, score)
     return Held(candidate, right=True, adherence=score)
 
 
@@ -63,24 +66,12 @@ def told_as(record: Record, perspective: str, candidate: Candidate) -> Record:
     return replace(record, trace=Trace(perspective, candidate.steps, answer if record.options else None))
 
 
-def disagreement(record: Record, candidate: Candidate) -> str:
-    """What in the steps contradicts the answer, or nothing: another is concluded last, or argued for."""
+def disagreement(record: Record, candidate: Candidate, faults: Sequence[str]) -> str:
+    """What in the steps contradicts the answer, or nothing: another is concluded last, or argued for (`faults`)."""
     concluded = picked(candidate.steps[-1], record)
     if concluded not in (None, candidate.answer):
         return f"its last step concludes {concluded}, its answer is {candidate.answer}"
-    found = grades(completion_of(record, candidate), record.options).faults
-    return next((fault for fault in found if fault in CONTRADICTIONS), "")
-
-
-def adherence_of(record: Record, perspective: str, candidate: Candidate) -> tuple[float, tuple[str, ...]]:
-    """The perspective's rubric in [0, 1], by the record's ground truth where it has one; and the rubrics' faults."""
-    found = grades(completion_of(record, candidate), record.options, truth_of(record))
-    return found.scores[perspective], found.faults
-
-
-def completion_of(record: Record, candidate: Candidate) -> str:
-    """The candidate as a model is trained to write it."""
-    return target_text(told_as(record, "", candidate))
+    return next((fault for fault in faults if fault in CONTRADICTIONS), "")
 
 
 def without_conclusion(record: Record, steps: tuple[str, ...]) -> str:
