@@ -32,7 +32,7 @@ def facts(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], teache
     local = sum(row["records"] for row in summary["local"])
     return {
         "what": (
-            f"{_number(summary['records'], 'medical question')} about images, {_number(traced, 'trace')} of "
+            f"{_number(summary['records'], 'medical question')} with their images, {_number(traced, 'trace')} of "
             "step-by-step reasoning from a clinical perspective; each record has a primary specialty and its evidence."
         ),
         "collection": (

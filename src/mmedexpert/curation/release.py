@@ -105,6 +105,7 @@ def row_of(record: Record, image_root: Path) -> dict[str, Any]:
     options = record.options
     return {
         **{field: getattr(record, field) for field in FIELDS},
+        "kind": record.asked_as,
         **{field: _json(getattr(record, field)) for field in JSON_FIELDS},
         **{field: provenance.get(field) for field in PROVENANCE},
         **{field: _json(provenance[field]) if field in provenance else None for field in JSON_PROVENANCE},
