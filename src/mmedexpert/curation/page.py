@@ -51,7 +51,8 @@ header { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin
 .trace { border-left: 3px solid var(--blue); margin: .4rem 0 .8rem; padding: 0 0 0 2rem; }
 h3 { font-size: .8rem; margin: .8rem 0 .2rem; color: var(--soft); font-weight: 600; }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; }
-td, th { min-width: 3.2rem; text-align: left; vertical-align: top; padding: .15rem .6rem .15rem 0; border-top: 1px solid var(--line); }
+td, th { min-width: 3.2rem; text-align: left; vertical-align: top; padding: .15rem .6rem .15rem 0;
+  border-top: 1px solid var(--line); }
 th { font-weight: 500; color: var(--soft); }
 footer { font-size: .8rem; color: var(--soft); margin-top: .8rem; }
 @media (max-width: 40rem) { body { padding: .5rem; } .body { grid-template-columns: 1fr; } }
