@@ -97,9 +97,12 @@ def split(records: Records, *, fractions: tuple[float, float, float] = FRACTIONS
 
     The source's own split is forgotten. Specialties are split alike (`data/splits.py`).
     """
-    keys = [(*filter(None, (f"group {r.image_group}" if r.image_group else "", *image_keys(r))),) for r in records]
-    keys = [found or (f"record {place}",) for place, found in enumerate(keys)]
-    strata = [primary(record) for record in records]
+    keys: list[tuple[str, ...]] = []
+    strata: list[str] = []
+    for record in records:
+        group = (f"group {record.image_group}",) if record.image_group else ()
+        keys.append((*group, *image_keys(record)) or (f"record {record.id}",))
+        strata.append(primary(record))
     try:
         names = assign_splits(join_groups(keys), fractions=fractions, seed=seed, strata=strata)
     except ValueError as error:

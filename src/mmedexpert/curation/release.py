@@ -55,7 +55,7 @@ def release(
     Equal records give equal bytes, in whatever order they come (with one version of pyarrow and datasets). Raises
     UserError for an image that is missing, or is not the one whose hash was taken.
     """
-    places, local = _places(records)
+    places, local, licences = _places(records)
     shards = list(_shards(places, shard_bytes))
     data, part = folder / "data", folder / "data.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -77,8 +77,8 @@ def release(
         "records": len(places),
         "splits": {split: count for split in SPLITS if (count := sum(place.split == split for place in places))},
         "files": files,
-        "licences": _licences(_in(records, places)),
-        "local": [{"source": key[0], "licence": key[1], "records": n} for key, n in sorted(local.items())],
+        "licences": _table(("source", "revision", "licence"), licences),
+        "local": _table(("source", "licence"), local),
         "make_up": make_up(_in(records, places)),
     }
     write_json(folder / SUMMARY, summary)
@@ -139,22 +139,25 @@ def features() -> Any:
     return Features({name: kinds[name] for name in (*first, *(name for name in kinds if name not in first))})
 
 
-def _places(records: Records) -> tuple[list[Place], Counter[tuple[str, str]]]:
-    """The records that may be released, in the order of the release, and how many others there are by source."""
+def _places(records: Records) -> tuple[list[Place], Counter[tuple[str, ...]], Counter[tuple[str, ...]]]:
+    """The records that may be released, in the order of the release; how many others there are by source and licence,
+    and how many of these by source, revision and licence."""
     places: list[Place] = []
-    local: Counter[tuple[str, str]] = Counter()
+    local: Counter[tuple[str, ...]] = Counter()
+    licences: Counter[tuple[str, ...]] = Counter()
     sizes: dict[str, int] = {}
     for record, offset in zip(records, _offsets(records.folder / RECORDS), strict=True):
         if record.provenance.get("redistribute") is not True:
             local[source_of(record), record.license] += 1
             continue
+        licences[source_of(record), str(record.provenance.get("revision") or ""), record.license] += 1
         for name in record.images:
             if name not in sizes:
                 path = records.image_root / name
                 sizes[name] = path.stat().st_size if path.is_file() else 0  # `row_of` says what is wrong
         order = hashlib.sha256(record.id.encode()).digest()
         places.append(Place(record.split, order, offset, sum(sizes[name] for name in record.images)))
-    return sorted(places, key=lambda place: (SPLITS.index(place.split), place.order)), local
+    return sorted(places, key=lambda place: (SPLITS.index(place.split), place.order)), local, licences
 
 
 def _offsets(path: Path) -> Iterator[int]:
@@ -209,10 +212,8 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     sync(path)
 
 
-def _licences(records: Iterable[Record]) -> list[dict[str, Any]]:
-    names = ("source", "revision", "licence")
-    counts = Counter((source_of(r), str(r.provenance.get("revision") or ""), r.license) for r in records)
-    return [{**dict(zip(names, key, strict=True)), "records": n} for key, n in sorted(counts.items())]
+def _table(names: Sequence[str], counts: Counter[tuple[str, ...]]) -> list[dict[str, Any]]:
+    return [{**dict(zip(names, key, strict=True)), "records": count} for key, count in sorted(counts.items())]
 
 
 def _json(value: Any) -> str:
