@@ -106,7 +106,7 @@ def stream_records(path: Path) -> Iterator[Record]:
             for number, line in enumerate(file, start=1):
                 try:
                     if line.strip():
-                        yield _from_json(json.loads(line))
+                        yield record_of(line)
                 except ValueError as error:
                     raise UserError(f"{path} line {number}: {error}; mend or delete the line") from error
     except OSError as error:
@@ -116,6 +116,11 @@ def stream_records(path: Path) -> Iterator[Record]:
 def line_of(record: Record) -> bytes:
     """A record as its line of a JSON lines file."""
     return json.dumps(plain(record), ensure_ascii=False).encode() + b"\n"
+
+
+def record_of(line: bytes) -> Record:
+    """The record of such a line. Raises ValueError for what is none."""
+    return _from_json(json.loads(line))
 
 
 def plain(record: Record) -> dict[str, Any]:
