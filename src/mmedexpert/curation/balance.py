@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,12 +49,14 @@ def balance(
     modality: float = MODALITY_SHARE,
     kind: Mapping[str, float] = KIND_SHARES,
     per_image: int = PER_IMAGE,
+    fill: Collection[str] = (),
     seed: int = 0,
 ) -> Iterator[Verdict]:
     """Up to `target` records, whatever their order: each goes to the specialty, and in it to the perspective, that is
     furthest below its share; so what one lacks falls to the others. # ours
 
-    Shares by Webster's divisor method. Within one specialty and perspective a seeded hash of the ids decides.
+    Shares by Webster's divisor method. Within one specialty and perspective a seeded hash of the ids decides, and the
+    sources of `fill` come last: they only fill what the others leave.
     `modality` (each one) and `kind` (those named) cap a share of `target`, `per_image` the records on one image. What
     is short of the target is told on stderr. Raises UserError for a share or a number that can select nothing.
     """
@@ -64,7 +66,8 @@ def balance(
     for place, record in enumerate(records):
         first, second = primary(record), perspective_of(record)
         if _weight(specialty, first) and _weight(perspective, second):
-            order = hashlib.sha256(f"{seed}:{record.id}".encode()).digest()[:16]
+            last = bytes([source_of(record) in fill])
+            order = last + hashlib.sha256(f"{seed}:{record.id}".encode()).digest()[:16]
             found = Candidate(order, place, record.modality, record.asked_as, image_keys(record))
             cells.setdefault(first, {}).setdefault(second, []).append(found)
         else:

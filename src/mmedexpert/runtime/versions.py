@@ -30,6 +30,17 @@ VERSIONS: dict[str, int] = {
     "vqa_rad": 1,
     "splits": 1,
     "images": 2,  # what an image file becomes
+    # curation
+    "ingest": 1,
+    "duplicates": 1,
+    "decontaminate": 1,
+    "structure": 1,
+    "specialties": 1,
+    "needs_image": 1,
+    "difficulty": 1,
+    "traces": 1,
+    "balance": 1,
+    "release": 1,
     # training
     "prompts": 2,  # layout of question, options and instruction; what SFT trains
     "lessons": 2,  # of the tiny base, and its first weights

@@ -11,6 +11,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from string import ascii_uppercase
@@ -25,6 +26,18 @@ MAX_ENTRY = 256 * 2**20  # bytes  # ours: MAX_PIXELS of `open_image` as an uncom
 MAX_RATIO = 500  # ours: uncompressed to compressed; what deflate makes of nothing but zeros is 1032
 RATIO_FROM = 2**20  # bytes  # ours: no small entry can fill a disk, whatever its ratio
 MAX_CELL = MAX_ENTRY * 4 // 3 + 4  # characters: such an image in base64
+_without_images = False
+
+
+@contextmanager
+def names_alone() -> Iterator[None]:
+    """Within it `place_images` looks for none: records name them as published. For reading texts where no images are."""
+    global _without_images
+    before, _without_images = _without_images, True
+    try:
+        yield
+    finally:
+        _without_images = before
 
 
 def unpack_images(archives: Sequence[Path], out: Path, wanted: Callable[[str], str | None]) -> set[str]:
@@ -107,6 +120,8 @@ def place_images(
     there are no `archives`; else they are extracted to `out_dir/images`. An entry is an image's where its path ends in
     the image's name. A second record of one id is bad, too.
     """
+    if _without_images:
+        return list({record.id: record for record in records}.values()), root, []
     asked = {name for record in records for name in record.images}
     names = sorted(name for name in asked if not leaves_root(name))
     path_of: dict[str, str] = {}

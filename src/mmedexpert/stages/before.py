@@ -75,8 +75,8 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
         yield "data.source", config.data.source, ("root", "out_dir", "seed")
     if "data" in work:
         for kind, told in (("sources", config.data.sources), ("benchmarks", config.data.benchmarks)):
-            for name, one in told.items():
-                yield f"data.{kind}.{name}", one, ("root", "out_dir", "seed")
+            for name, call in told.items():
+                yield f"data.{kind}.{name}", call, ("root", "out_dir", "seed")
     if "caci" in work:
         yield "merge.method", config.merge.method or {}, ()
     if "benchmark" in work:

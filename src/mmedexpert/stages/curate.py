@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from importlib.resources import files
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.fingerprints import file_digest, folder_digest
 from mmedexpert.runtime.runs import Run, console, write_json
-from mmedexpert.runtime.versions import VERSIONS, rule_of, text_of, versions
+from mmedexpert.runtime.versions import VERSIONS, digest, rule_of, text_of, versions
 from mmedexpert.schema import AskedConfig, Config, CurateConfig
 from mmedexpert.sources.unpack import names_alone
 from mmedexpert.stages.common import loading, model_key, processes_of, stage_run
@@ -151,7 +151,7 @@ def _decontaminate(config: Config, curate: CurateConfig, before: Step) -> Step:
 
     if absent:
         _say(f"data {config.data.name}: not compared with benchmarks that are not here: {', '.join(absent)}")
-    return _step(config, "decontaminate", before, key, ("decontaminate", "overlap", "images"), make, rules=rules)
+    return _step(config, "decontaminate", before, {**key, "readers": rules}, ("decontaminate", "overlap"), make)
 
 
 def _benchmark(config: Config, name: str, folder: Path, run: Run) -> tuple[str, list[Record], Path | None]:
@@ -179,15 +179,18 @@ def _structure(config: Config, curate: CurateConfig, before: Step) -> Step:
 
 def _labels(config: Config, curate: CurateConfig, before: Step) -> Step:
     asked = curate.labels
-    settings = {"also": asked.also, "drop_disagreement": asked.drop_disagreement, "trusted": sorted(curate.trusted)}
+    settings: dict[str, Any] = {
+        "also": asked.also, "drop_disagreement": asked.drop_disagreement, "trusted": sorted(curate.trusted),
+    }  # fmt: skip
     return _step(
-        config, "labels", before, {**settings, "asked": _asked(config, asked)}, ("specialties",),
+        config, "labels", before, {**settings, "asked": _asked(config, asked), "words": _text("data", "specialties.yaml")}, ("specialties",),
         lambda records, run: labels.label(records, engine=_engine(config, asked, "labels"), **settings),
     )  # fmt: skip
 
 
 def _blind(config: Config, curate: CurateConfig, before: Step) -> Step | None:
-    asked, settings = curate.blind, {"tries": curate.blind.tries, "mode": curate.blind.mode}
+    asked = curate.blind
+    settings: dict[str, Any] = {"tries": asked.tries, "mode": asked.mode}
     if (told := _asked(config, asked)) is None:
         return None
 
@@ -232,17 +235,18 @@ def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
         "shows_answer": asked.shows_answer, "shows_images": asked.shows_images,
         "written_by": asked.model or (config.model.name if asked.local else ""),
     }  # fmt: skip
-    files = [Path(path).expanduser() for path in asked.statements]
+    own = [Path(path).expanduser() for path in asked.statements]
     key = {
         **settings, "teacher": teacher, "verifier": verifier if settings["verify"] == "model" else None,
-        "temperature": asked.temperature, "untraced": curate.untraced, "statements": [file_digest(f) for f in files],
-        "texts": {name: text_of(name) for name in ("perspectives.yaml", "guidelines.yaml", "cues.yaml")},
+        "temperature": asked.temperature, "untraced": curate.untraced, "statements": [*map(file_digest, own)],
+        "texts": [*map(text_of, ("perspectives.yaml", "guidelines.yaml", "cues.yaml"))],
+        "essentials": _text("curation", "essentials.yaml"),
     }  # fmt: skip
 
     def make(records: Records, run: Run) -> Iterator[Verdict]:
         engine = _engine(config, asked, "teacher", temperature=asked.temperature)
         checking = _engine(config, curate.verifier, "verifier") if settings["verify"] == "model" else None
-        made = traces.write_traces(records, engine, verifier=checking, statements=Statements(files), **settings)
+        made = traces.write_traces(records, engine, verifier=checking, statements=Statements(own), **settings)
         for verdict in made:
             keep = verdict.reason == traces.NO_TEACHER and curate.untraced == "keep"
             yield Verdict(verdict.record) if keep else verdict
@@ -269,7 +273,7 @@ def _split(config: Config, curate: CurateConfig, before: Step) -> Step:
 
 def _step(
     config: Config, name: str, before: Step, key: Mapping[str, Any], rules: tuple[str, ...], make: Make,
-    report: Report | None = None, **more: Any,
+    report: Report | None = None,
 ) -> Step:  # fmt: skip
     """A step as a run, found again by its settings and by what came before it."""
 
@@ -279,7 +283,7 @@ def _step(
             write_json(run.folder / REPORT, report(before.records, kept))
         return _numbers(run)
 
-    told = {"settings": dict(key), "rules": {**versions(*rules), **more.get("rules", {})}}
+    told = {"settings": dict(key), "rules": versions(*rules)}
     inputs = {"before": before.run.run_id}
     run = stage_run(config, "curate", f"{name}-{config.data.name}", told, work, inputs, seed=config.data.seed)
     return Step(run, before.images)
@@ -344,6 +348,11 @@ def _engine(config: Config, asked: AskedConfig, where: str, *, temperature: floa
         seed=config.data.seed, ledger=Ledger(Path(config.paths.outputs) / "ledger.sqlite"),
         retry_refused=settings_of(config).retry_refused,
     )  # fmt: skip
+
+
+def _text(folder: str, name: str) -> str:
+    """16 hex digits of a file of rules that comes with the package."""
+    return digest(files(f"mmedexpert.{folder}").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _numbers(run: Run) -> dict[str, float]:
