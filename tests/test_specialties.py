@@ -140,13 +140,29 @@ OPTIONS = {"A": "Asthma", "B": "Glioblastoma", "C": "Hip fracture", "D": "Retina
         "A 50-year-old coughs. What is it?",
         "A 50-year-old coughs. What is it?\nAnswer Choices: (A) Asthma (B) Glioblastoma (C) Hip fracture",
         "A 50-year-old coughs. What is it? A)Asthma, B)Glioblastoma, C)Hip fracture, D)Retinal detachment",
-        "A 50-year-old coughs. What is it? A. Asthma B. Glioblastoma C. Hip fracture D. Retinal detachment",
+        "A 50-year-old coughs, no asthma before. What is it? A. Asthma B. Glioblastoma C. Hip fracture",
     ],
 )
 def test_options_other_than_the_gold_one_do_not_decide(question: str) -> None:
     assert primary_specialty(question=question, options=OPTIONS, answer="A") == ADULT
     assert primary_specialty(question=question, options=OPTIONS, answer="B") == BRAIN
     assert primary_specialty(question=question, options=OPTIONS, answer="Hip fracture") == SURGERY
+
+
+def test_choices_are_left_out_where_options_are_not_given_apart() -> None:
+    stem = "A 50-year-old with asthma coughs; see Figures A) and B). What is it?"
+    for tail in (
+        "\nOptions: (A) Flu (B) Glioblastoma",
+        " Answer choices: A. Flu B. Glioblastoma",
+        " A) Flu, B) Glioblastoma",
+    ):
+        assert primary_specialty(question=stem + tail, answer="Flu") == ADULT
+    assert primary("Figure A) shows a fracture, Figure B) a plate.") == SURGERY
+
+
+def test_one_sign_is_a_hint_and_two_decide() -> None:
+    assert names("A 50-year-old with a tremor coughs. What is it?")[:2] == [ADULT, BRAIN]
+    assert names("A 50-year-old with a tremor and ataxia coughs. What is it?")[0] == BRAIN
 
 
 @pytest.mark.parametrize(

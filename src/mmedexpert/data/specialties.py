@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mmedexpert.data.ages import age_group, group_of
-from mmedexpert.data.phrases import STOP, Phrases, words_of
+from mmedexpert.data.phrases import Phrases, words_of
 from mmedexpert.errors import UserError, suggestion
 
 # where two labels have one score, the earlier is the primary one: a child with a brain tumour is a child first
@@ -96,9 +96,8 @@ class Rules:
 
     version: int
     rules: tuple[Rule, ...]
-    phrases: Phrases
-    marks: Phrases
-    kinds: Mapping[str, str]  # of each mark: one of MARKS
+    phrases: Phrases  # of rules and marks
+    marks: Mapping[str, str]  # phrases to one of MARKS
     ends: frozenset[str]
     reach: int
 
@@ -154,8 +153,9 @@ def read_rules(path: Path | None = None) -> Rules:
     if not any(rule.label == SPECIALTIES[-1] and rule.when == {} for rule in rules):
         raise UserError(f"{file}: no rule votes for {SPECIALTIES[-1]} whatever is read; add one with `when: {{}}`")
     every = [phrase for rule in rules for part in (rule.when, rule.unless) for row in part.values() for phrase in row]
-    kinds = {phrase: kind for kind in MARKS for phrase in data[kind]}
-    return Rules(data["version"], rules, Phrases(every), Phrases(kinds), kinds, frozenset(data["ends"]), data["reach"])
+    marks = {phrase: kind for kind in MARKS for phrase in data[kind]}
+    phrases = Phrases([*marks, *every])
+    return Rules(data["version"], rules, phrases, marks, frozenset(data["ends"]), data["reach"])
 
 
 def _check(phrases: Any, where: str) -> None:
@@ -241,23 +241,30 @@ def _without_choices(question: str, options: Mapping[str, str]) -> str:
     stem = CHOICES.sub("", question)
     if "A)" in stem and "B)" in stem:
         stem = INLINE.sub("", stem)
-    letter = next(iter(options), "")
-    if letter and (place := stem.find(options[letter])) > 0:
-        before = re.search(rf"\(?\b{re.escape(letter)}\s*[).:]\s*$", stem[:place])
-        stem = stem[: before.start()] if before else stem
+    for letter, text in list(options.items())[:1]:
+        places = [stem.find(f"{letter}{mark}{text}") for mark in (") ", ")", ". ", ".", ": ")]
+        stem = stem[: min((place for place in places if place > 0), default=len(stem))]
     return stem
 
 
 def _read(rules: Rules, text: str) -> tuple[dict[str, str], bool]:
     """The phrases in a text, but for what it denies, tells of relatives, or means otherwise (`nasal cannula`); whether
     it is about the medical history."""
-    words, history = words_of(text), False
-    for phrase, place, end in rules.marks.hits(words):
-        kind = rules.kinds[phrase]
-        history = history or kind == "histories"
+    words = words_of(text)
+    hits = rules.phrases.hits(words)
+    taken: set[int] = set()  # places of words that are no evidence
+    history = False
+    for phrase, place, end in hits:
+        kind = rules.marks.get(phrase)
         if kind in ("negations", "families"):
             limit = len(words) if kind == "families" else min(len(words), end + rules.reach)
-            end = next((at for at in range(end, limit) if words[at] in rules.ends), limit)
-        if kind != "histories":
-            words[place:end] = [STOP] * (end - place)
-    return rules.phrases.find(words), history
+            end = next((at for at in range(end, limit) if words[at] in rules.ends or at in taken), limit)
+        if kind == "histories":
+            history = True
+        elif kind:
+            taken.update(range(place, end))
+    found: dict[str, str] = {}
+    for phrase, place, end in hits:
+        if phrase not in found and taken.isdisjoint(range(place, end)):
+            found[phrase] = " ".join(words[place:end])
+    return found, history
