@@ -105,8 +105,9 @@ RULES = (
         "stage=report reads finished runs alone: name those you mean in report.runs", ("stage",),
     ),
     Rule(
-        ("data.root",), lambda c, _: not c.data.source.get("_needs_root_"),
-        "data={config.data.name} reads no folder: add data=labelled_images (folders with labels.csv) or data=medr1",
+        ("data.root",), lambda c, _: not (c.data.source.get("_needs_root_") or c.data.sources),
+        "data={config.data.name} reads no folder: add data=labelled_images (folders with labels.csv), data=medr1 or "
+        "data=mmedexpert",
         ("data",),
     ),
     Rule(

@@ -36,6 +36,7 @@ VERSIONS: dict[str, int] = {
     "decontaminate": 1,
     "structure": 1,
     "specialties": 1,
+    "label": 1,
     "needs_image": 1,
     "difficulty": 1,
     "traces": 1,

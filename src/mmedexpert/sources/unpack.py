@@ -31,7 +31,7 @@ _without_images = False
 
 @contextmanager
 def names_alone() -> Iterator[None]:
-    """Within it `place_images` looks for none: records name them as published. For reading texts where no images are."""
+    """Within it `place_images` looks for none: records name them as published, for reading texts without images."""
     global _without_images
     before, _without_images = _without_images, True
     try:

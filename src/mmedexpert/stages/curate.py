@@ -107,7 +107,13 @@ def _source(config: Config, name: str, folder: Path | None, run: Run) -> Source:
 
     def load(root: Path, out_dir: Path) -> Any:
         out_dir.mkdir(parents=True, exist_ok=True)
-        return build(made, f"data.sources.{name}", root=root, out_dir=out_dir)
+        try:
+            return build(made, f"data.sources.{name}", root=root, out_dir=out_dir)
+        except UserError as error:
+            if config.data.on_bad_record == "error":
+                raise
+            _say(f"data {config.data.name}: source {name} is left out: {error}")
+            return [], root, [("all of it", str(error))]
 
     revision = str(told.get("_revision_") or "")
     if folder is None:  # drawn, not read
@@ -182,8 +188,9 @@ def _labels(config: Config, curate: CurateConfig, before: Step) -> Step:
     settings: dict[str, Any] = {
         "also": asked.also, "drop_disagreement": asked.drop_disagreement, "trusted": sorted(curate.trusted),
     }  # fmt: skip
+    key = {**settings, "asked": _asked(config, asked), "words": _text("data", "specialties.yaml")}
     return _step(
-        config, "labels", before, {**settings, "asked": _asked(config, asked), "words": _text("data", "specialties.yaml")}, ("specialties",),
+        config, "labels", before, key, ("specialties", "label"),
         lambda records, run: labels.label(records, engine=_engine(config, asked, "labels"), **settings),
     )  # fmt: skip
 
