@@ -174,6 +174,12 @@ def test_one_sound_candidate_among_several_is_enough(folder):
     assert len(verifier.asks) == 2  # only what passed the rules is verified
 
 
+def test_of_several_sound_candidates_the_one_most_in_its_manner_stays(folder):
+    teacher = Teacher(said(BAYESIAN), said(ANALYTICAL))
+    (one,) = written(folder(record()), teacher, candidates=2, verify="rules", min_adherence=0.0)
+    assert one.record.trace.steps == tuple(ANALYTICAL)
+
+
 def test_where_the_verifier_rejects_one_candidate_the_next_is_asked_of(folder):
     other = ["The left lung has collapsed since air under pressure fills the pleural space.", *ANALYTICAL[1:]]
 
