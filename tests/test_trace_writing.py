@@ -31,7 +31,7 @@ from mmedexpert.curation.traces import (
     Verdict,
     write_traces,
 )  # fmt: skip
-from mmedexpert.curation.verifier import essentials
+from mmedexpert.curation.verifier import derived, essentials
 from mmedexpert.curation.verify import without_conclusion
 from mmedexpert.data.record import Record, Trace
 from mmedexpert.engines.asking import Reply, refusal
@@ -174,6 +174,12 @@ def test_one_sound_candidate_among_several_is_enough(folder):
     assert len(verifier.asks) == 2  # only what passed the rules is verified
 
 
+def test_of_several_sound_candidates_the_one_most_in_its_manner_stays(folder):
+    teacher = Teacher(said(BAYESIAN), said(ANALYTICAL))
+    (one,) = written(folder(record()), teacher, candidates=2, verify="rules", min_adherence=0.0)
+    assert one.record.trace.steps == tuple(ANALYTICAL)
+
+
 def test_where_the_verifier_rejects_one_candidate_the_next_is_asked_of(folder):
     other = ["The left lung has collapsed since air under pressure fills the pleural space.", *ANALYTICAL[1:]]
 
@@ -211,6 +217,8 @@ def test_copies_are_told_from_other_cases():
     assert copies.near(" ".join(ANALYTICAL).upper()) == "first"
     assert copies.near(" ".join(BAYESIAN)) is None
     assert copies.near(" ".join([ANALYTICAL[0], *BAYESIAN[:3]])) is None
+    # most of its word 3-grams are the same, and it is proposed; the ratio tells that its steps are in another order
+    assert copies.near(" ".join([*ANALYTICAL[2:], *ANALYTICAL[:2]])) is None
 
 
 def test_every_wanted_perspective_is_asked_for_in_its_own_words_and_turns_balance(folder):
@@ -263,6 +271,19 @@ def test_a_malformed_verdict_is_asked_once_more_and_then_given_up(folder):
     verifier = Verifier(checks=("yes", '{"stem_self_contained": true}', good))
     (one,) = written(folder(record()), Teacher(said(ANALYTICAL)), verifier)
     assert (one.reason, one.detail) == (NO_VERDICT, "of the essential checks")
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ('{"answer": "C"}', True), ('<think>{"answer": "B"}</think>{"answer": "(c)"}', True),
+        ('{"answer": "A"}', False),
+        ('{"answer": "none"}', False), ('{"answer": "C"} {"answer": "A"}', None), ("C", None), ('{"answer": 3}', None),
+    ],
+)  # fmt: skip
+def test_a_derivation_is_read_as_right_wrong_or_missing(text, verdict):
+    assert derived(record(), reply(text)) is verdict
+    assert derived(record(), reply(text, "length")) is None
 
 
 def test_with_rules_alone_no_verifier_is_asked_and_with_none_the_manner_is_free(folder):
@@ -443,6 +464,9 @@ def test_statements_are_found_by_terms_and_specialty():
     assert own.for_question("Is the abdominal aorta enlarged, an aneurysm?", "pediatrics", 3) == []
     assert own.for_question("What is the most likely diagnosis of this 50-year-old man?", "adult_medicine", 3) == []
     assert own.for_question("", "adult_medicine", 3) == [] and Statements(own=False).for_question("aorta", "x", 3) == []
+    vital = "Her heart rate is 80 per minute, she has a painful knee."
+    assert own.for_question(vital, "adult_medicine", 3) == []  # two words in common, which are not rare
+    assert Statements(min_score=0.5).for_question(vital, "adult_medicine", 1)[0].id == "mmedexpert:heart_rate_adult"
     assert len(own_statements()) == 9
 
 
@@ -461,10 +485,11 @@ def test_a_users_own_statements_are_searched_too_and_ties_go_by_id(tmp_path):
         ("{", "no YAML"),
         ("id: a", "hold no list"),
         ("- a", "entry 1 is no mapping"),
-        ("- {id: a, text: b, specialty: any, source: c}", "entry 1 has no licence"),
-        ("- {id: 1, text: b, specialty: any, source: c, licence: d}", "entry 1 has no id"),
-        ("- {id: a, text: b, specialty: any, source: c, licence: d, colour: red}", "'colour' is none of"),
-        ("- &x {id: a, text: b, specialty: any, source: c, licence: d}\n- *x", "'a' is taken"),
+        ("- {id: a, text: the of, specialty: any, source: c, licence: d}", "no word to find it by"),
+        ("- {id: a, text: gout, specialty: any, source: c}", "entry 1 has no licence"),
+        ("- {id: 1, text: gout, specialty: any, source: c, licence: d}", "entry 1 has no id"),
+        ("- {id: a, text: gout, specialty: any, source: c, licence: d, colour: red}", "'colour' is none of"),
+        ("- &x {id: a, text: gout, specialty: any, source: c, licence: d}\n- *x", "'a' is taken"),
     ],
 )
 def test_broken_statements_are_one_line(tmp_path, text, told):

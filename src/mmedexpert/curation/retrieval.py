@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from mmedexpert.guidelines import guidelines
 from mmedexpert.guidelines.cues import normal
 
 KEYS = ("id", "text", "specialty", "source", "licence")
+OWN = "mmedexpert:"  # ids of the project's own guidelines begin with it
 ANY = "any"  # the specialty of a statement that applies in every one
 # ours: words that stand in every question, and would make any statement look related to it
 COMMON = frozenset(
@@ -86,7 +86,7 @@ def own_statements() -> list[Statement]:
     """The guidelines of `guidelines.yaml` as sentences: what was measured, in whom, and what follows."""
     return [
         Statement(
-            f"mmedexpert:{key}",
+            f"{OWN}{key}",
             f"{one.finding[0].upper()}{one.finding[1:]}, {one.population}: {one.recommendation} "
             f"From low to high: {', '.join(one.labels)}.",
             one.source,
@@ -115,13 +115,13 @@ def read_statements(path: Path) -> list[Statement]:
 
 
 def _read_all(files: Sequence[Path]) -> list[Statement]:
-    found = [(path, one) for path in files for one in read_statements(path)]
-    seen: dict[str, list[str]] = defaultdict(list)
-    for path, one in found:
-        seen[one.id].append(str(path))
-        if len(seen[one.id]) > 1 or one.id.startswith("mmedexpert:"):
-            raise UserError(f"statements {path}: the id {one.id!r} is taken: give it another")
-    return [one for _, one in found]
+    found: dict[str, Statement] = {}
+    for path in files:
+        for one in read_statements(path):
+            if one.id in found or one.id.startswith(OWN):
+                raise UserError(f"statements {path}: the id {one.id!r} is taken: give it another")
+            found[one.id] = one
+    return list(found.values())
 
 
 def _statement(row: Any, where: str) -> Statement:
@@ -132,6 +132,8 @@ def _statement(row: Any, where: str) -> Statement:
     for key in KEYS:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"{where} has no {key}, or it is no text: give it")
+    if not terms(row["text"]):
+        raise UserError(f"{where}: its text has no word to find it by: name the finding")
     return Statement(**{key: " ".join(row[key].split()) for key in KEYS})
 
 

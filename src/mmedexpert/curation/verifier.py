@@ -115,11 +115,9 @@ def derived(record: Record, reply: Reply) -> bool | None:
     found = [value["answer"] for value in json_objects(_visible(reply)) if isinstance(value.get("answer"), str)]
     if len(set(found)) != 1:
         return None
-    said = found[0].strip()
-    if said.casefold() == "none":
-        return False
-    answer = answer_of(said, record)
-    return None if answer is None else is_right(answer, record)
+    nothing = found[0].strip().casefold() == "none"
+    answer = None if nothing and record.options else answer_of(found[0], record)  # an open question's may be "none"
+    return is_right(answer, record) if answer is not None else (False if nothing else None)
 
 
 @cache
