@@ -181,5 +181,8 @@ def test_records_are_asked_about_in_batches(tmp_path):
 
 
 def test_where_all_is_refused_the_setting_is_at_fault(tmp_path):
+    records = [record(n) for n in range(30)]
     with pytest.raises(UserError, match="refused"):
-        verdicts(tmp_path, [record(n) for n in range(30)], Fake(lambda ask: None))
+        verdicts(tmp_path, records, Fake(lambda ask: None))
+    mended = verdicts(tmp_path, records, Fake(says("normal lung")))  # the same command, once that is mended
+    assert {one.reason for one in mended} == {WITHOUT_IMAGE}

@@ -153,6 +153,18 @@ def test_replies_to_other_questions_and_damage_are_told(tmp_path):
         verdicts(tmp_path, [record(0), record(1)], Fake(RIGHT))
 
 
+def test_a_reply_is_in_the_file_before_the_next_is_awaited(tmp_path):
+    lines = []
+
+    def watched(asks):
+        for pair in Fake(RIGHT)(asks):
+            yield pair
+            lines.append((tmp_path / "kept.asking.jsonl").read_bytes().count(b"\n"))
+
+    verdicts(tmp_path, [record(0)], watched)
+    assert lines == list(range(1, 17))
+
+
 def test_equal_records_are_asked_once_and_both_told(tmp_path):
     engine = Fake(solves({1: 2}))
     first, second = verdicts(tmp_path, [record(1), record(1)], engine)

@@ -1,6 +1,6 @@
 """Which records need their image: a model that is not shown it is asked all the same.
 
-As MMMU-Pro (arXiv 2409.02813, 3.1) and MMStar (arXiv 2403.20330) leave out what text-only models solve.
+As MMMU-Pro (arXiv 2409.02813) and MMStar (arXiv 2403.20330) leave out what text-only models solve.
 """
 
 from __future__ import annotations

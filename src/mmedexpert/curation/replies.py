@@ -174,7 +174,7 @@ def _row(record: Record, questions: Sequence[Question], replies: dict[str, Row])
     for question in questions:
         reply = {"kind": question.kind, **replies.get(question.key, silent)}
         reply.pop("key", None)
-        reply["right"] = REFUSED not in reply and is_right(question.record, reply["text"])
+        reply["right"] = is_right(question.record, reply["text"])
         found.append(reply)
     return {"id": record.id, "asked": _digest(questions), "replies": found}
 
