@@ -108,12 +108,19 @@ def test_a_reply_is_on_the_disk_before_it_is_given(server, ledger):
     replies.close()  # type: ignore[attr-defined]
 
 
-def test_replies_that_had_come_when_a_run_was_stopped_are_kept(server, ledger):
+def test_replies_that_had_come_when_a_run_was_stopped_are_kept(server, ledger, monkeypatch):
+    add = ledger.add
+
+    def slow(rows: Any) -> None:  # replies wait for the commit of others
+        time.sleep(1.0)
+        add(rows)
+
+    monkeypatch.setattr(ledger, "add", slow)
     replies = server.engine(ledger=ledger, concurrency=8)(numbered(100))
     next(replies)
-    time.sleep(0.5)  # the reader is slow, replies wait
+    time.sleep(0.6)
     replies.close()  # type: ignore[attr-defined]
-    assert ledger.totals()["replied"] == len(server.asked) > 8
+    assert ledger.totals()["replied"] == len(server.asked) == 9
 
 
 def test_samples_are_drawn_with_their_own_seeds_and_rows(server, ledger):
@@ -386,11 +393,9 @@ def test_requests_keep_their_distance_and_tries_again_count(server):
 
 
 def test_tokens_keep_their_rate(server):
-    times = arrivals(server)
     start = time.monotonic()
-    assert not ask_all(server.engine(tokens_per_minute=2400, concurrency=2), numbered(12))[1]  # 40 tokens a second
-    assert len(times) == 12 and time.monotonic() - start > 1.0  # 96 tokens, of which a second's worth is free
-    assert sum(moment - start < 0.5 for moment in times) <= 10
+    assert not ask_all(server.engine(tokens_per_minute=1200, concurrency=2), numbered(10))[1]  # 20 tokens a second
+    assert time.monotonic() - start > 2.8  # 80 tokens, of which a second's worth is free
 
 
 def test_without_limits_nothing_waits(server):
