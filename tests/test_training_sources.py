@@ -219,7 +219,8 @@ def test_gmai_reasoning(tmp_path: Path) -> None:
 
 def test_reasoning_of_text_alone(tmp_path: Path) -> None:
     huatuo = {"question": "A man is ill.", "options": str(PAIR), "answer_idx": "B", "answer": "Mass",
-              "Question": "Open?", "Ground-True Answer": "A mass", "Complex_CoT": "Hm.", "Response": "Long."}  # fmt: skip
+              "Question": "Open?", "Ground-True Answer": "A mass",
+              "Complex_CoT": "Hm.", "Response": "Long."}  # fmt: skip
     plain = {"question": "Is it?", "answer": "Yes", "reasoning": "So."}
     put(
         tmp_path / "t.json",
