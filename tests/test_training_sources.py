@@ -43,7 +43,8 @@ def lines(rows: list[Any]) -> str:
 @pytest.mark.parametrize(
     "value",
     [
-        PAIR, ["Cyst", "Mass"], ["A. Cyst", "B. Mass"], json.dumps(PAIR), str(PAIR), "A) Cyst, B) Mass", "['Cyst', 'Mass']",
+        PAIR, ["Cyst", "Mass"], ["A. Cyst", "B. Mass"], json.dumps(PAIR), str(PAIR), "A) Cyst, B) Mass",
+        "['Cyst', 'Mass']",
         [{"letter": "A", "content": "Cyst"}, {"letter": "B", "content": "Mass"}], {**PAIR, "C": None, "D": " "},
     ],
 )  # fmt: skip
@@ -217,8 +218,9 @@ def test_gmai_reasoning(tmp_path: Path) -> None:
 
 
 def test_reasoning_of_text_alone(tmp_path: Path) -> None:
-    huatuo = {"question": "A man is ill.", "options": str(PAIR), "answer_idx": "B", "answer": "Mass", "Question": "Open?",
-              "Ground-True Answer": "A mass", "Complex_CoT": "Hm.", "Response": "Long."}  # fmt: skip
+    huatuo = {"question": "A man is ill.", "options": str(PAIR), "answer_idx": "B", "answer": "Mass",
+              "Question": "Open?", "Ground-True Answer": "A mass",
+              "Complex_CoT": "Hm.", "Response": "Long."}  # fmt: skip
     plain = {"question": "Is it?", "answer": "Yes", "reasoning": "So."}
     put(
         tmp_path / "t.json",

@@ -97,7 +97,7 @@ def _open_dicom(path: Path, max_pixels: int) -> Image.Image:
         if str(data.get("BurnedInAnnotation", "")).strip().upper() == "YES":
             told.append(BURNT_IN)
     check_shape(picture, str(path))
-    if all(len(np.unique(band)) == 1 for band in picture.split()):
+    if np.ptp(np.asarray(picture), axis=(0, 1)).max() == 0:
         told.append(ONE_COLOUR)
     picture.info = {"changes": tuple(told)}
     return picture

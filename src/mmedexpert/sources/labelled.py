@@ -171,8 +171,8 @@ def _read_set(folder: Path, out_dir: Path, max_side: int, changed: Counter[str])
         fix = f"add distractors: [...] to {folder / DESCRIPTION}"
         raise UserError(f"{folder} has fewer than {len(LETTERS)} labels ({', '.join(labels.texts.values())}): {fix}")
     named = numbered([patient_of([folder / row["file"]]) for row in rows])  # of DICOM files
-    known = [_patient(row["file"], about) or who for row, who in zip(rows, named, strict=True)]
-    people = patients(rows, known, changed)
+    whose = [_patient(row["file"], about) or who for row, who in zip(rows, named, strict=True)]
+    people = patients(rows, whose, changed)
 
     same: dict[str, list[tuple[int, str]]] = {}  # content hash -> its rows, each with the prepared copy
     for number, row in enumerate(track(rows, f"preparing {name}")):
