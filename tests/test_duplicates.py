@@ -257,7 +257,7 @@ def test_bands_of_near_texts_agree_and_are_the_same_everywhere() -> None:
     one, near, far = bands([LONG, f"{LONG} ago", "What is the most common cause of a low blood sugar in the newborn"])
     assert (one == near).any() and not (one == far).any()
     assert (bands(["x y z", LONG])[1] == one).all()
-    assert int(one[0]) == 17747068148556684740
+    assert int(one[0]) == 14346866618397535852
 
 
 def test_a_batch_cuts_no_duplicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from mmedexpert.curation.near import (
     Index,
     bands,
+    combined,
     distances,
     near_images,
     number_of,
@@ -235,10 +236,8 @@ def _word(word: str) -> int:
 
 
 def _grams(words: Sequence[str], size: int) -> np.ndarray:
-    """A number for each `size` words in a row: sums of the words' numbers, each place with its own odd factor."""
+    """A number for each `size` words in a row."""
     if len(words) < size:
         return _NO_GRAM
     numbers = np.array([_word(word) for word in words], np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(numbers, size)
-    factors = np.array([number_of(str(place).encode()) | 1 for place in range(size)], np.uint64)
-    return (windows * factors).sum(1, dtype=np.uint64)
+    return combined(np.lib.stride_tricks.sliding_window_view(numbers, size))
