@@ -98,7 +98,8 @@ def balance(
 def split(records: Records, *, fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0) -> Iterator[Verdict]:
     """Each record with its split (train, val, test by `fractions`); those that share an image or a group share it.
 
-    The source's own split is forgotten. Specialties are split alike (`data/splits.py`).
+    The source's own split is forgotten. Specialties are split alike (`data/splits.py`). Groups get names of their own:
+    a source's hold patients or file names.
     """
     keys: list[tuple[str, ...]] = []
     strata: list[str] = []
@@ -106,12 +107,13 @@ def split(records: Records, *, fractions: tuple[float, float, float] = FRACTIONS
         group = (f"group {record.image_group}",) if record.image_group else ()
         keys.append((*group, *image_keys(record)) or (f"record {record.id}",))
         strata.append(primary(record))
+    groups = join_groups(keys)
     try:
-        names = assign_splits(join_groups(keys), fractions=fractions, seed=seed, strata=strata)
+        names = assign_splits(groups, fractions=fractions, seed=seed, strata=strata)
     except ValueError as error:
         raise UserError(f"the fractions of the splits: {error}") from error
-    for record, name in zip(records, names, strict=True):
-        yield Verdict(replace(record, split=name))
+    for record, name, group in zip(records, names, groups, strict=True):
+        yield Verdict(replace(record, split=name, image_group=hashlib.sha256(group.encode()).hexdigest()[:16]))
 
 
 def make_up(records: Iterable[Record]) -> dict[str, dict[str, int]]:

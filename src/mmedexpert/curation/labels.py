@@ -82,8 +82,9 @@ def _label(
     for place, record in enumerate(part):
         if place in kept:
             source = _source(record)
-            told = [Label(name, 1.0, SOURCE, f"source: {source}", 1) for name in record.specialties]
-            yield Verdict(_labelled(record, told, record.specialties))
+            names = sorted(record.specialties, key=lambda name: name not in SPECIALTIES)  # finer ones behind their own
+            told = [Label(name, 1.0, SOURCE, f"source: {source}", 1) for name in names]
+            yield Verdict(_labelled(record, told, names))
             continue
         found = ruled = rule_labels(record)
         primary = ruled[0].label

@@ -23,7 +23,7 @@ VERSIONS: dict[str, int] = {
     "gmai": 1,  # what is read, asked and how it is judged
     "medxpertqa": 1,
     "mmmu": 1,
-    "omnimedvqa": 1,
+    "omnimedvqa": 2,  # 1: did not say of which set a question is
     "path_vqa": 1,
     "pmc_vqa": 1,
     "slake": 1,
@@ -31,6 +31,11 @@ VERSIONS: dict[str, int] = {
     "splits": 1,
     "images": 2,  # what an image file becomes
     # curation
+    "vqa_table": 1,
+    "medvlthinker": 1,
+    "gmai_reasoning": 1,
+    "reasoning_text": 1,
+    "dicom": 1,
     "ingest": 1,
     "duplicates": 1,
     "decontaminate": 1,
@@ -40,6 +45,7 @@ VERSIONS: dict[str, int] = {
     "needs_image": 1,
     "difficulty": 1,
     "traces": 1,
+    "statements": 1,
     "balance": 1,
     "release": 1,
     # training

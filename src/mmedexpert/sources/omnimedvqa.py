@@ -21,6 +21,7 @@ from mmedexpert.sources.unpack import lettered, place_images, read_objects, unpa
 NEEDED, NEEDED_MEDR1 = ("question", "gt_answer", "image_path"), ("image", "problem", "solution")
 QUESTIONS = "QA_information/Open-access"
 OPTION_KEYS = ("option_A", "option_B", "option_C", "option_D")
+MEDR1_GROUPS = {"question_type": "question_type", "modality_type": "modality", "dataset": "dataset"}
 SPLIT_IN_NAME = re.compile(r"(?:^|[/_. -])(train|val|test)(?=[/_. -])", re.IGNORECASE)
 
 
@@ -99,7 +100,7 @@ def _parse(data: Any, record_id: str) -> Record:
     image = _posix(data["image_path"])
     modality = data.get("modality_type", data.get("modality"))  # `modality` in "Chest CT Scan.json"
     dataset = str(data.get("dataset") or "")
-    groups = {"question_type": data.get("question_type"), "modality_type": modality}
+    groups = {"question_type": data.get("question_type"), "modality_type": modality, "dataset": dataset}
     return Record(
         id=record_id,
         images=(image,),
@@ -177,7 +178,7 @@ def _parse_medr1(data: Any) -> Record:
         raise ValueError("the question is empty")
     answer = gold_letter(data["solution"], options)
     image = _posix(data["image"])
-    groups = {"question_type": data.get("question_type"), "modality_type": data.get("modality")}
+    groups = {key: data.get(name) for key, name in MEDR1_GROUPS.items()}
     return Record(
         # as in `mmedexpert.sources.medr1`: a question has one id in training and in evaluation
         id="medr1-" + hashlib.sha256(f"{image}\0{data['problem']}".encode()).hexdigest()[:16],

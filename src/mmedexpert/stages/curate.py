@@ -78,7 +78,7 @@ def _ingest(config: Config) -> Step:
         "content": {name: _content(config, folder) for name, folder in folders.items()},
         "max_side": curate.max_side,
         "rules": {
-            **versions("ingest", "images"),
+            **versions("ingest", "images", "dicom"),
             **{k: v for name in folders for k, v in rule_of(settings.sources[name]["_target_"]).items()},
         },
     }
@@ -208,7 +208,14 @@ def _blind(config: Config, curate: CurateConfig, before: Step) -> Step | None:
         yield from blind.needs_image(records, engine, kept, **settings)
         write_json(run.folder / REPORT, blind.report(records, kept, asked.tries))
 
-    return _step(config, "needs_image", before, {**settings, "asked": told}, ("needs_image", "robust"), make)
+    return _step(
+        config,
+        "needs_image",
+        before,
+        {**settings, "asked": told},
+        ("needs_image", "robust", "prompts", "sampling"),
+        make,
+    )
 
 
 def _difficulty(config: Config, curate: CurateConfig, before: Step) -> Step | None:
@@ -229,7 +236,9 @@ def _difficulty(config: Config, curate: CurateConfig, before: Step) -> Step | No
         write_json(run.folder / REPORT, {"solved": counts, "refused": refused})
         difficulty.figure(counts, run.folder / "difficulty.png", keep=(low, high))
 
-    return _step(config, "difficulty", before, {**settings, "asked": told}, ("difficulty", "robust"), make)
+    return _step(
+        config, "difficulty", before, {**settings, "asked": told}, ("difficulty", "robust", "prompts", "sampling"), make
+    )
 
 
 def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
@@ -258,7 +267,7 @@ def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
             keep = verdict.reason == traces.NO_TEACHER and curate.untraced == "keep"
             yield Verdict(verdict.record) if keep else verdict
 
-    return _step(config, "traces", before, key, ("traces", "rubrics"), make)
+    return _step(config, "traces", before, key, ("traces", "statements", "rubrics"), make)
 
 
 def _balance(config: Config, curate: CurateConfig, before: Step) -> Step:
