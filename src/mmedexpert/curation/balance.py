@@ -104,8 +104,8 @@ def split(records: Records, *, fractions: tuple[float, float, float] = FRACTIONS
     keys: list[tuple[str, ...]] = []
     strata: list[str] = []
     for record in records:
-        group = (f"group {record.image_group}",) if record.image_group else ()
-        keys.append((*group, *image_keys(record)) or (f"record {record.id}",))
+        own = (f"group {record.image_group}",) if record.image_group else ()
+        keys.append((*own, *image_keys(record)) or (f"record {record.id}",))
         strata.append(primary(record))
     groups = join_groups(keys)
     try:

@@ -28,6 +28,7 @@ from mmedexpert.stages.common import loading, model_key, processes_of, stage_run
 from mmedexpert.stages.pretrain import base_of
 
 REPORT, IMAGES, DRAWN = "report.json", "images", "phantom"
+ASKED = ("robust", "prompts", "sampling")  # rules of asking a model and reading its answer
 EXAMPLE = "mmedexpert.sources.vqa_table.load"
 _told: set[str] = set()  # lines this command has said
 Make = Callable[[Records, Run], Iterator[Verdict]]
