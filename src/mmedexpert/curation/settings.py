@@ -10,7 +10,7 @@ MODELS = ("labels", "blind", "difficulty", "teacher", "verifier")  # who asks on
 
 
 def check_settings(curate: CurateConfig) -> None:
-    """UserError for a choice or number that is none, and for a step that asks no model or two: here and at an address."""
+    """UserError for a choice or number that is none, and for a step that asks two models, here and at an address."""
     choices = {
         "untraced": (curate.untraced, ("keep", "drop")), "blind.mode": (curate.blind.mode, ("drop", "flag")),
         "difficulty.mode": (curate.difficulty.mode, ("drop", "flag")),
