@@ -105,6 +105,8 @@ def test_two_options_that_say_the_same(one: str, other: str, same: bool) -> None
         ("He had a pneumonia last year. " + "He walks a lot. " * 10 + "What is shown?", FOUR, False),
         ("He had a cold last year. " + "He walks a lot. " * 10 + "What does this pneumonia come from?", FOUR, True),
         ("What is shown?\nAnswer Choices: (A) Pneumonia", FOUR, False),
+        ("A chest film. Which one fits? Prevalence of pneumonia 10%.", FOUR, False),
+        ("Prevalence of oedema 10%. What is this pneumonia?", FOUR, True),
     ],
 )
 def test_a_question_that_names_its_answer(question: str, options: dict, named: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from mmedexpert.curation.settings import MODELS, check_settings
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import RESERVED, trained_names
@@ -108,6 +109,8 @@ def expand_homes(config: Config) -> None:
         if getattr(section, key) is not None:
             setattr(section, key, home(getattr(section, key)))
     config.report.runs = [home(path) for path in config.report.runs]
+    if config.data.curate is not None:
+        config.data.curate.teacher.statements = [home(path) for path in config.data.curate.teacher.statements]
     if config.eval.models is not None:
         config.eval.models = [home(name) for name in config.eval.models]
 
@@ -210,6 +213,10 @@ def check(config: Config) -> None:
     _check_grader(config.reward)
     for where in ENDPOINTS:
         _check_prices(where, _value(config, where))
+    if (curate := config.data.curate) is not None:
+        check_settings(curate)
+        for name in MODELS:
+            _check_prices(f"data.curate.{name}", getattr(curate, name))
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
 

@@ -35,6 +35,7 @@ REFERS = re.compile(
 NAMED_LETTER = re.compile(r"\b(?:[Oo]ptions?|[Cc]hoices?|[Aa]nswers?)\s+\(?[A-J]\b")
 NAMED_LETTERS = re.compile(r"\b[A-J]\s*(?:and|or|&|,|/|\+)\s*[A-J]\b")
 NUMBER = re.compile(r"[-\u2212]?\d+(?:\.\d+)?")
+HOW_FREQUENT = re.compile(r"\b(?:prevalence|probability|incidence|frequency|likelihood|risk) of .*?(?=\d)")  # ours
 
 
 def structure(records: Records, *, blank: float = BLANK_STD, shuffle_options: bool = False) -> Iterator[Verdict]:
@@ -108,7 +109,8 @@ def _fault(record: Record, blank: float) -> tuple[str, str]:
 def names_answer(record: Record) -> bool:
     """Whether the gold option stands in the question and no other does; of a long one its last sentence is read. # ours
 
-    In a case history the cause is a clue among others; "a pneumonia is seen; what is it?" is none.
+    In a case history the cause is a clue among others; "a pneumonia is seen; what is it?" is none. How frequent
+    something is ("prevalence of glaucoma 10%") does not say that it is there.
     """
     options = {letter: plain(text) for letter, text in (record.options or {}).items()}
     gold = options[record.answer]
@@ -118,7 +120,8 @@ def names_answer(record: Record) -> bool:
     if asked.count(" ") + 1 > WHOLE:
         before = INLINE.split(record.question, maxsplit=1)[0].strip()
         asked = plain(re.split(r"(?<=[.!?])\s+|\n", before)[-1])
-    return [letter for letter, text in options.items() if text and f" {text} " in f" {asked} "] == [record.answer]
+    asked = HOW_FREQUENT.sub(" ", f" {asked} ")
+    return [letter for letter, text in options.items() if text and f" {text} " in asked] == [record.answer]
 
 
 def _folded(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mmedexpert import checks
+from mmedexpert.curation.settings import MODELS
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
 from mmedexpert.errors import UserError, suggestion
@@ -24,7 +25,7 @@ from mmedexpert.names import known_names, reasoner_names
 from mmedexpert.runtime.build import build, check
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
-from mmedexpert.schema import Config
+from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.stages import benchmark
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import found
@@ -109,11 +110,14 @@ def _try_merge(config: Config) -> None:
 
 def _check_keys(config: Config, work: set[str]) -> None:
     """Addresses and keys of the servers that this command asks."""
-    asked = {
+    asked: dict[str, tuple[EndpointConfig, bool]] = {
         "engine.endpoint": (config.engine.endpoint, "eval" in work and config.engine.name == "openai"),
         "eval.llm_judge": (config.eval.llm_judge, "eval" in work),
         "reward.judge": (config.reward.judge, "gba" in work and config.reward.grader != "rules"),
     }
+    if "data" in work and config.data.curate is not None:
+        for name in MODELS:
+            asked[f"data.curate.{name}"] = getattr(config.data.curate, name), True
     for where, (endpoint, needed) in asked.items():
         if not needed or endpoint.base_url is None:
             continue

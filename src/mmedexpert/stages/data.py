@@ -32,7 +32,8 @@ from mmedexpert.runtime.runs import Run, clean, console, git_sha, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import stage_run
-from mmedexpert.stages.curate import REPORT, Step, funnel, settings_of
+from mmedexpert.stages.curate import Step, funnel, settings_of
+from mmedexpert.stages.sources import REPORT
 
 FUNNEL = "funnel.json"
 

@@ -1,0 +1,59 @@
+"""Which settings of the funnel are possible: what the types of `schema.CurateConfig` cannot say."""
+
+from __future__ import annotations
+
+from mmedexpert.errors import UserError, suggestion
+from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.schema import CurateConfig
+
+MODELS = ("labels", "blind", "difficulty", "teacher", "verifier")  # who asks one
+
+
+def check_settings(curate: CurateConfig) -> None:
+    """UserError for a choice or number that is none, and for a step that asks two models, here and at an address."""
+    choices = {
+        "untraced": (curate.untraced, ("keep", "drop")), "blind.mode": (curate.blind.mode, ("drop", "flag")),
+        "difficulty.mode": (curate.difficulty.mode, ("drop", "flag")),
+        "teacher.verify": (curate.teacher.verify, ("none", "rules", "model")),
+        **{f"teacher.perspectives: {name}": (name, PERSPECTIVES) for name in curate.teacher.perspectives},
+    }  # fmt: skip
+    for key, (value, known) in choices.items():
+        if value not in known:
+            raise UserError(f"data.curate.{key}={value!r} is not known{suggestion(value, known)}")
+    for name in MODELS:
+        asked, where = getattr(curate, name), f"data.curate.{name}"
+        if (asked.base_url is None) != (asked.model is None):
+            raise UserError(f"{where} needs both base_url=<...>/v1 and model=<served name>, or neither")
+        if asked.local and asked.base_url is not None:
+            raise UserError(f"{where} asks the model here (local=true) or the one at base_url: give one of them")
+        for key in ("concurrency", "timeout_s", "max_new_tokens"):
+            if not getattr(asked, key) > 0:
+                raise UserError(f"{where}.{key}={getattr(asked, key)} must be above 0")
+    teacher, verifier = curate.teacher, curate.verifier
+    if (teacher.base_url or teacher.local) and teacher.verify == "model" and not (verifier.base_url or verifier.local):
+        raise UserError(
+            "data.curate.teacher.verify=model needs data.curate.verifier.base_url and .model (the same server will "
+            "do), or data.curate.teacher.verify=rules"
+        )
+    counts = {
+        "blind.tries": curate.blind.tries, "difficulty.rollouts": curate.difficulty.rollouts,
+        "teacher.candidates": teacher.candidates, "balance.target": curate.balance.target,
+        "balance.per_image": curate.balance.per_image, "samples": curate.samples,
+    }  # fmt: skip
+    for key, count in counts.items():
+        if count < 1:
+            raise UserError(f"data.curate.{key}={count} must be at least 1")
+    if not 1 <= teacher.per_question <= len(set(teacher.perspectives)):
+        raise UserError(
+            f"data.curate.teacher.per_question={teacher.per_question} must lie in 1..{len(set(teacher.perspectives))}, "
+            "the number of data.curate.teacher.perspectives, each named once"
+        )
+    for key, ends in (("keep", curate.difficulty.keep), ("hard", curate.difficulty.hard)):
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= curate.difficulty.rollouts:
+            raise UserError(
+                f"data.curate.difficulty.{key}={ends} must be two numbers, from and to, in "
+                f"0..{curate.difficulty.rollouts}"
+            )
+    fractions = curate.balance.fractions
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"data.curate.balance.fractions={fractions} must be three numbers (train, val, test), sum 1")
