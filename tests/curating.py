@@ -67,7 +67,13 @@ MARK = re.compile(r"Case ([a-z]+):")
 
 
 def row(mark: str, image: str | None = None, **changes: Any) -> dict[str, Any]:
-    made = {"id": mark, "image": f"{mark}.png" if image is None else image, "question": ask(mark), "options": OPTIONS, "answer": GOLD}
+    made = {
+        "id": mark,
+        "image": f"{mark}.png" if image is None else image,
+        "question": ask(mark),
+        "options": OPTIONS,
+        "answer": GOLD,
+    }
     return {key: value for key, value in (made | changes).items() if value is not None}
 
 
@@ -80,8 +86,8 @@ def noise(seed: int, side: int = 64) -> Image.Image:
 # --- the folder of sources --------------------------------------------------------------------------------------------
 
 EXAM = (
-    "A 71-year-old retired carpenter who smoked for forty years comes with three weeks of hoarseness, a swollen face in "
-    "the mornings and dilated veins over his chest. Which structure is most likely compressed?"
+    "A 71-year-old retired carpenter who smoked for forty years comes with three weeks of hoarseness, a swollen face "
+    "in the mornings and dilated veins over his chest. Which structure is most likely compressed?"
 )
 EXAM_OPTIONS = ["Superior vena cava", "Thoracic duct", "Left atrium", "Oesophagus"]
 GOOD = (
@@ -141,7 +147,7 @@ def make_root(root: Path) -> Path:
         row("second", "right.png", question=ask("right")),
         row("yes", question="Is the heart enlarged?", options=None, answer="yes"),
         row("no", "yes.png", question="Is the heart enlarged?", options=None, answer="no"),
-        row("shown", question="Which part of the body was examined?", options=["Chest", "Hand", "Skull", "Knee"], answer="Chest"),
+        row("shown", question="Which part was examined?", options=["Chest", "Hand", "Skull"], answer="Chest"),
         row("examined", question=EXAM, options=EXAM_OPTIONS, answer=EXAM_OPTIONS[0]),
         row("blank"),
         row("twins", options=[*OPTIONS, "rib fracture."]),
@@ -169,7 +175,9 @@ def make_root(root: Path) -> Path:
 
     labelled = root / "labelled" / "marrow"
     labelled.mkdir(parents=True)
-    (labelled / "dataset.yaml").write_text("specialties: [oncology_surgery]\nlicense: CC BY 4.0\nmodality: Microscopy\n")
+    (labelled / "dataset.yaml").write_text(
+        "specialties: [oncology_surgery]\nlicense: CC BY 4.0\nmodality: Microscopy\n"
+    )
     names = [f"cell-{n}.png" for n in range(9)]
     for number, name in enumerate(names[:8]):
         noise(100 + number).save(labelled / name)
@@ -183,7 +191,8 @@ def make_root(root: Path) -> Path:
     texts = [
         {
             "question": "Which vitamin does a strict vegan most often lack after ten years?", "answer": "B",
-            "options": {"A": "Vitamin C", "B": "Vitamin B12", "C": "Vitamin K", "D": "Folic acid"}, "reasoning": "Plants lack it.",
+            "options": {"A": "Vitamin C", "B": "Vitamin B12", "C": "Vitamin K", "D": "Folic acid"},
+            "reasoning": "Plants lack it.",
         },
         {
             "question": "Which electrolyte is lost first when a patient vomits for days?", "answer": "D",
@@ -267,9 +276,9 @@ class Models(Server):
         ends = [f"data.curate.{key}.{what}" for key, name in ROLES.items() for what in (
             f"base_url={self.base_url}", f"model={name}", "timeout_s=3", "concurrency=4", "retries=2")]  # fmt: skip
         return [
-            *ends, "data.curate.blind.tries=2", "data.curate.difficulty.rollouts=4", "data.curate.difficulty.keep=[1,3]",
-            "data.curate.difficulty.hard=[1,2]", "data.curate.teacher.candidates=2",
-            "data.curate.teacher.perspectives=[analytical]", *more,
+            *ends, "data.curate.blind.tries=2", "data.curate.difficulty.rollouts=4",
+            "data.curate.difficulty.keep=[1,3]", "data.curate.difficulty.hard=[1,2]",
+            "data.curate.teacher.candidates=2", "data.curate.teacher.perspectives=[analytical]", *more,
         ]  # fmt: skip
 
     def play(self, prompt: str, before: int, body: dict[str, Any]) -> Answer:
@@ -334,7 +343,9 @@ class Models(Server):
     def solver(self, prompt: str, sample: int, first: bool, body: dict[str, Any]) -> Answer:
         """Right in some samples; of what it does not know it names one option after the other."""
         mark, gold, other = _read(prompt)
-        letter = "ABCD"[sample % 4] if not mark else gold if mark == "easy" or (mark != "hard" and sample < 2) else other
+        letter = (
+            "ABCD"[sample % 4] if not mark else gold if mark == "easy" or (mark != "hard" and sample < 2) else other
+        )
         return completion(f"<think>Seen.</think><answer>{letter}</answer>")
 
     def labeller(self, prompt: str, sample: int, first: bool, body: dict[str, Any]) -> Answer:

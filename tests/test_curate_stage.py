@@ -5,25 +5,38 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import _here
 from curating import (
-    FAILED, GOLD, GOOD, KEPT, PRIVATE, REJECTED, SOUND, Models, composed, files, lines, make_root, noise, words,
+    FAILED,
+    GOLD,
+    KEPT,
+    PRIVATE,
+    REJECTED,
+    SOUND,
+    Models,
+    composed,
+    files,
+    lines,
+    make_root,
+    words,
 )  # fmt: skip
+from test_openai_engine import closed_port, save_tiny_llava
 
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.runs import Run
 from mmedexpert.sources.mmedexpert import load
-from mmedexpert.stages import curate
+from mmedexpert.stages import curate, sources
 from mmedexpert.stages import data as stage
 from mmedexpert.stages.data import dataset
 
@@ -36,7 +49,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _new_command(monkeypatch):
     """Each call of the stage is a command of its own, and all are the same one."""
-    monkeypatch.setattr(curate, "_told", set())
+    monkeypatch.setattr(sources, "_told", set())
     monkeypatch.setattr(sys, "argv", ["run.py", "stage=data", "data=mmedexpert"])
 
 
@@ -67,7 +80,7 @@ def test_counts_add_up_from_step_to_step(plain):
     names = "ingest duplicates decontaminate structure labels traces balance split fields".split()
     assert [step["step"] for step in steps] == names
     assert steps[0]["in"] == len(REJECTED) + steps[-1]["out"] == plain.metrics["read"]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert after["in"] == before["out"]
     assert all(step["in"] == step["out"] + sum(step["reasons"].values()) for step in steps)
 
@@ -84,7 +97,11 @@ def test_the_release_loads_and_has_its_page_card_and_pictures(plain):
     from datasets import load_dataset
 
     release = plain.folder / "release"
-    rows = [row for split in load_dataset(str(release), cache_dir=str(plain.folder.parent / "cache")).values() for row in split]
+    rows = [
+        row
+        for split in load_dataset(str(release), cache_dir=str(plain.folder.parent / "cache")).values()
+        for row in split
+    ]
     kept = lines(plain.folder / "records.jsonl")
     free = {row["id"] for row in kept if row["provenance"]["redistribute"]}
     assert {row["id"] for row in rows} == free and 0 < len(free) == plain.metrics["released"]
@@ -176,7 +193,7 @@ def test_a_server_that_dies_is_told_in_one_line_and_the_same_command_goes_on(tau
     run, _, _ = taught
     server.die_after = die_after
     config = composed(root, tmp_path, *server.asked_by(), "data.curate.labels.retries=0")
-    with pytest.raises(UserError, match="no answer|no server answers") as stopped:
+    with pytest.raises(UserError, match=r"no answer|no server answers") as stopped:
         dataset(config)
     assert "\n" not in str(stopped.value) and server.base_url in str(stopped.value)
     server.revive()
@@ -219,7 +236,7 @@ def dies_at(patch: pytest.MonkeyPatch, name: str) -> None:
         return call
 
     if name == "ingest":
-        patch.setattr(curate, "write_step", made(curate.write_step))
+        patch.setattr(sources, "write_step", made(sources.write_step))
     elif name in ("release", "card"):
         where = {"release": "release", "card": "write_card"}[name]
         patch.setattr(stage, where, late(getattr(stage, where)))
@@ -230,7 +247,7 @@ def dies_at(patch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.slow
-def test_killed_in_each_step_one_after_the_other_the_release_is_that_of_an_uninterrupted_run(taught, root, tmp_path, server):
+def test_killed_in_each_step_in_turn_the_release_is_that_of_an_uninterrupted_run(taught, root, tmp_path, server):
     run, _, _ = taught
     config = composed(root, tmp_path, *server.asked_by())
     for name in STEPS:
@@ -264,24 +281,110 @@ def test_two_processes_equal_one(plain, root, tmp_path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["+data.sources.slip={_folder_: ward-seven}"], "data.sources.slip needs a _target_"),
-        (["+data.sources.slip={_target_: mmedexpert.sources.vqa_tabel.load, _folder_: ward-seven}"], "vqa_tabel"),
-        (["+data.sources.slip={_target_: mmedexpert.sources.vqa_table.load, _folder_: ward-seven, file: x}"], "file"),
-        (["data.root=null"], "give data.root=<folder with"),
-        (["data.curate.traces=1"], "traces"),
-        (["data.curate.teacher.base_url=http://localhost:1/v1"], "data.curate.teacher"),
-        (["data.curate.teacher.base_url=http://localhost:1/v1", "data.curate.teacher.model=x"], "data.curate.verifier"),
-        (["data.curate.untraced=maybe"], "data.curate.untraced"),
-        (["data.curate.teacher.perspectives=[analytic]"], "perspectives"),
-        (["data.curate.blind.mode=mark"], "mode"),
-        (["data.curate.balance.fractions=[0.5,0.1,0.1]"], "fractions"),
+        ("+data.sources.slip={_folder_: ward-seven}", "data.sources.slip._target_"),
+        ("+data.sources.slip={_target_: mmedexpert.sources.vqa_tabel.load}", "vqa_tabel"),
+        ("+data.sources.slip={_target_: mmedexpert.sources.vqa_table.load, file: x}", "data.sources.slip.file"),
+        ("+data.benchmarks.slip={_target_: mmedexpert.sources.vqa_table.load, file: x}", "data.benchmarks.slip.file"),
+        ("data.root=null", "give data.root=<folder with"),
+        ("data.root=/nowhere/at/all", "data.root=/nowhere/at/all is not a folder"),
+        ("data.curate.traces=1", "data.curate.traces"),
+        ("data.curate.teacher.base_url=http://localhost:1/v1", "data.curate.teacher needs both"),
+        ("data.curate.untraced=maybe", "data.curate.untraced"),
+        ("data.curate.teacher.perspectives=[analytic]", "data.curate.teacher.perspectives"),
+        ("data.curate.balance.fractions=[0.5,0.1,0.1]", "data.curate.balance.fractions"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(root, tmp_path, given, told):
-    from commands import Done, _here
+    key = given.split("=")[0]
+    done = _here([*(word for word in words(root, tmp_path) if not word.startswith(f"{key}=")), given])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and told in line and "Traceback" not in done.stdout + done.stderr
+    assert not list(tmp_path.glob("curate/*/DONE"))
 
-    done: Done = _here([word for word in words(root, tmp_path, *given)])
+
+def test_a_folder_without_any_source_is_told(root, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds none of medxpertqa_dev, .*, mine$"):
+        dataset(composed(tmp_path / "empty", tmp_path, "~data.sources.phantom"))
+
+
+def test_where_no_record_is_left_the_step_that_took_the_last_one_is_named(root, tmp_path):
+    table = tmp_path / "root" / "ward-seven"
+    table.mkdir(parents=True)
+    (table / "table.jsonl").write_text(
+        "{\n" + json.dumps({"id": "x", "image": "x.png", "question": "Q?", "answer": "yes"})
+    )
+    with pytest.raises(UserError, match="step ingest left none of 2 records") as told:
+        dataset(composed(tmp_path / "root", tmp_path, "~data.sources.phantom"))
+    assert "\n" not in str(told.value)
+
+
+# --- a real server, and what comes after ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_real_server_that_knows_nothing_leaves_no_trace_and_says_so(root, tmp_path):
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        pytest.skip("transformers serve needs fastapi, uvicorn and openai (requirements-dev.txt)")
+    save_tiny_llava(tmp_path / "llava")
+    with serving(tmp_path / "llava", tmp_path) as base_url:
+        ends = [
+            f"data.curate.{step}.{what}" for step in ("teacher", "verifier")
+            for what in (f"base_url={base_url}", f"model={tmp_path / 'llava'}", "max_new_tokens=8", "concurrency=2")
+        ]  # fmt: skip
+        done = _here(words(root, tmp_path / "out", "~data.sources.phantom", "data.curate.teacher.candidates=1", *ends))
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert told in line, line
-    assert not list(tmp_path.glob("curate/*/DONE")), line
+    assert "step traces left none of 30 records" in line and "dropped.jsonl" in line
+    (step,) = (tmp_path / "out" / "curate").glob("traces-*")
+    rows = lines(step / "dropped.jsonl")
+    assert len(rows) == 30 and {row["reason"] for row in rows} <= {"cut off", "no candidate parses"}
+    assert not list((tmp_path / "out").glob("data/*/release"))
+
+
+@contextmanager
+def serving(folder: Path, tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "hub").mkdir()
+    port = closed_port()
+    command = [
+        sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
+        "--host", "127.0.0.1", "--device", "cpu",
+    ]  # fmt: skip
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | offline, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 180
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+@pytest.mark.slow
+def test_experts_and_the_reasoner_learn_from_it_as_from_any_set(taught, root, answering_model):
+    from mmedexpert.stages import dsa, gba
+
+    _, models, outputs = taught
+    small = [
+        f"model.name_or_path={answering_model}", "model.max_new_tokens=16", "model.min_pixels=784",
+        "model.max_pixels=784", "model.lora.r=4", "specialty.names=[adult_medicine,pediatrics]", "dsa.steps=2",
+        "dsa.batch_size=2", "gba.steps=1", "gba.prompts_per_step=1", "gba.num_generations=8",
+        "data.curate.balance.fractions=[1.0,0.0,0.0]",
+    ]  # fmt: skip
+    config = composed(root, outputs, *models.asked_by(), *small)
+    asked = len(models.bodies)
+    data = dataset(config)
+    assert len(models.bodies) == asked
+    experts = dsa.run(config)
+    assert set(experts) == {"adult_medicine", "pediatrics"} and all(
+        (e.folder / "adapter").is_dir() for e in experts.values()
+    )
+    assert all(one.manifest["inputs"] for one in experts.values())
+    reasoners = gba.run(config)
+    assert all(one.done for one in reasoners.values()) and data.done
