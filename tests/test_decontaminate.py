@@ -180,3 +180,14 @@ def test_without_benchmarks_nothing_is_dropped_and_thresholds_are_told() -> None
     values = [row["value"] for row in benchmarks.report()]
     assert values == [8, 8, 0.3, 3, 16, 0.5, 0.9]
     assert list(decontaminate([], benchmarks=benchmarks)) == []  # type: ignore[arg-type]
+
+
+def test_a_question_that_two_benchmarks_ask_counts_once() -> None:
+    words = CASE.split()
+    part = " ".join([*words[:18], *(f"word{n}" for n in range(len(words) - 18))])
+    benchmarks = Benchmarks([(name, [record("t1", CASE)], None) for name in ("one", "other")])
+    (verdict,) = decontaminate([record("x", part)], benchmarks=benchmarks)  # type: ignore[arg-type]
+    assert verdict.reason == ""
+    lower = Benchmarks([(name, [record("t1", CASE)], None) for name in ("one", "other")], min_share=0.1)
+    (verdict,) = decontaminate([record("x", part)], benchmarks=lower)  # type: ignore[arg-type]
+    assert verdict.reason == PASSAGE.format(8) and "shares 23% of the passages" in verdict.detail

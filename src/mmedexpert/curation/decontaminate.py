@@ -82,8 +82,13 @@ class Benchmarks:
             passages.append(self._add(name, records, image_root, known, cache))
         self.asked = list(self.texts)
         self.bands = Index(bands(self.asked))
-        self.passages = Index(np.concatenate([_NO_GRAM, *(grams for grams, _ in passages)])[:, None])
-        self.passage_of = np.concatenate([_NO_GRAM.astype(np.int32), *(rows for _, rows in passages)])
+        grams = np.concatenate([_NO_GRAM, *(grams for grams, _ in passages)])
+        asking = np.concatenate([_NO_GRAM.astype(np.int32), *(rows for _, rows in passages)])
+        order = np.lexsort((asking, grams))
+        grams, asking = grams[order], asking[order]
+        again = (grams[1:] == grams[:-1]) & (asking[1:] == asking[:-1])  # a question that two benchmarks ask
+        once = np.flatnonzero(np.append(True, ~again)[: len(grams)])
+        self.passages, self.passage_of = Index(grams[once, None]), asking[once]
         usable = [picture for picture in self.pictures if picture.comparable]
         self.shown = [self.pictures[picture] for picture in usable]
         self.hashes = packed(usable)
