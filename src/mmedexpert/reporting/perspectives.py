@@ -27,6 +27,7 @@ SAID = (
 )
 
 GROUPS = "Accuracy by kind of question and perspective (robust), in brackets over how many answers."
+NEEDS = "needs"  # a record's group: the perspective whose information decides it
 
 
 def two_decimals(number: float) -> str:
@@ -56,12 +57,17 @@ def group_rows(
     found: Mapping[str, Mapping[str, Any]], protocol: str, show: Callable[[float], str] = two_decimals
 ) -> list[Row]:
     """Of each model (its name to `perspectives.measured`) a row per value of a group of the records, and a column per
-    perspective with its accuracy and how many questions; no row where no record has a group."""
+    perspective with its accuracy and how many questions; no row where no record has a group. Where records say which
+    perspective they need, of that group alone: a set of several sources has dozens."""
+
+    def shown(groups: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {NEEDS: groups[NEEDS]} if NEEDS in groups else groups
+
     return [
         {"model": name, "questions": f"{key} {value}"}
         | {p: f"{show(of[p][protocol]['accuracy'])} ({of[p][protocol]['n']})" if p in of else "-" for p in PERSPECTIVES}
         for name, one in found.items()
-        for key, values in one.get("groups", {}).items()
+        for key, values in shown(one.get("groups", {})).items()
         for value, of in values.items()
     ]
 
