@@ -22,7 +22,8 @@ from mmedexpert.unread import READ_BY, below, leaves, notes, parts, readers_of, 
 ROOT = Path(__file__).parents[1]
 DATA = {name: one for name, one in vars(schema).items() if is_dataclass(one)}
 UNREAD = {("RewardConfig", "name"), ("DebugConfig", "name"), ("DebugConfig", "traceback")}  # the last by run.py's argv
-BY_AS_DICT = {"ArchitectureConfig"}  # its sizes go to the model as keywords
+# their values go to a model, or to steps of the funnel, as keywords
+BY_AS_DICT = {"ArchitectureConfig", "DuplicatesConfig", "DecontaminateConfig", "StructureConfig", "BalanceConfig"}
 
 
 def told(*overrides: str, swept: tuple[str, ...] = ()) -> list[str]:

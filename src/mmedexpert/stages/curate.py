@@ -42,11 +42,12 @@ def funnel(config: Config) -> list[Step]:
     """The steps in order, finished ones reused; the records of the last are the set. A step whose model is not given
     is not among them. With `runs.explain` UserError for a set that is not built yet."""
     curate = settings_of(config)
-    first = ingested(config, max_side=curate.max_side)
+    first = ingested(config)
     done = [Step(first, first.folder / IMAGES)]
     for step in (_duplicates, _decontaminate, _structure, _labels, _blind, _difficulty, _traces, _balance, _split):
         if config.runs.explain and not done[-1].run.done:
-            raise UserError(f"data={config.data.name} is not built yet: run stage=data data={config.data.name} first")
+            lacks, name = done[-1].run.name.rpartition("-")[0], config.data.name
+            raise UserError(f"data={name}: its step {lacks} is not made yet: run stage=data data={name} first")
         if (made := step(config, curate, done[-1])) is not None:
             done.append(made)
     return done

@@ -26,9 +26,10 @@ EXAMPLE = "mmedexpert.sources.vqa_table.load"
 _told: set[str] = set()  # lines this command has said
 
 
-def ingested(config: Config, *, max_side: int) -> Run:
+def ingested(config: Config) -> Run:
     """Step 1 as a run: the records of every source whose folder is there, and in `images` what they show."""
-    settings = config.data
+    settings, curate = config.data, config.data.curate
+    assert curate is not None  # stages/curate.settings_of
     folders, absent = folders_of(config, settings.sources, "data.sources")
     if absent:
         say(f"data {settings.name}: not in {settings.root}, so left out: {', '.join(absent)}")
@@ -37,7 +38,7 @@ def ingested(config: Config, *, max_side: int) -> Run:
     key = {
         "sources": {name: settings.sources[name] for name in folders},
         "content": {name: content_of(config, folder) for name, folder in folders.items()},
-        "max_side": max_side,
+        "max_side": curate.max_side,
         "rules": {
             **versions("ingest", "images", "dicom"),
             **{k: v for name in folders for k, v in rule_of(settings.sources[name]["_target_"]).items()},
@@ -51,7 +52,7 @@ def ingested(config: Config, *, max_side: int) -> Run:
         sources = [_source(config, name, folder, run) for name, folder in folders.items()]
         verdicts = ingest(
             sources, run.folder / "unpacked", run.folder / IMAGES, processes=processes_of(config),
-            max_side=max_side, changed=changed,
+            max_side=curate.max_side, changed=changed,
         )  # fmt: skip
         write_step("ingest", verdicts, run.folder, run.folder / IMAGES, given=None)
         write_json(run.folder / REPORT, {**dict(sorted(changed.items())), "not there": ", ".join(absent)})
