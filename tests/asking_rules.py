@@ -156,7 +156,9 @@ def traced(folder: Path) -> Any:
         "wrong": [said(right, "B"), "none"], "disagrees": [said([*right[:3], "So the answer is B."])],
         "manner": [said(other)], "leak": [said(tracing.LEAK)], "copy": [said(slightly)],
         "numbered": [f"Here you are:\n```json\n{said(labels_)}\n```"], "tagged": [tagged],
-        "two": [said(right) + said(right, "A")], "lower": [said(right, "c")], "less": [said(right[:2])],
+        "two": [said(right) + said(right, "A")],
+        "several": ["none", said(other), said(right, "B"), said([*right[:3], "So the answer is B."])],
+        "lower": [said(right, "c")], "less": [said(right[:2])],
         "enough": [said(right[1:3])], "": [said(right)],
     }  # fmt: skip
     names = [name for name in replies if name] + ["mute", "underived", "unsound", "second"]

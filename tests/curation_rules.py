@@ -143,7 +143,7 @@ def chosen(folder: Path) -> Any:
     records = [
         draft(
             f"r{n}", ("pediatrics", "brain_sensory", "adult_medicine")[n % 7 % 3], perspectives[n % 5],
-            image=f"{n // 6}.png", kind="choice" if n % 3 else "yes_no", modality=("CT", "MRI", "")[n % 4 % 3],
+            image=f"{n // 6}.png", kind="choice" if n % 2 else "yes_no", modality=("CT", "MRI", "")[n % 4 % 3],
         )
         for n in range(60)
     ]  # fmt: skip
@@ -155,9 +155,13 @@ def chosen(folder: Path) -> Any:
         given, target=12, specialty=weights, perspective=dict.fromkeys(PERSPECTIVES, 1.0), fill=("rest",), seed=1,
         per_image=2, modality=0.3, kind={"yes_no": 0.5},
     )  # fmt: skip
+    shares = {"pediatrics": 3.0, "brain_sensory": 1.0, "adult_medicine": 1.0}
+    turns = dict.fromkeys(PERSPECTIVES, 1.0) | {"differential": 3.0}
+    free = balance.balance(given, target=13, specialty=shares, perspective=turns, modality=1.0, kind={}, per_image=60)
     parted = [told(balance.split(kept, seed=seed), "split", "image_group") for seed in (0, 1)]
-    return [told(balance.balance(given, target=32)), told(other), parted, balance.make_up(given), balance.quotas(
-        10, {"a": 1.0, "b": 1.0, "c": 2.5})]  # fmt: skip
+    chosen_freely = [v.record.id for v in free if not v.reason]
+    rows = [told(balance.balance(given, target=32)), told(other), chosen_freely, parted]
+    return [*rows, balance.make_up(given), balance.quotas(10, {"a": 1.0, "b": 1.0, "c": 2.5})]
 
 
 def released(folder: Path) -> Any:
