@@ -22,7 +22,7 @@ from mmedexpert.unread import READ_BY, below, leaves, notes, parts, readers_of, 
 ROOT = Path(__file__).parents[1]
 DATA = {name: one for name, one in vars(schema).items() if is_dataclass(one)}
 UNREAD = {("RewardConfig", "name"), ("DebugConfig", "name"), ("DebugConfig", "traceback")}  # the last by run.py's argv
-# their values go to a model, or to steps of the funnel, as keywords
+# sizes of the model, settings of a step of the funnel: they go as keywords to what refuses an unknown one
 BY_AS_DICT = {"ArchitectureConfig", "DuplicatesConfig", "DecontaminateConfig", "StructureConfig", "BalanceConfig"}
 
 
@@ -34,13 +34,16 @@ def told(*overrides: str, swept: tuple[str, ...] = ()) -> list[str]:
 class Reads(ast.NodeVisitor):
     """Which fields of the schema's classes a module reads, followed through parameters and assignments."""
 
-    def __init__(self) -> None:
+    def __init__(self, returns: dict[str, Any]) -> None:
+        self.returns = returns  # of functions that give a part of the config
         self.types: dict[str, Any] = {}
         self.found: set[tuple[str, str]] = set()
 
     def type_of(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Name):
             return self.types.get(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return self.returns.get(node.func.id)
         if isinstance(node, ast.Attribute):
             if node.attr in ("config",) and not is_dataclass(self.type_of(node.value)):
                 return Config  # self.config
@@ -75,13 +78,14 @@ class Reads(ast.NodeVisitor):
 
 
 def read_in_source() -> set[tuple[str, str]]:
-    reads = Reads()
     files = [p for p in (ROOT / "src").rglob("*.py") if p.name not in ("schema.py", "checks.py", "unread.py")]
-    for file in [*files, ROOT / "run.py"]:
-        reads.types = {}
-        if file.name == "run.py":
-            reads.types["config"] = Config
-        reads.visit(ast.parse(file.read_text(encoding="utf-8")))
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in [*files, ROOT / "run.py"]}
+    functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    given = {node.name: ast.unparse(node.returns) for node in functions if node.returns}
+    reads = Reads({name: DATA[kind] for name, kind in given.items() if kind in DATA})
+    for file, tree in trees.items():
+        reads.types = {"config": Config} if file.name == "run.py" else {}
+        reads.visit(tree)
     return reads.found
 
 

@@ -21,6 +21,7 @@ import test_benchmarks_choice as choice
 import test_benchmarks_open as open_
 import torch
 import yaml
+from curation_rules import CURATION
 from PIL import Image
 
 from mmedexpert.data import overlap
@@ -573,6 +574,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "overlap": seen_before,
     **{rule: partial(merge_rule, rule) for rule in MERGING},
     **BENCHMARKS,
+    **CURATION,
 }
 
 
@@ -615,7 +617,9 @@ def test_a_rule_that_changed_has_another_number(rule: str, tmp_path: Path) -> No
 )
 def test_what_a_config_calls_has_a_number(path: Path) -> None:
     part = yaml.safe_load(path.read_text())
-    for target in [(part.get(key) or {}).get("_target_") for key in ("method", "source", "load", "ask", "judge")]:
+    named = [part.get(key) or {} for key in ("method", "source", "load", "ask", "judge")]
+    several = [one for key in ("sources", "benchmarks") for one in (part.get(key) or {}).values()]
+    for target in [one.get("_target_") for one in [*named, *several]]:
         assert target is None or isinstance(*rule_of(target).values(), int), f"{target} needs a number in versions.py"
 
 

@@ -71,7 +71,7 @@ class Rule:
     @property
     def method(self) -> str:
         """By text, or by what a benchmark says."""
-        return DATASET_MAP if set(self.when) <= set(METADATA) else RULE
+        return DATASET_MAP if self.when and set(self.when) <= set(METADATA) else RULE
 
     def evidence(self, found: Mapping[str, Mapping[str, str]]) -> str:
         """The words that decided, `stem "fracture"`, of the phrases found in each field; empty where it does not."""
