@@ -288,6 +288,7 @@ def test_two_processes_equal_one(plain, root, tmp_path):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [
