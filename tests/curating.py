@@ -176,7 +176,7 @@ def make_root(root: Path) -> Path:
     labelled = root / "labelled" / "marrow"
     labelled.mkdir(parents=True)
     (labelled / "dataset.yaml").write_text(
-        "specialties: [oncology_surgery]\nlicense: CC BY 4.0\nmodality: Microscopy\n"
+        "specialties: [oncology_surgery]\nlicense: CC BY-NC 4.0\nmodality: Microscopy\n"
     )
     names = [f"cell-{n}.png" for n in range(9)]
     for number, name in enumerate(names[:8]):

@@ -44,6 +44,11 @@ def test_equal_quarters_and_equal_perspectives_where_all_have_enough(tmp_path):
     assert set(Counter((primary(r), perspective_of(r)) for r in chosen).values()) == {10}
 
 
+def test_no_shares_are_equal_ones(tmp_path):
+    rows = [r for name in FOUR for r in many(20, name)]
+    assert kept(rows, tmp_path, target=40, specialty={}, perspective={}) == kept(rows, tmp_path, target=40)
+
+
 def test_what_a_specialty_lacks_falls_to_the_others_and_is_told(tmp_path, capsys):
     rows = many(10, "pediatrics") + [r for name in FOUR[:3] for r in many(60, name)]
     chosen = kept(rows, tmp_path, target=160)
@@ -113,7 +118,8 @@ def test_each_record_has_one_verdict_and_each_reason_its_case(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"target": 0}, {"specialty": {"a": 0.0}}, {"perspective": {}}, {"modality": 2.0}, {"per_image": 0}]
+    "settings",
+    [{"target": 0}, {"specialty": {"a": 0.0}}, {"perspective": {"b": 0}}, {"modality": 2.0}, {"per_image": 0}],
 )
 def test_a_share_that_selects_nothing_is_the_users_mistake(tmp_path, settings):
     with pytest.raises(UserError):

@@ -105,11 +105,12 @@ def test_the_release_loads_and_has_its_page_card_and_pictures(plain):
     kept = lines(plain.folder / "records.jsonl")
     free = {row["id"] for row in kept if row["provenance"]["redistribute"]}
     assert {row["id"] for row in rows} == free and 0 < len(free) == plain.metrics["released"]
-    assert {row["source"] for row in rows} == {"mine", "labelled", "phantom", "reasoning"}
+    assert {row["source"] for row in rows} == {"mine", "phantom", "reasoning"}  # the other licence forbids it
     assert all(row["images"] or row["modality"] == "text" for row in rows)
     again, _, bad = load(release, plain.folder / "again")
     assert len(again) == len(free) and not bad
     card = (release / "README.md").read_text()
+    assert "| labelled | CC BY-NC 4.0 | 8 |" in card
     assert "8000 x 6500" not in card and "question asked before 1" in card and "`run.py stage=data" in card
     assert {"README.md", "croissant.json", "release.json", "funnel.png"} <= {path.name for path in release.iterdir()}
     page = (plain.folder / "page.html").read_text()
@@ -132,6 +133,15 @@ def test_equal_settings_elsewhere_give_equal_bytes_and_a_second_time_nothing_is_
     for name in ("records.jsonl", "rejected.jsonl", "funnel.md", "page.html"):
         assert (twin.folder / name).read_bytes() == (plain.folder / name).read_bytes()
     assert dataset(composed(root, tmp_path)).reused
+
+
+def test_with_a_limit_what_is_above_it_is_rejected_too(plain, root):
+    limited = dataset(composed(root, plain.folder.parents[1], "data.limit=2"))
+    kept, rows = lines(limited.folder / "records.jsonl"), lines(limited.folder / "rejected.jsonl")
+    assert max(Counter((row["split"], row["specialties"][0]) for row in kept).values()) == 2
+    above = {row["id"] for row in rows if (row["step"], row["reason"]) == ("fields", "above data.limit")}
+    assert {row["id"] for row in kept} | above == {row["id"] for row in lines(plain.folder / "records.jsonl")}
+    assert len(kept) + len(rows) == plain.metrics["read"] == limited.metrics["read"]
 
 
 # --- servers ----------------------------------------------------------------------------------------------------------
@@ -278,6 +288,7 @@ def test_two_processes_equal_one(plain, root, tmp_path):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -285,6 +296,11 @@ def test_two_processes_equal_one(plain, root, tmp_path):
         ("+data.sources.slip={_target_: mmedexpert.sources.vqa_tabel.load}", "vqa_tabel"),
         ("+data.sources.slip={_target_: mmedexpert.sources.vqa_table.load, file: x}", "data.sources.slip.file"),
         ("+data.benchmarks.slip={_target_: mmedexpert.sources.vqa_table.load, file: x}", "data.benchmarks.slip.file"),
+        ("+data.sources.mine._licence_=none", "did you mean '_license_'"),
+        ("+data.sources.mine._redistribute_=no", "_redistribute_='no' must be true, false or null"),
+        ("data.curate.teacher.statements=[/nowhere.yaml]", "/nowhere.yaml is not a file"),
+        ("data.curate.balance.specialty={pediatrics: -1}", "data.curate.balance.specialty"),
+        ("data.curate.balance.modality=50", "data.curate.balance.modality=50"),
         ("data.root=null", "give data.root=<folder with"),
         ("data.root=/nowhere/at/all", "data.root=/nowhere/at/all is not a folder"),
         ("data.curate.traces=1", "data.curate.traces"),

@@ -26,7 +26,7 @@ OVER_KIND = "over the cap of its question type"
 OVER_IMAGE = "over the cap of its image"
 NOT_WANTED = "specialty or perspective is given no share"
 
-Weights = Mapping[str, float] | None  # name to its share, relative to the others'; None: all that are found, equally
+Weights = Mapping[str, float] | None  # name to its share, relative to the others'; none: all that are found, equally
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def _select(
 
 
 def _weight(weights: Weights, name: str) -> float:
-    return 1.0 if weights is None else float(weights.get(name, 0.0))
+    return 1.0 if not weights else float(weights.get(name, 0.0))
 
 
 def _check(
@@ -216,7 +216,7 @@ def _check(
     if target < 1 or per_image < 1:
         raise UserError(f"balance: target={target} and per_image={per_image} must be 1 or more")
     for what, weights in (("specialty", specialty), ("perspective", perspective)):
-        if weights is not None and (min(weights.values(), default=0.0) < 0 or not sum(weights.values()) > 0):
+        if weights and (min(weights.values()) < 0 or not sum(weights.values()) > 0):
             raise UserError(f"balance: the shares of {what} must be 0 or more, and one above 0, not {dict(weights)}")
     for name, share in {"each modality": modality, **kind}.items():
         if not 0 <= share <= 1:

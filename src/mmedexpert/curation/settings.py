@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.schema import CurateConfig
@@ -54,6 +56,22 @@ def check_settings(curate: CurateConfig) -> None:
                 f"data.curate.difficulty.{key}={ends} must be two numbers, from and to, in "
                 f"0..{curate.difficulty.rollouts}"
             )
-    fractions = curate.balance.fractions
+    for path in teacher.statements:
+        if not Path(path).is_file():
+            raise UserError(f"data.curate.teacher.statements: {path} is not a file: give a YAML file of statements")
+    balance, duplicates, decontaminate = curate.balance, curate.duplicates, curate.decontaminate
+    for key, weights in (("specialty", balance.specialty), ("perspective", balance.perspective)):
+        if weights and (min(weights.values()) < 0 or not sum(weights.values()) > 0):
+            raise UserError(f"data.curate.balance.{key}={weights} must be 0 or more, and one above 0")
+    shares = {
+        "balance.modality": balance.modality, **{f"balance.kind.{name}": x for name, x in balance.kind.items()},
+        "duplicates.min_jaccard": duplicates.min_jaccard, "duplicates.min_ratio": duplicates.min_ratio,
+        "decontaminate.min_jaccard": decontaminate.min_jaccard, "decontaminate.min_ratio": decontaminate.min_ratio,
+        "decontaminate.min_share": decontaminate.min_share, "teacher.min_adherence": teacher.min_adherence,
+    }  # fmt: skip
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"data.curate.{key}={share} must lie in 0..1")
+    fractions = balance.fractions
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"data.curate.balance.fractions={fractions} must be three numbers (train, val, test), sum 1")

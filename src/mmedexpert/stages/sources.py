@@ -11,7 +11,7 @@ from typing import Any
 from mmedexpert.curation.ingest import Source, ingest
 from mmedexpert.curation.steps import write_step
 from mmedexpert.data.record import Record
-from mmedexpert.errors import UserError
+from mmedexpert.errors import UserError, suggestion
 from mmedexpert.runtime.build import build, method, values_of
 from mmedexpert.runtime.fingerprints import folder_digest
 from mmedexpert.runtime.ranks import rank
@@ -23,6 +23,7 @@ from mmedexpert.stages.common import processes_of, stage_run
 
 REPORT, IMAGES, DRAWN = "report.json", "images", "phantom"
 EXAMPLE = "mmedexpert.sources.vqa_table.load"
+ABOUT = ("_target_", "_folder_", "_license_", "_revision_", "_redistribute_")  # of a source; all else is its reader's
 _told: set[str] = set()  # lines this command has said
 
 
@@ -31,6 +32,7 @@ def ingested(config: Config) -> Run:
     settings, curate = config.data, config.data.curate
     assert curate is not None  # stages/curate.settings_of
     folders, absent = folders_of(config, settings.sources, "data.sources")
+    folders_of(config, settings.benchmarks, "data.benchmarks")  # a mistake there is told now
     if absent:
         say(f"data {settings.name}: not in {settings.root}, so left out: {', '.join(absent)}")
     if not folders:
@@ -110,6 +112,10 @@ def folders_of(
     for name, one in told.items():
         if "_target_" not in one:
             raise UserError(f"{where}.{name} needs a _target_: the reader of its files, such as {EXAMPLE}")
+        if unknown := [key for key in one if key.startswith("_") and key not in ABOUT]:  # no licence may be overlooked
+            raise UserError(f"{where}.{name}.{unknown[0]} is not known{suggestion(unknown[0], ABOUT)}")
+        if one.get("_redistribute_") not in (None, True, False):
+            raise UserError(f"{where}.{name}._redistribute_={one['_redistribute_']!r} must be true, false or null")
         at = one.get("_folder_", name)
         if at is None:
             folders[name] = None
