@@ -313,7 +313,7 @@ def test_trusted_sources_keep_their_specialties_and_are_not_asked(tmp_path: Path
     asked, engine = saying("{}")
     drawn = replace(RECORD, specialties=("cardiology", ADULT), provenance={"source": "phantom"})
     (verdict,) = step.label(records_in(tmp_path, drawn), engine=engine, trusted={"phantom"})
-    assert verdict.record.specialties == ("cardiology", ADULT)
+    assert verdict.record.specialties == (ADULT, "cardiology"), "the finer one behind its own"
     assert {entry["method"] for entry in verdict.record.provenance["labels"]} == {"source"}
     assert asked == []
     unsaid = replace(drawn, specialties=("all",))

@@ -8,6 +8,7 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.schema import CurateConfig
 
+MOST_BITS = 64  # ours: a quarter; other images of one kind start at 10 to 44 (data/overlap.py)
 MODELS = ("labels", "blind", "difficulty", "teacher", "verifier")  # who asks one
 
 

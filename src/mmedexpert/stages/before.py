@@ -77,7 +77,8 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
     if "data" in work:
         for kind, told in (("sources", config.data.sources), ("benchmarks", config.data.benchmarks)):
             for name, call in told.items():
-                yield f"data.{kind}.{name}", call, ("root", "out_dir", "seed")
+                if "_target_" in call:  # else stages/sources.py says what it needs
+                    yield f"data.{kind}.{name}", call, ("root", "out_dir", "seed")
     if "caci" in work:
         yield "merge.method", config.merge.method or {}, ()
     if "benchmark" in work:

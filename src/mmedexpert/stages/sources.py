@@ -16,12 +16,12 @@ from mmedexpert.runtime.build import build, method, values_of
 from mmedexpert.runtime.fingerprints import folder_digest
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
-from mmedexpert.runtime.versions import VERSIONS, rule_of, text_of, versions
+from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.sources.unpack import names_alone
 from mmedexpert.stages.common import processes_of, stage_run
 
-REPORT, IMAGES, DRAWN = "report.json", "images", "phantom"
+REPORT, IMAGES = "report.json", "images"
 EXAMPLE = "mmedexpert.sources.vqa_table.load"
 ABOUT = ("_target_", "_folder_", "_license_", "_revision_", "_redistribute_")  # of a source; all else is its reader's
 _told: set[str] = set()  # lines this command has said
@@ -46,7 +46,7 @@ def ingested(config: Config) -> Run:
             **{k: v for name in folders for k, v in rule_of(settings.sources[name]["_target_"]).items()},
         },
     }
-    if DRAWN in folders:
+    if None in folders.values():  # drawn by the guidelines
         key["guidelines"] = text_of("guidelines.yaml")
 
     def work(run: Run) -> dict[str, float]:
@@ -66,8 +66,9 @@ def ingested(config: Config) -> Run:
 def _source(config: Config, name: str, folder: Path | None, run: Run) -> Source:
     told = config.data.sources[name]
     reader = method(told.get("_target_"), f"data.sources.{name}._target_")
-    seed = {"seed": config.data.seed} if "seed" in signature(reader).parameters else {}
-    made = {"_target_": told["_target_"], **values_of(told), **seed}
+    known = {"seed": config.data.seed, "name": name}  # a reader's own word for the name may be that of its folder
+    given = {key: value for key, value in known.items() if key in signature(reader).parameters}
+    made = {"_target_": told["_target_"], **given, **values_of(told)}
 
     def load(root: Path, out_dir: Path) -> Any:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def _source(config: Config, name: str, folder: Path | None, run: Run) -> Source:
 
     revision = str(told.get("_revision_") or "")
     if folder is None:  # drawn, not read
-        revision = revision or f"rules {VERSIONS.get(name, '')}".strip()
+        revision = revision or "rules " + ", ".join(f"{k} {v}" for k, v in rule_of(told["_target_"]).items())
     return Source(
         name, load, folder or run.folder, license=str(told.get("_license_") or ""), revision=revision,
         redistribute=told.get("_redistribute_"),
