@@ -39,6 +39,8 @@ def read(folder: Path, split: str) -> list[dict[str, Any]]:
         name = manifest["name"].removesuffix(f"-phantom-{split}")
         keys = SETTINGS.get(name, MERGED if name == config["merge"]["name"] else ())
         chosen = {key: config[key.split(".")[0]][key.split(".")[1]] for key in keys}
+        asked = config["eval"]["perspectives"]
+        chosen["eval.perspectives"] = None if asked == "needed" else asked  # the default is not told
         if "gba.scale" in chosen and (not chosen["gba.scale"] or not any(chosen["gba.weights"])):
             chosen |= {
                 "gba.scale": 0.0,
@@ -67,7 +69,10 @@ def labelled(runs: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]
         same = [other["settings"] for other in runs if other["name"] == one["name"]]
         varied = [key for key in one["settings"] if len({str(settings[key]) for settings in same}) > 1]
         told = " ".join(f"{key}={one['settings'][key]}" for key in varied if one["settings"][key] is not None)
-        arms[f"{one['name']} {told}".strip()][one["seed"]] = one
+        label = f"{one['name']} {told}".strip()
+        if one["seed"] in arms[label]:
+            raise SystemExit(f"two evaluations are row {label!r} of seed {one['seed']}: they differ in another setting")
+        arms[label][one["seed"]] = one
     return arms
 
 
