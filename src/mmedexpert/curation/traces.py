@@ -36,13 +36,15 @@ from mmedexpert.engines.asking import Ask, Engine, Reply
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 
 NO_TEACHER = "no trace, and no teacher to write one"
+GUESSED = "its perspective does not decide the question"  # of a drawn one that says which does: the rest is luck
 REFUSED = "the teacher refuses it"
 CUT_OFF = "cut off"
 UNPARSED = "no candidate parses"
 COPY = "near-copy of another trace"
 # in the order of the funnel: of several candidates the one that came furthest says why there is no trace
 REASONS = (
-    NO_TEACHER, REFUSED, CUT_OFF, UNPARSED, DRIFTS, WRONG, DISAGREES, MANNER, NO_VERDICT, UNDERIVED, UNSOUND, COPY,
+    NO_TEACHER, GUESSED, REFUSED, CUT_OFF, UNPARSED, DRIFTS, WRONG, DISAGREES, MANNER, NO_VERDICT, UNDERIVED, UNSOUND,
+    COPY,
 )  # fmt: skip
 Verify = Literal["none", "rules", "model"]
 
@@ -185,6 +187,8 @@ def _wishes(record: Record, perspectives: Sequence[str], count: int, teacher: En
             wish.fail(DRIFTS, f"its perspective {wish.perspective!r} is none of {', '.join(PERSPECTIVES)}")
         elif not any(map(str.strip, record.trace.steps)) or (record.options and answer not in record.options):
             wish.fail(UNPARSED)
+        elif record.groups.get("needs", wish.perspective) != wish.perspective:
+            wish.fail(GUESSED, f"it needs {record.groups['needs']}")
         else:
             wish.open = [(0, Candidate(record.trace.steps, answer), None)]
         return [wish]
