@@ -205,7 +205,7 @@ def make_root(root: Path) -> Path:
 
 TABLE = (
     "{_target_: mmedexpert.sources.vqa_table.load, _folder_: %s, files: '%s', "
-    "columns: {id: id, image: image, options: options, patient: patient}, license: CC0-1.0, name: mine}"
+    "columns: {id: id, image: image, options: options%s}, license: CC0-1.0, name: mine}"
 )
 
 
@@ -214,8 +214,8 @@ def words(root: Path, outputs: Path, *more: str) -> list[str]:
     return [
         "stage=data", "data=mmedexpert", f"data.root={root}", f"paths.outputs={outputs}", "logger=none",
         "trainer.accelerator=cpu", "trainer.processes=1", "data.sources.phantom.train=2",
-        "+data.sources.mine=" + TABLE % ("ward-seven", "*.jsonl"),
-        "+data.benchmarks.exam=" + TABLE % ("exam", "exam.jsonl"), *more,
+        "+data.sources.mine=" + TABLE % ("ward-seven", "*.jsonl", ", patient: patient"),
+        "+data.benchmarks.exam=" + TABLE % ("exam", "exam.jsonl", ""), *more,
     ]  # fmt: skip
 
 

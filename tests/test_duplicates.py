@@ -216,7 +216,7 @@ def test_unknown_pictures_and_odd_texts_stop_nothing(tmp_path: Path) -> None:
     ]
     found = judged(tmp_path, odd)
     assert not any(verdict.reason for verdict in found.values())
-    assert found["c"].record.image_group == "c"
+    assert found["c"].record.image_group.startswith("text:")
     assert list(duplicates(kept_in(tmp_path, []))) == []
 
 
@@ -264,3 +264,20 @@ def test_a_batch_cuts_no_duplicate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "BATCH", 2)
     records = [record(str(n), LONG, "yes", [picture(n % 3)]) for n in range(7)]
     assert reasons(tmp_path, records) == {"3": SAME, "4": SAME, "5": SAME, "6": SAME}
+
+
+def test_questions_of_text_alone_are_compared_where_no_source_has_an_image(tmp_path: Path) -> None:
+    asked = "A 54-year-old man with long standing gout has a swollen painful toe after a night of beer. What is it?"
+    records = [record("a", asked, "gout"), record("b", asked.replace("long standing", "longstanding"), "gout")]
+    assert [one.reason for one in duplicates(kept_in(tmp_path, records))] == ["", NEAR]
+
+
+def test_a_question_of_text_alone_shares_its_group_with_those_of_other_sets_and_ages(tmp_path: Path) -> None:
+    asked = "A 54-year-old man with long standing gout has a painful toe. What is it?"
+    records = [
+        record("a", asked, "gout", source="one"),
+        record("b", asked.replace("54", "61"), "A", options={"A": "gout", "B": "no"}),
+        record("c", "A child coughs at night. Why?", "asthma", source="one"),
+    ]  # fmt: skip
+    groups = [one.record.image_group for one in duplicates(kept_in(tmp_path, records))]
+    assert groups[0] == groups[1] != groups[2]

@@ -147,6 +147,15 @@ def test_what_a_file_holds_beside_its_picture_is_not_stored(tmp_path: Path) -> N
     noise(tmp_path / "a/plain.jpg", 3)
     names = ["text.png", "exif.jpg", "note.jpg", "deep.png", "plain.jpg"]
     assert [is_plain(tmp_path / "a" / name) for name in names] == [False] * 4 + [True]
+    for name, kind in (("plain.jpg", b"\xff\xe5\x00\x05Doe"), ("also.png", b"\x00\x00\x00\x03doEs Do____")):
+        whole = noise(tmp_path / "b" / name, 4).read_bytes()
+        place = 2 if name.endswith("jpg") else 33  # behind the start of the file, behind IHDR
+        assert is_plain(tmp_path / "b" / name)
+        for holds in (whole + b"Doe", whole[:place] + kind + whole[place:]):
+            (tmp_path / "b" / name).write_bytes(holds)
+            assert not is_plain(tmp_path / "b" / name)
+    noise(tmp_path / "b/steps.jpg", 5, progressive=True)
+    assert is_plain(tmp_path / "b/steps.jpg")
     changed = Counter[str]()
     root = table(tmp_path / "a", [row(n, name) for n, name in enumerate(names)])
     verdicts = run([source(root)], tmp_path, changed=changed)
@@ -215,6 +224,7 @@ def test_a_source_needs_a_name_of_its_own(tmp_path: Path, names: list[str]) -> N
         ("ODbL 1.0", True), ("Creative Commons Attribution 4.0 International", True), ("CC BY-NC-SA 4.0", False),
         ("CC BY-ND 4.0", False), ("research only", False), ("not stated", False), ("", False),
         ("ODIR-5K challenge terms", False), ("CC BY 4.0, research only", False), ("Apache-2.0 with NC clause", False),
+        ("MIT 仅供研究", False), ("CC BY 4.0 非商业性使用", False),
     ],
 )  # fmt: skip
 def test_a_licence_that_does_not_say_so_forbids_redistribution(license: str, free: bool) -> None:

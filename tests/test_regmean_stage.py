@@ -77,7 +77,7 @@ class Merged:
                 self.records[record.specialties[0]].append(record)
                 return sample(encoder, image_root, record)
 
-            patch.setattr("mmedexpert.stages.grams.sample", watched)
+            patch.setattr("mmedexpert.training.sft.sample", watched)
             (self.run,) = caci.run(self.config).values()
         self.experts = [deltas(experts[name].folder / "adapter") for name in NAMES]
         self.update = deltas(reasoner.folder / "update")

@@ -60,7 +60,7 @@ def test_the_card_is_one_of_the_hub_and_says_what_it_must(made):
         *(f"### {part}" for part in SHEET),
     ):  # fmt: skip
         assert wanted in text, wanted
-    assert "someone" not in text and "token=abc" not in text and "data.root=<folder>/images" in text
+    assert "someone" not in text and "token=abc" not in text and "data.root=<not shown>" in text
 
 
 def test_the_cards_table_of_columns_is_that_of_the_files(made):

@@ -114,11 +114,11 @@ def test_a_question_that_names_its_answer(question: str, options: dict, named: b
 
 
 def test_shuffling_makes_letters_even_and_keeps_the_answer() -> None:
-    given = [record(id=str(number)) for number in range(4000)]
+    given = [record(id=str(number)) for number in range(1000)]
     found = [verdict.record for verdict in structure(given, shuffle_options=True)]  # type: ignore[arg-type]
     assert all(one.options and one.options[one.answer] == "Pneumonia" for one in found)
     assert all(one.options and sorted(one.options.values()) == sorted(FOUR.values()) for one in found)
-    assert all(900 < count < 1100 for count in Counter(one.answer for one in found).values())
+    assert all(200 < count < 300 for count in Counter(one.answer for one in found).values())
     assert len({tuple((one.options or {}).values()) for one in found}) == 24
     one = found[0]
     order = one.provenance["checks"]["structure"]["order"]
@@ -127,7 +127,7 @@ def test_shuffling_makes_letters_even_and_keeps_the_answer() -> None:
     assert [(a.options, a.answer) for a in again] == [(a.options, a.answer) for a in found]
     turned = record(id="7", options=dict(zip("ABCD", reversed(FOUR.values()), strict=True)), answer="D")
     assert shuffled(turned).options == found[7].options  # whatever order they came in
-    assert all(verdict.record in given for verdict in structure(given))  # type: ignore[arg-type]
+    assert [verdict.record for verdict in structure(given)] == given  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("last", ["None of the above", "All of these.", "none", "Both of the above", "All are correct"])

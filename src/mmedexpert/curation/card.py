@@ -95,7 +95,7 @@ def write_card(
             [(step, key, value) for step, row in settings.items() for key, value in row.items()],
         ),
         f"Traces were written by {_line(teacher or datasheet.BY_RULES)}.",
-        f"Command: `{' '.join(map(_without_folders, redacted(command)))}`",
+        f"Command: `{' '.join(map(_public, redacted(command)))}`",
         f"Commit: `{commit or 'not recorded'}`",
         "## Sources and licences",
         "Each record is under the licence of its source; what was written for this set does not change that.",
@@ -157,6 +157,10 @@ def _line(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;")
 
 
-def _without_folders(word: str) -> str:
-    """A word of the command without the place of its files, which is no part of what was made."""
-    return re.sub(r"(^|=)(?:[A-Za-z]:|~|\.{1,2})?/\S*?([^/\s]+)/?$", r"\1<folder>/\2", word)
+def _public(word: str) -> str:
+    """A word of the command, its value hidden where it may be a place or an address: those are no part of a set."""
+    key, equals, value = word.partition("=")
+    shown = value if equals else key
+    if not re.search(r"[/\\~@\s]|\w:\w", shown):
+        return word
+    return f"{key}=<not shown>" if equals else Path(key).name if key.endswith(".py") else "<not shown>"

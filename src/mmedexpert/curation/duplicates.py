@@ -8,6 +8,7 @@ is none, but shares the image group, so that no split parts them.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from mmedexpert.data.splits import join_groups
 
 SAME, NEAR = "question asked before", "near-same question asked before"
 CONTRADICTION = "same question, another answer"
+NUMBERS = re.compile(r"\d+")
 NEAR_JACCARD = 0.8  # ours, of word pairs: a word in a question of some twenty differs
 NEAR_RATIO = 0.95  # peers: m1 and OpenThoughts, rapidfuzz ratio of 95
 # ours: near-same questions that differ in one of these, or in a number, ask different things
@@ -182,7 +184,10 @@ def _read(records: Records, sources: Sequence[str]) -> _Seen:
             seen.same[hashlib.sha256(asked.encode(errors="replace")).digest()[:16]].append(len(seen.ids))
             seen.ids.append(record.id)
             seen.ranks.append(rank.setdefault(source, len(rank)))
-            seen.groups.append(f"{source}/{record.image_group}" if record.image_group else "")
+            own = f"{source}/{record.image_group}" if record.image_group else ""
+            # a question of text alone is itself whatever set asks it, and with another age or dose it is a sister
+            alone = NUMBERS.sub("#", text.question).encode(errors="replace")
+            seen.groups.append(own if rows else f"text:{hashlib.sha256(alone).hexdigest()[:16]}")
             seen.images.append(rows)
     return seen
 
@@ -215,7 +220,8 @@ def _candidates(seen: _Seen, images: _Images) -> Near:
         likely = (one != other) & (digest[one] != digest[other])
         one, other = one[likely], other[likely]
         a, b = single[one], single[other]
-        far = (a >= 0) & (b >= 0) & (a != b) & (distances(images.hashes[a], images.hashes[b]) > images.limit)
+        far = (a >= 0) & (b >= 0) & (a != b)
+        far[far] = distances(images.hashes[a[far]], images.hashes[b[far]]) > images.limit
         for row, candidate in zip(one[~far].tolist(), other[~far].tolist(), strict=True):
             near[row].add(candidate)
     place_of = {row: (seen.ranks[row], seen.ids[row], row) for row in near}

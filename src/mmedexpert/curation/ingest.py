@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -98,7 +99,10 @@ def ingest(
 
 def may_redistribute(license: str) -> bool:
     """Whether a licence lets a record be released; no for NC, ND, research only, unknown and unstated ones. # ours"""
-    words = " ".join(re.findall(r"[a-z]+\d*|\d+", license.casefold()))
+    license = unicodedata.normalize("NFKC", license).casefold()
+    if any(char.isalpha() and not char.isascii() for char in license):  # what another language adds is not read here
+        return False
+    words = " ".join(re.findall(r"[a-z]+\d*|\d+", license))
     return FREE.fullmatch(re.sub(r"^creative commons attribution( share ?alike)?", _short, words)) is not None
 
 

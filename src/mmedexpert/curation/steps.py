@@ -105,7 +105,8 @@ def write_step(name: str, verdicts: Iterator[Verdict], folder: Path, image_root:
 
 def checked(record: Record, step: str, **found: Any) -> Record:
     """The record with what a step found out about it in `provenance["checks"]`."""
-    checks = {**record.provenance.get("checks", {}), step: found}
+    before = record.provenance.get("checks", {})
+    checks = {**before, step: {**before.get(step, {}), **found}}
     return replace(record, provenance={**record.provenance, "checks": checks})
 
 

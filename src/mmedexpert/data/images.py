@@ -20,8 +20,10 @@ FAINT = 1 / 8  # ours: a deep picture on less of its depth (CT numbers with an o
 LOST = 64  # ours: of 256 levels; a 16-bit colour picture darker than that has its content in the bits Pillow drops
 
 # what a JPEG or PNG may hold beside its picture; Pillow meets some chunks of a PNG only behind the picture
-BESIDE = {"transparency", "exif", "comment", "photoshop", "xmp", "mp", "Raw profile type exif"}
-CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+PNG_PARTS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD")
+# of a JPEG: JFIF, Adobe's colours, frames, tables and scans
+JPEG_PARTS = (0xE0, 0xEE, *range(0xC0, 0xD0), *range(0xDA, 0xDE))
+JFIF_BYTES = 16  # without a thumbnail
 
 SURE = 100  # ours: of two sides, far from the limit of 200; where that is not so, the rule itself is asked
 
@@ -74,10 +76,44 @@ def is_plain(path: Path) -> bool:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             one = image.format in ("PNG", "JPEG") and not getattr(image, "is_animated", False)
-            same = one and image.mode in ("L", "RGB") and not BESIDE & set(image.info)
-            return same and (image.format == "JPEG" or not any(chunk in path.read_bytes() for chunk in CHUNKS))
+            same = one and image.mode in ("L", "RGB") and "transparency" not in image.info
+        parts = _png_parts if image.format == "PNG" else _jpeg_parts
+        return same and parts(path.read_bytes())
     except Exception:  # another format, or damaged: open_image reads it, or says what is wrong
         return False
+
+
+def _png_parts(data: bytes) -> bool:
+    """Whether a PNG holds nothing but the picture."""
+    place, kind = 8, b""
+    while place + 12 <= len(data):
+        length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        if kind not in PNG_PARTS:
+            return False
+        place += 12 + length
+    return kind == b"IEND" and place == len(data)
+
+
+def _jpeg_parts(data: bytes) -> bool:
+    """Whether a JPEG holds nothing but the picture: segments, scans up to their next marker, and nothing at its end."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+        if kind not in JPEG_PARTS or (kind == 0xE0 and length > JFIF_BYTES):
+            return False
+        place += 2 + length
+        if kind != 0xDA:
+            continue
+        while True:  # within a scan FF is followed by 0, or by the number of a restart
+            place = data.find(b"\xff", place)
+            if place < 0 or place + 1 >= len(data):
+                return False
+            if data[place + 1] and not 0xD0 <= data[place + 1] <= 0xD7:
+                break
+            place += 2
+        if data[place + 1] == 0xD9:
+            return place + 2 == len(data)
+    return False
 
 
 def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str, ...]:

@@ -63,7 +63,9 @@ def choices_of(value: Any) -> Choices:
         marked = [MARKED.fullmatch(text_of(item)) for item in value]
         if all(mark and mark[1] == letter for mark, letter in zip(marked, ascii_uppercase, strict=False)):
             return _choices([(mark[1], mark[2]) for mark in marked if mark])
-        return _choices(list(zip(ascii_uppercase, value, strict=False)) if len(value) <= 26 else [])
+        if len(value) > len(ascii_uppercase):
+            raise ValueError(f"it has {len(value)} options, a choice needs two to {len(ascii_uppercase)}")
+        return _choices(list(zip(ascii_uppercase, value, strict=False)))
     if isinstance(value, Mapping):
         return _choices(list(value.items()))
     raise ValueError(f"options {str(value)[:80]!r} are neither a mapping nor a list")

@@ -62,7 +62,8 @@ def load(
     paths = find_files(root, files)
     records, image_root, bad = load_rows(
         root, out_dir, paths, parse, name=name or root.name, id_column=_one(named, "id"),
-        needed=[_one(named, "question"), _one(named, "answer")], image_folders=image_folders,
+        needed=[column for value in named.values() if value != INLINE
+                for column in ([value] if isinstance(value, str) else value)], image_folders=image_folders,
         archives=[root / archive for archive in archives],
     )  # fmt: skip
     return _by_patient(records, image_root, name or root.name), image_root, bad
@@ -97,19 +98,18 @@ def load_rows(
     """
     drafts: list[Record] = []
     bad: Bad = []
-    seen: list[str] | None = None
-    complete = False
+    seen: dict[str, None] = {}  # the columns of all rows: a JSON object may leave out what it has nothing for
     for path in paths:
         prefix = f"{name}-{path.relative_to(root).with_suffix('').as_posix().replace('/', '-')}"
         for number, (where, row) in enumerate(rows_of(path, bad)):
-            seen, complete = seen or list(row), complete or all(column in row for column in needed)
+            seen.update(dict.fromkeys(row))
             try:
                 draft = parse(row, text_of(row.get(id_column)).strip() or f"{prefix}-{number:05d}")
                 drafts.append(replace(draft, source=f"{name} {path.name}"))
             except ValueError as error:
                 bad.append((where, str(error)))
-    if seen is not None and not complete:
-        lacking = f"no row has the columns {', '.join(needed)} (there are {', '.join(seen)[:300]})"
+    if seen and (absent := [column for column in needed if column not in seen]):
+        lacking = f"no row has the columns {', '.join(absent)} (there are {', '.join(seen)[:300]})"
         raise UserError(f"{paths[0]}: {lacking}: name them in load.columns")
     cells = out_dir / CELLS
     if any(is_there(cells, draft.images[0]) for draft in drafts if draft.images):  # they came with the rows

@@ -12,7 +12,9 @@ from typing import Any
 from mmedexpert.curation import balance, blind, decontaminate, difficulty, duplicates, labels, structure, traces
 from mmedexpert.curation.retrieval import Statements
 from mmedexpert.curation.steps import COUNTS, Records, Verdict, run_step
+from mmedexpert.data.records import RECORDS
 from mmedexpert.errors import UserError
+from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.runtime.fingerprints import file_digest
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import digest, rule_of, text_of, versions
@@ -53,6 +55,15 @@ def funnel(config: Config) -> list[Step]:
     return done
 
 
+def teacher_of(config: Config) -> str | None:
+    """What the teacher is called, without the place of its files; None without one."""
+    curate = settings_of(config)
+    if curate.teacher.local:
+        return config.model.name
+    model = curate.teacher.model
+    return Path(model).name if model and model.startswith(("/", "~", ".")) else model
+
+
 def settings_of(config: Config) -> CurateConfig:
     """The settings of the funnel; UserError where `data` has none."""
     if config.data.curate is None:
@@ -79,7 +90,7 @@ def _decontaminate(config: Config, curate: CurateConfig, before: Step) -> Step:
     rules = {k: v for name in folders for k, v in rule_of(told[name]["_target_"]).items()}
 
     def make(records: Records, run: Run) -> Iterator[Verdict]:
-        read = (benchmark_of(config, name, folder, run) for name, folder in folders.items() if folder)
+        read = (one for name, folder in folders.items() if folder for one in benchmark_of(config, name, folder, run))
         known = decontaminate.Benchmarks(read, Path(config.paths.outputs) / "image_fingerprints.jsonl", **settings)
         rows = [*known.report(), *({"what": f"{name}: not here, not compared", "value": ""} for name in absent)]
         write_json(run.folder / REPORT, rows)
@@ -129,7 +140,7 @@ def _blind(config: Config, curate: CurateConfig, before: Step) -> Step | None:
         "needs_image",
         before,
         {**settings, "asked": told},
-        ("needs_image", "robust", "prompts", "sampling"),
+        ("needs_image", *ASKED),
         make,
     )
 
@@ -152,9 +163,7 @@ def _difficulty(config: Config, curate: CurateConfig, before: Step) -> Step | No
         write_json(run.folder / REPORT, {"solved": counts, "refused": refused})
         difficulty.figure(counts, run.folder / "difficulty.png", keep=(low, high))
 
-    return _step(
-        config, "difficulty", before, {**settings, "asked": told}, ("difficulty", "robust", "prompts", "sampling"), make
-    )
+    return _step(config, "difficulty", before, {**settings, "asked": told}, ("difficulty", *ASKED), make)
 
 
 def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
@@ -165,13 +174,13 @@ def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
         "per_question": asked.per_question, "candidates": asked.candidates, "min_adherence": asked.min_adherence,
         "copy_ratio": asked.copy_ratio, "statements_per_question": asked.statements_per_question,
         "shows_answer": asked.shows_answer, "shows_images": asked.shows_images,
-        "written_by": asked.model or (config.model.name if asked.local else ""),
+        "written_by": teacher_of(config) or "",
     }  # fmt: skip
     own = [Path(path).expanduser() for path in asked.statements]
     key = {
         **settings, "teacher": teacher, "verifier": verifier if settings["verify"] == "model" else None,
         "temperature": asked.temperature, "untraced": curate.untraced, "statements": [*map(file_digest, own)],
-        "texts": [*map(text_of, ("perspectives.yaml", "guidelines.yaml", "cues.yaml"))],
+        "texts": {name: text_of(name) for name in DATA},
         "essentials": _text("curation", "essentials.yaml"),
     }  # fmt: skip
 
@@ -183,7 +192,7 @@ def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
             keep = verdict.reason == traces.NO_TEACHER and curate.untraced == "keep"
             yield Verdict(verdict.record) if keep else verdict
 
-    return _step(config, "traces", before, key, ("traces", "statements", "rubrics"), make)
+    return _step(config, "traces", before, key, ("traces", "statements", "rubrics", "robust", "prompts"), make)
 
 
 def _balance(config: Config, curate: CurateConfig, before: Step) -> Step:
@@ -216,7 +225,8 @@ def _step(
         return _numbers(run)
 
     told = {"settings": dict(key), "rules": versions(*rules)}
-    inputs = {"before": before.run.run_id}
+    # what it holds, too: a step whose folder was deleted may come out anew, as a server now takes what it had refused
+    inputs = {"before": before.run.run_id, "records": file_digest(before.run.folder / RECORDS)}
     run = stage_run(config, "curate", f"{name}-{config.data.name}", told, work, inputs, seed=config.data.seed)
     return Step(run, before.images)
 

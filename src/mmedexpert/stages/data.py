@@ -21,18 +21,18 @@ from mmedexpert.curation.page import write_page
 from mmedexpert.curation.release import release
 from mmedexpert.curation.steps import COUNTS, DROPPED, Records, Verdict, run_step
 from mmedexpert.data.record import Record
-from mmedexpert.data.records import fingerprint, move_root, save_records
+from mmedexpert.data.records import RECORDS, fingerprint, move_root, save_records
 from mmedexpert.data.validation import validate
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.files import write_atomic
-from mmedexpert.runtime.fingerprints import folder_digest
+from mmedexpert.runtime.fingerprints import file_digest, folder_digest
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, clean, console, git_sha, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import stage_run
-from mmedexpert.stages.curate import Step, funnel, settings_of
+from mmedexpert.stages.curate import Step, funnel, settings_of, teacher_of
 from mmedexpert.stages.sources import REPORT
 
 FUNNEL = "funnel.json"
@@ -100,7 +100,7 @@ def curated(config: Config) -> Run:
     settings, curate = config.data, settings_of(config)
     steps = funnel(config)
     last = steps[-1]
-    teacher = curate.teacher.model or (config.model.name if curate.teacher.local else None)
+    teacher = teacher_of(config)
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("images"):
@@ -140,8 +140,10 @@ def curated(config: Config) -> Run:
         numbers["released"] = summary["records"]
         return {**{k: float(v) for k, v in sorted(numbers.items())}, "read": float(counts[0]["in"])}
 
-    key = {"samples": curate.samples, "limit": settings.limit, "rules": versions("release")}
-    inputs = {"funnel": last.run.run_id}
+    key = {
+        "name": settings.name, "samples": curate.samples, "limit": settings.limit, "rules": versions("release"),
+    }  # fmt: skip
+    inputs = {"funnel": last.run.run_id, "records": file_digest(last.run.folder / RECORDS)}
     return stage_run(config, "data", settings.name, key, work, inputs, seed=settings.seed)
 
 

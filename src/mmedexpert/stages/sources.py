@@ -41,8 +41,9 @@ def ingested(config: Config) -> Run:
         "sources": {name: settings.sources[name] for name in folders},
         "content": {name: content_of(config, folder) for name, folder in folders.items()},
         "max_side": curate.max_side,
+        "on_bad_record": settings.on_bad_record,
         "rules": {
-            **versions("ingest", "images", "dicom"),
+            **versions("ingest", "images", "dicom", "overlap"),
             **{k: v for name in folders for k, v in rule_of(settings.sources[name]["_target_"]).items()},
         },
     }
@@ -89,18 +90,21 @@ def _source(config: Config, name: str, folder: Path | None, run: Run) -> Source:
     )  # fmt: skip
 
 
-def benchmark_of(config: Config, name: str, folder: Path, run: Run) -> tuple[str, list[Record], Path | None]:
-    """A benchmark's questions; of one whose images are not here the texts alone."""
+def benchmark_of(config: Config, name: str, folder: Path, run: Run) -> list[tuple[str, list[Record], Path | None]]:
+    """A benchmark's questions with their images, and those whose images are not here, of which texts are compared."""
     load = {"_target_": config.data.benchmarks[name]["_target_"], **values_of(config.data.benchmarks[name])}
     out_dir = run.folder / "benchmarks" / name
     out_dir.mkdir(parents=True, exist_ok=True)
     where = f"data.benchmarks.{name}"
     records, image_root, bad = build(load, where, root=folder, out_dir=out_dir)
-    if len(records) >= len(bad):
-        return name, records, image_root
-    with names_alone():
-        records, _, _ = build(load, where, root=folder, out_dir=out_dir)
-    return name, records, None
+    sets = [(name, records, image_root)] if records or not bad else []
+    if bad:
+        with names_alone():
+            all_of_them, _, _ = build(load, where, root=folder, out_dir=out_dir)
+        known = {record.id for record in records}
+        if rest := [record for record in all_of_them if record.id not in known]:
+            sets.append((f"{name}, without images", rest, None))
+    return sets
 
 
 def folders_of(
