@@ -65,9 +65,9 @@ def by_id(records: list[Record]) -> dict[str, Record]:
     return {record.id: record for record in records}
 
 
-def assert_usable(records: list[Record], image_root: Path) -> None:
+def assert_usable(records: list[Record], image_root: Path, split: str = "test") -> None:
     for record in records:
-        assert record.asked_as == "choice" and record.split == "test" and record.specialties == ("all",)
+        assert record.asked_as == "choice" and record.split == split and record.specialties == ("all",)
         assert record.options is not None and list(record.options) == list("ABCDE"[: len(record.options)])
         assert record.answer in record.options and record.image_group and record.source and record.license
         for name in record.images:
@@ -441,7 +441,7 @@ def test_omnimedvqa_real_med_r1_records(shared, tmp_path):
         assert image_root == root and len(by_id(records)) + len({name for name, _ in bad}) == len(asked)
         assert len(bad) <= 0.01 * len(records)
         assert {record.groups["modality_type"] for record in records} <= {line["modality"] for line in lines}
-        assert_usable(records[:20], image_root)
+        assert_usable(records[:20], image_root, split)
         total += len(records)
     assert total > 1450 and not list(tmp_path.iterdir())
 
