@@ -37,7 +37,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.runtime.runs import Run
 from mmedexpert.sources.mmedexpert import load
 from mmedexpert.stages import curate, sources
-from mmedexpert.stages import data as stage
+from mmedexpert.stages import release as stage
 from mmedexpert.stages.data import dataset
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -11,7 +10,7 @@ from typing import Any
 
 from mmedexpert.curation import balance, blind, decontaminate, difficulty, duplicates, labels, structure, traces
 from mmedexpert.curation.retrieval import Statements
-from mmedexpert.curation.steps import COUNTS, Records, Verdict, run_step
+from mmedexpert.curation.steps import Records, Verdict, run_step
 from mmedexpert.data.records import RECORDS
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines.rubrics import DATA
@@ -222,7 +221,7 @@ def _step(
         kept = run_step(name, lambda records: make(records, run), before.records, run.folder)
         if report is not None:
             write_json(run.folder / REPORT, report(before.records, kept))
-        return _numbers(run)
+        return {key: float(kept.counts[key]) for key in ("in", "out")}
 
     told = {"settings": dict(key), "rules": versions(*rules)}
     # what it holds, too: a step whose folder was deleted may come out anew, as a server now takes what it had refused
@@ -234,8 +233,3 @@ def _step(
 def _text(folder: str, name: str) -> str:
     """16 hex digits of a file of rules that comes with the package."""
     return digest(files(f"mmedexpert.{folder}").joinpath(name).read_text(encoding="utf-8"))
-
-
-def _numbers(run: Run) -> dict[str, float]:
-    counts = json.loads((run.folder / COUNTS).read_text(encoding="utf-8"))
-    return {"in": float(counts["in"]), "out": float(counts["out"])}
