@@ -235,9 +235,9 @@ MALFORMED = {
 
 @pytest.mark.parametrize("reply", MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_reply_is_no_verdict(reply):
-    start = time.perf_counter()
+    start = time.process_time()
     assert verdict_of(reply, ["intuitive"]) is None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 10  # quadratic time would be minutes
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_slow_answer_is_cut_off_and_the_others_are_kept(server, tmp_path):
     start = time.monotonic()
     found = missing(server, tmp_path, hang, timeout_s=0.4, retries=0)
     assert [n for n, score in enumerate(column(found)) if math.isnan(score)] == [1, 7]
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # not the 20 s that the server takes
 
 
 def test_a_first_batch_without_any_answer_stops_the_run(server, tmp_path):

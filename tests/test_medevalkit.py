@@ -216,4 +216,4 @@ def test_huge_responses_are_fast(unit: str, kind: str) -> None:
     record = question(kind, "A" if kind == "choice" else "the left upper lung", ELBOW if kind == "choice" else None)
     start = time.process_time()
     judge(record, (unit * 100_000)[:100_000])
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 15  # quadratic time would be minutes

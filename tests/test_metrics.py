@@ -93,10 +93,10 @@ def test_huge_texts_are_fast(unit: str, language: str) -> None:
     text = (unit * 100_000)[:100_000]
     start = time.process_time()
     assert all(0 <= value <= 1 for value in open_scores(text, "left lung " * 10, language).values())
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 15  # quadratic time would be minutes
 
 
 def test_two_huge_texts_are_fast() -> None:
     start = time.process_time()
     open_scores("lung left " * 10_000, "left lung " * 10_000, "en")
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < 15

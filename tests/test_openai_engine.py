@@ -202,7 +202,7 @@ def test_retry_after_is_obeyed(server):
     server.answer = answer
     replies, error = ask_all(server.engine(), asks("a"))
     assert replies[0].text == "fine" and not error
-    assert 1.1 < times[1] - times[0] < 3
+    assert 1.1 < times[1] - times[0] < 10
 
 
 def test_a_hang_is_cut_off_and_tried_again(server):
@@ -215,7 +215,7 @@ def test_a_hang_is_cut_off_and_tried_again(server):
     start = time.monotonic()
     replies, error = ask_all(server.engine(timeout_s=0.4), asks("a"))
     assert replies[0].text == "fine" and not error
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # not the 20 s that the server takes
 
 
 BAD = {
@@ -338,7 +338,7 @@ def test_no_server_is_told_at_once():
     start = time.monotonic()
     with pytest.raises(UserError, match=f"no server answers at {url}.*start the server"):
         list(OpenAIEngine(url, "m")(asks("a")))
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 20  # not the tries of a server that may come back
 
 
 def test_a_base_url_without_scheme_is_told():
@@ -415,9 +415,9 @@ def test_ctrl_c_ends_at_once_and_keeps_what_was_yielded(server):
         lines = {process.stdout.readline().strip() for _ in range(3)}
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert lines == {"0 fine", "1 fine", "2 fine"}
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # not the 30 s that the server takes
     assert "KeyboardInterrupt" in errors and "never awaited" not in errors
 
 
@@ -432,10 +432,10 @@ print(next(replies)[0], flush=True)
 
 def test_a_half_read_run_does_not_keep_the_program_from_ending(server):
     server.answer = lambda prompt, before, body: (
-        completion("fine") if prompt == "0" or server.quit.wait(30) else BAD["null"]
+        completion("fine") if prompt == "0" or server.quit.wait(80) else BAD["null"]
     )
     command = [sys.executable, "-c", HALF_READ, server.base_url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
@@ -443,7 +443,7 @@ def test_replies_that_nobody_waits_for_are_dropped(server):
     replies = server.engine()(asks(*(str(number) for number in range(200))))
     next(replies)
     del replies
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any("portal" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any("portal" in thread.name for thread in threading.enumerate())

@@ -55,7 +55,7 @@ def test_again_everything_is_reused(outputs):
     before = {path: path.stat().st_mtime_ns for path in outputs.glob("*/*/DONE")}
     start = time.monotonic()
     done = run(outputs)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120
     assert before == {path: path.stat().st_mtime_ns for path in outputs.glob("*/*/DONE")}
     assert "macro accuracy" in done.stdout
 

@@ -251,4 +251,4 @@ def test_any_text_gets_a_verdict(response: str, gold: str, kind: str, language: 
 def test_huge_responses_are_fast(unit: str, kind: str, language: str) -> None:
     start = time.process_time()
     judge(question(kind, "yes" if kind == "yes_no" else "left lung", language=language), (unit * 100_000)[:100_000])
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 15  # quadratic time would be minutes

@@ -410,4 +410,4 @@ def test_long_texts_take_linear_time(unit: str) -> None:
     grades(said(text), HEART, ADULT)
     grades(f"<answer>{text}</answer>", None)
     grades(f"<think>{text}", HEART)
-    assert time.process_time() - start < 8  # quadratic time would be minutes
+    assert time.process_time() - start < 20  # quadratic time would be minutes

@@ -314,7 +314,7 @@ def test_long_responses_are_fast(unit: str, protocol: Protocol) -> None:
     start = time.process_time()
     picked(response, CHEST, protocol)
     has_format(response)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 15  # quadratic time would be minutes
 
 
 @pytest.mark.parametrize("gold", ["", "E", "AB", "1", "Pneumonia"])

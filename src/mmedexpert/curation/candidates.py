@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from string import ascii_uppercase
 from typing import Any
 
 from mmedexpert.data.record import Record
+from mmedexpert.engines.objects import MAX_REPLY, json_objects
 from mmedexpert.scoring import score_choice
 from mmedexpert.scoring.robust import judge, read_text, read_yes_no
 
-MAX_REPLY = 40_000  # ours: characters of a reply that are read, its end
-MOST_OBJECTS = 200  # ours: beginnings of JSON objects that are tried in a reply; each may cost its whole length
 MAX_STEPS = 40  # ours: a longer list is a loop
 _TAGGED = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_OBJECT = re.compile(r"\{(?=\s*[\"}])")
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+(?=[\"'(\[]?[^\W_])|\n+")
 _ABBREVIATED = re.compile(r"(?:\b(?:vs|e\.g|i\.e|approx|Dr|Fig|No|cf|ca)|\b[A-Z])\.$")
 
@@ -91,25 +86,6 @@ def _of_json(value: Any, record: Record) -> Candidate | None:
         return None
     read = answer_of(answer, record) if isinstance(answer, str) else None
     return Candidate(tuple(map(sendable, steps)), read) if read else None
-
-
-def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects that stand in a text, one after the other; one in which a key stands twice is none."""
-    decoder, end = json.JSONDecoder(object_pairs_hook=_unique, strict=False), 0
-    for start in islice(_OBJECT.finditer(text), MOST_OBJECTS):
-        if start.start() < end:
-            continue  # part of the one before
-        try:
-            value, end = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            continue
-        yield value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def sendable(text: str) -> str:

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mmedexpert.curation.candidates import MAX_REPLY, Candidate, answer_of, is_right, json_objects, visible
+from mmedexpert.curation.candidates import Candidate, answer_of, is_right, visible
 from mmedexpert.curation.verify import without_conclusion
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine, Reply
+from mmedexpert.engines.objects import MAX_REPLY, json_objects
 
 NO_VERDICT = "the verifier gives no verdict"
 UNDERIVED = "its answer cannot be derived again"
