@@ -314,6 +314,8 @@ def test_two_processes_equal_one(plain, root, tmp_path):
         ("+data.sources.mine._redistribute_=no", "_redistribute_='no' must be true, false or null"),
         ("data.curate.teacher.statements=[/nowhere.yaml]", "/nowhere.yaml is not a file"),
         ("data.curate.balance.specialty={pediatrics: -1}", "data.curate.balance.specialty"),
+        ("data.curate.balance.perspective={differental: 1}", "did you mean 'differential'?"),
+        ("data.curate.balance.kind={yesno: 0.2}", "did you mean 'yes_no'?"),
         ("data.curate.balance.modality=50", "data.curate.balance.modality=50"),
         ("data.root=null", "give data.root=<folder with"),
         ("data.root=/nowhere/at/all", "data.root=/nowhere/at/all is not a folder"),

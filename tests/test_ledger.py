@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -212,6 +213,47 @@ def test_a_failure_is_on_record_and_asked_again_by_the_next_run(server, ledger, 
     assert mended is not None and (mended.outcome, mended.error, mended.attempts) == (REPLIED, None, tries + 1)
 
 
+STUBBORN = {"broken": FAULTS["broken"][0], "malformed": FAULTS["malformed"][0]}
+PASSING = {
+    "busy": FAULTS["busy"][0],
+    "key": FAULTS["key"][0],
+    "aborted": FAULTS["aborted"][0],
+    "down": (503, {}, b"500 soon"),
+    "gateway": (502, {}, b""),
+}
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("answer", STUBBORN.values(), ids=STUBBORN)
+def test_a_question_that_fails_in_three_runs_is_refused(server, ledger, answer, retries):
+    server.answer = lambda prompt, before, body: answer if prompt == "bad" else completion("fine")
+    engine = partial(server.engine, ledger=ledger, retries=retries)
+    for _ in range(2):
+        replies, told = ask_all(engine(), asks("bad", "good"))
+        assert set(replies) == {1} and "1 of " in told
+    replies, told = ask_all(engine(), asks("bad", "good"))
+    assert not told and replies[0].refused.startswith("failed in 3 runs: ") and replies[1].text == "fine"
+    tried = server.asked["bad"]
+    again, told = ask_all(engine(), asks("bad", "good"))
+    assert not told and again[0].refused == replies[0].refused and server.asked["bad"] == tried
+    server.answer = lambda prompt, before, body: completion("fine")
+    assert ask_all(engine(retry_refused=True), asks("bad"))[0][0].text == "fine"
+
+
+@pytest.mark.parametrize("answer", PASSING.values(), ids=PASSING)
+def test_what_may_pass_is_asked_again_by_every_run(server, ledger, answer):
+    server.answer = lambda prompt, before, body: answer if prompt == "bad" else completion("fine")
+    for _ in range(4):
+        assert "1 of " in ask_all(server.engine(ledger=ledger, retries=0), asks("bad", "good"))[1]
+
+
+def test_an_outage_does_not_count_against_a_question(server, ledger):
+    answers = iter([PASSING["down"], PASSING["down"], STUBBORN["broken"]])
+    server.answer = lambda *_: next(answers)
+    for _ in range(3):
+        assert "1 of 1" in ask_all(server.engine(ledger=ledger, retries=0), asks("bad"))[1]
+
+
 def test_a_slow_server_is_a_failure_with_its_class(server, ledger):
     server.answer = lambda *_: completion("late") if server.quit.wait(20) else completion("")
     assert "1 of 1" in ask_all(server.engine(ledger=ledger, timeout_s=0.3, retries=0), asks("a"))[1]
@@ -245,6 +287,7 @@ def test_what_is_forgotten_is_asked_again_and_can_be_read_until_then(server, led
 
 KILLED = """
 import sys
+from functools import partial
 from pathlib import Path
 from mmedexpert.engines.asking import Ask
 from mmedexpert.engines.ledger import Ledger

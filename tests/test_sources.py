@@ -123,6 +123,7 @@ def test_equal_bytes_are_one_image_and_patients_stay_together(tmp_path: Path) ->
     records, _, bad = labelled_images(root, tmp_path / "out", seed=3)
     assert (len(records), bad) == (30, [])
     assert len({record.image_group for record in records}) == 9
+    assert bad.changed["rows: an equal file, asked once"] == 1
     assert_no_leak(records)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmedexpert.curation.steps import Records, Verdict
-from mmedexpert.data.record import Record
+from mmedexpert.data.record import NO_TRACE, Record
 from mmedexpert.data.splits import FRACTIONS, assign_splits, join_groups
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.runs import console
@@ -18,7 +18,7 @@ TARGET = 10_000  # the paper's abstract; 3,900 is the other published size
 MODALITY_SHARE = 0.5  # ours: chest films and CT are most of what is public
 KIND_SHARES = {"yes_no": 0.25}  # ours: half of them are solved by a coin
 PER_IMAGE = 4  # ours: one record in each perspective
-NO_TRACE, UNKNOWN = "no trace", "unknown"
+UNKNOWN = "unknown"
 
 OVER_QUOTA = "over the quota of its specialty and perspective"
 OVER_MODALITY = "over the cap of its modality"

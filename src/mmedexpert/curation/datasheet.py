@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmedexpert.curation.balance import NO_TRACE, UNKNOWN
+from mmedexpert.curation.balance import UNKNOWN
+from mmedexpert.data.record import NO_TRACE
 
 NOT_CLINICAL = (
     "Not for clinical use. This is research data: nobody may use it, or a model trained on it, for diagnosis, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmedexpert.data.record import KINDS, NO_TRACE
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.schema import CurateConfig
@@ -19,6 +20,8 @@ def check_settings(curate: CurateConfig) -> None:
         "difficulty.mode": (curate.difficulty.mode, ("drop", "flag")),
         "teacher.verify": (curate.teacher.verify, ("none", "rules", "model")),
         **{f"teacher.perspectives: {name}": (name, PERSPECTIVES) for name in curate.teacher.perspectives},
+        **{f"balance.perspective: {name}": (name, (*PERSPECTIVES, NO_TRACE)) for name in curate.balance.perspective},
+        **{f"balance.kind: {name}": (name, KINDS) for name in curate.balance.kind},
     }  # fmt: skip
     for key, (value, known) in choices.items():
         if value not in known:

@@ -8,6 +8,7 @@ from typing import Any
 SPLITS = ("train", "val", "test")
 KINDS = ("choice", "yes_no", "closed", "open")
 TEXT = "text"  # the modality of a question without an image
+NO_TRACE = "no trace"  # the perspective of a record without one
 
 
 @dataclass(frozen=True)

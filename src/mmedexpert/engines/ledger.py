@@ -36,7 +36,9 @@ class Row:
 
     `outcome`: `replied`, the reply holds for ever; `refused` for good by the server (HTTP 400, 413, 415, 422), asked
     again only on demand (`retry_refused`); `failed` otherwise (server gone, 429 after all tries, 5xx, time-out, no
-    chat completion, a wrong key), asked again by the next run; `forgotten`, by a caller who cannot read it, likewise.
+    chat completion, a wrong key), asked again by the next run, and refused when the same question has brought a server
+    that is there to HTTP 500 or no chat completion in three runs; `forgotten`, by a caller who cannot read it: asked
+    again.
     """
 
     key: str

@@ -14,6 +14,8 @@ from mmedexpert.errors import UserError
 from mmedexpert.runtime.privacy import without_password
 
 MAX_TOKENS = 2**31  # ours: a server that tells of more is broken
+RUNS = 3  # ours: a question that failed in so many, each time by the server's reply to it, is refused from then on
+BROKEN_OFF = "the server broke the answer off"
 ABORTED = ("abort", "error")  # how vLLM and SGLang end an answer that they gave up, for instance on shutdown
 
 
@@ -67,8 +69,10 @@ def reply_of(body: Any, seconds: float) -> Reply:
         raise ValueError(f"not a chat completion ({short(told or repr(error))})") from error
     if not (0 <= tokens < MAX_TOKENS and 0 <= read < MAX_TOKENS):
         raise ValueError(f"not a chat completion (usage {short(usage)})")
-    if not isinstance(text, str) or not isinstance(finish, str) or finish in ABORTED:
-        raise ValueError(f"the answer is no text or was broken off (finish_reason {finish!r})")
+    if finish in ABORTED:
+        raise ValueError(f"{BROKEN_OFF} (finish_reason {finish!r})")
+    if not isinstance(text, str) or not isinstance(finish, str):
+        raise ValueError(f"the answer is no text (finish_reason {finish!r})")
     if isinstance(thought, str):
         text = f"<think>{thought}</think>{text}" if text else f"<think>{thought}"
     text = text.encode(errors="replace").decode()  # half a surrogate pair could not be written as UTF-8
@@ -119,6 +123,21 @@ def failed_row(request: str, model: str, sent: Sent | None, error: Exception) ->
         attempts=sent.attempts if sent else int(tried) + 1, latency=sent.latency if sent else None,
         error=type(error).__name__, error_text=reason_of(error), created=now(),
     )  # fmt: skip
+
+
+def given_up(before: Row | None, now: Row, *, tries: int) -> bool:
+    """Whether a failure is the last of RUNS in which the server replied to this question, with HTTP 500 or what is no
+    chat completion; `tries` are those of a run. Never after what may pass: 429, 502, 503, time-outs, a lost connection.
+    """
+    if before is None or before.outcome != FAILED or not (_by_question(before) and _by_question(now)):
+        return False
+    a_run = 1 if now.error == ValueError.__name__ else tries
+    return before.attempts + now.attempts >= RUNS * a_run
+
+
+def _by_question(row: Row) -> bool:
+    told = row.error_text or ""
+    return told.startswith("500 ") or (row.error == ValueError.__name__ and not told.startswith(BROKEN_OFF))
 
 
 def kept_reply(row: Row | None, *, retry_refused: bool) -> Reply | None:

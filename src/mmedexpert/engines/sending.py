@@ -14,9 +14,19 @@ from aiolimiter import AsyncLimiter
 from anyio.streams.memory import MemoryObjectSendStream
 
 from mmedexpert.engines.asking import Ask, Reply, refusal
-from mmedexpert.engines.ledger import Ledger, Row
+from mmedexpert.engines.ledger import REFUSED, Ledger, Row
 from mmedexpert.engines.messages import messages_of
-from mmedexpert.engines.replies import Sent, body_of, failed_row, own_fault, reason_of, replied_row, reply_of
+from mmedexpert.engines.replies import (
+    RUNS,
+    Sent,
+    body_of,
+    failed_row,
+    given_up,
+    own_fault,
+    reason_of,
+    replied_row,
+    reply_of,
+)  # fmt: skip
 from mmedexpert.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,6 +112,9 @@ class Sending:
             return "", None, error
         return request, self.engine.kept(request), None
 
+    def _known(self, key: str) -> Row | None:
+        return self.engine.ledger.get(key) if self.engine.ledger is not None else None
+
     async def _give(self, place: int, reply: Reply) -> None:
         self.answered += 1
         await self.send.send((place, reply))
@@ -122,6 +135,10 @@ class Sending:
             return reply, fault
         else:
             row = failed_row(request, engine.model, sent, cast(Exception, fault))
+            before = await anyio.to_thread.run_sync(self._known, row.key)
+            if reply is None and given_up(before, row, tries=engine.retries + 1):
+                told = f"failed in {RUNS} runs: {row.error_text}"
+                row, reply = replace(row, outcome=REFUSED, error_text=told), refusal(told)
         if engine.ledger is not None:
             await self._keep(engine.ledger, row)
             if fault is None and (first := await anyio.to_thread.run_sync(engine.kept, request)):

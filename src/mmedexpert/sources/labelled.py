@@ -200,6 +200,8 @@ def _read_set(folder: Path, out_dir: Path, max_side: int, changed: Counter[str])
             changed["labels: another spelling, folded"] += 1
         if len(labels.classes[cells[0]]) > 1:
             changed["labels: several findings, one of them asked"] += 1
+        if len(twins) > 1:
+            changed["rows: an equal file, asked once"] += len(twins) - 1
         number, copy = twins[0]
         keys = sorted({f"{name}:{key}" for twin, _ in twins for key in people[twin]})
         found = labels.classes[cells[0]]

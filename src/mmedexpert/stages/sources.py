@@ -35,6 +35,9 @@ def ingested(config: Config) -> Run:
     folders_of(config, settings.benchmarks, "data.benchmarks")  # a mistake there is told now
     if absent:
         say(f"data {settings.name}: not in {settings.root}, so left out: {', '.join(absent)}")
+    for where, names in (("trusted", curate.trusted), ("balance.fill", curate.balance.fill)):
+        for name in (one for one in names if one not in settings.sources):  # or a source that was taken out
+            say(f"data.curate.{where}: no source is called {name!r}{suggestion(name, list(settings.sources))}")
     if not folders:
         raise UserError(f"data={settings.name}: {settings.root} holds none of {', '.join(absent)}")
     key = {
