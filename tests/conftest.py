@@ -30,18 +30,21 @@ GROUPS = {
     ],
     "distributed": ["test_distributed"],
 }  # fmt: skip
-# hundreds of configurations, each composed in half a second; servers; real images
+# hundreds of configurations, each composed in half a second; servers; workers; real images; the longest first
 LONG = [
-    "test_traces", "test_config", "test_unread", "test_before", "test_stream", "test_openai_engine", "test_rubrics",
-    "test_contamination", "test_speed_gpu", "test_names", "test_runs", "test_merge_files",
+    "test_workers", "test_curate_stage", "test_config", "test_judge_grader", "test_speed_gpu", "test_real_model",
+    "test_openai_engine", "test_documented", "test_traces", "test_unread", "test_grading", "test_before",
+    "test_rubrics", "test_stream", "test_contamination", "test_names", "test_runs", "test_merge_files",
 ]  # fmt: skip
 GROUP = {file: name for name, files in GROUPS.items() for file in files}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The groups that take longest first, so that no worker is left with one of them at the end."""
-    order = [*GROUPS, ""]
-    items.sort(key=lambda item: order.index(GROUP.get(item.path.stem, "")))
+    """What takes longest first, so that no worker is left with it at the end."""
+    order = [*GROUPS, *LONG, ""]
+    items.sort(
+        key=lambda item: order.index(GROUP.get(item.path.stem, item.path.stem if item.path.stem in LONG else ""))
+    )
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -1,14 +1,11 @@
-"""DSA needs reasoning traces and says so before any work; rates and steps are the model's; shown commands are real."""
+"""DSA needs reasoning traces and says so before any work; rates and steps are the model's."""
 
 from __future__ import annotations
 
-import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -112,50 +109,3 @@ def test_a_real_model_brings_the_peers_rates_and_the_command_line_wins(model):
     assert (config.dsa.lr, config.dsa.steps, config.gba.lr, config.gba.steps) == (1e-5, 200, 1e-5, 200)
     config = composed(f"model={model}", "dsa.lr=2e-4", "gba.steps=7")
     assert (config.dsa.lr, config.gba.steps, config.gba.lr) == (2e-4, 7, 1e-5)
-
-
-# ---------------------------------------------------------------- commands that files show
-
-
-def commands(path: Path) -> list[str]:
-    """The `python run.py ...` of a file's comments or text, without what follows in a column of its own."""
-    found = re.findall(r"^(?:# |#   | {4}|.*\| `)(?:# method: |command: )?python run\.py(.*)", path.read_text(), re.M)
-    return [re.split(r" {2,}|`|\s#", words.replace("[" * 2, "["))[0] if words.strip() else "" for words in found]
-
-
-SHOWN = [
-    (path, words)
-    for path in [*sorted(CONF.rglob("*.yaml")), ROOT / "README.md", ROOT / "docs" / "usage.md"]
-    for words in commands(path)
-    if "..." not in words and "$(" not in words and "--" not in words
-]
-
-
-def test_every_file_of_a_model_or_data_set_shows_its_command():
-    showing = {path for path, _ in SHOWN}
-    for path in [*CONF.glob("model/[!_]*.yaml"), CONF / "data/labelled_images.yaml", CONF / "data/medr1.yaml"]:
-        assert path in showing, path
-    assert len(SHOWN) > 40
-
-
-@pytest.mark.parametrize(("path", "words"), SHOWN, ids=[f"{p.parent.name}/{p.stem}:{w.strip()[:60]}" for p, w in SHOWN])
-def test_a_shown_command_composes_and_can_be_typed(path, words, tmp_path):
-    words = re.sub(r"\[(benchmark\.\w+\.root=<.*>)\]", r"\1", words)  # what may be left out
-    for placeholder in set(re.findall(r"<[^<>]*(?:<\w+>)?[^<>]*>", words)):
-        words = words.replace(placeholder, str(tmp_path) if "folder" in placeholder else "x")
-    overrides = [word for word in shlex.split(words) if word != "-m"]
-    if "-m" in shlex.split(words):  # a sweep's first job
-        overrides = [re.sub(r"(?<==)(\[[^\]]*\]|[^,\[]*),.*", r"\1", word) for word in overrides]
-    config = composed(*overrides)
-    text = path.read_text()
-    if path.parent.name == "model":
-        assert config.model.name == path.stem
-        if path.stem != "tiny":
-            assert config.data.root == str(tmp_path) and config.trainer.accelerator == "gpu"
-    if path.parent.name == "data":
-        assert config.data.name == path.stem and yaml.safe_load(text)["name"] == path.stem
-    trains = config.stage.name in ("pipeline", "dsa", "caci") or (
-        config.stage.name == "gba" and config.gba.init != "base"
-    )
-    if trains and config.data.name != "phantom" and config.model.architecture is None:  # no real source has traces
-        assert config.dsa.allow_untraced

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
-import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmedexpert import schema
 from mmedexpert.checks import typed
@@ -223,36 +220,6 @@ def test_what_a_command_does():
         }  # fmt: skip
         served = ("stage=eval", "engine=openai", "engine.endpoint.model=m")
         assert work(*served) == {"eval", "own", "data"}
-
-
-def documented() -> list[str]:
-    files = [
-        ROOT / "README.md",
-        ROOT / "AGENTS.md",
-        ROOT / "docs" / "usage.md",
-        *(ROOT / "conf").rglob("*.yaml"),
-        *(ROOT / "experiments").glob("*/README.md"),
-    ]
-    found = []
-    for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if match := re.search(r"^(?:#| {2,}).*?python run\.py (.*)", line):
-                found.append(re.sub(r"\s#.*| {2,}.*", "", match[1]))
-    return sorted({line for line in found if not re.search(r"\$|\.\.\.|--|\[benchmark", line)})
-
-
-@pytest.mark.parametrize("line", documented())
-def test_no_documented_command_is_refused(line, tmp_path):
-    words = [word for word in shlex.split(re.sub(r"<[^>]*>", "x", line)) if word != "-m"]
-    words = [word.removeprefix("+") if word.startswith("+experiment=") else word for word in words]  # as run.py does
-    overrides = []
-    for word in words:
-        override = OverridesParser.create().parse_override(word)
-        swept = override.is_sweep_override()
-        value = next(iter(override.sweep_string_iterator())) if swept else word.partition("=")[2]
-        key = word.partition("=")[0]
-        overrides.append(f"{key}={tmp_path}" if key.endswith(("root", "name_or_path")) else f"{key}={value}")
-    assert told(*overrides) == []
 
 
 def test_prefixes_are_of_whole_keys():

@@ -139,7 +139,7 @@ def test_workers_end_with_their_command_and_the_next_goes_on(tmp_path, ending):
     process.send_signal(ending)
     said = process.communicate(timeout=60)[1]
     assert ending == signal.SIGKILL or (process.returncode == 130 and "run the same command again" in said)
-    time.sleep(3)
+    time.sleep(1)
     steps = [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]
     time.sleep(2)
     assert steps == [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]  # nobody goes on
