@@ -51,7 +51,7 @@ def job(composed: DictConfig) -> None:
     Path(HydraConfig.get().sweep.dir, "multirun.yaml").unlink(missing_ok=True)
     try:
         from mmedexpert.checks import typed
-        from mmedexpert.unread import notes, swept_keys
+        from mmedexpert.unread import READING, notes, swept_keys
 
         config = typed(composed, given)  # before torch is imported: a mistake is reported within a second
         unread = notes(config, given, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
@@ -69,7 +69,7 @@ def job(composed: DictConfig) -> None:
             torch.set_num_threads(config.trainer.threads)
         for seeded in (random.seed, numpy.random.seed, torch.manual_seed):
             seeded(config.seed)
-        if config.stage.name != "report":  # it only reads
+        if config.stage.name not in READING:
             launch(config)
             config = check_inputs(config)
         elif not is_first_process():

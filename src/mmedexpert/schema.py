@@ -359,6 +359,8 @@ class PathsConfig:
 @dataclass
 class RunsConfig:
     explain: bool = False
+    delete: bool = False
+    keep: list[str] = field(default_factory=list)
 
 
 @dataclass

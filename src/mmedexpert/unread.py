@@ -15,6 +15,7 @@ from mmedexpert.runtime.privacy import redacted
 from mmedexpert.schema import Config
 
 TRAINED = ("pretrain", "dsa", "gba")
+READING = ("report", "list", "clean")  # stages that read what is there, and load neither model nor data
 WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")  # of Hydra
 # Which parts of the work (`parts`) read a key; the longest prefix counts, () is read by every command.
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -64,6 +65,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "logger.log_completions_every": ("gba",),
     "logger.log_images": ("gba",),
     "runs": (),
+    "runs.delete": ("clean",),
+    "runs.keep": ("clean",),
     "paths": (),
     "debug": (),
     "seed": (*TRAINED, "caci", "eval", "report"),
@@ -96,13 +99,24 @@ def _only_medevalkit(config: Config, work: set[str]) -> bool:
     return asked == {"medevalkit"}
 
 
+# what is asked of which model and data
+ASKING = (
+    "specialty", "model", "pretrain", "data", "dsa", "gba", "reward", "merge", "engine", "benchmark", "protocol",
+    "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge",
+)  # fmt: skip
 RULES = (
+    Rule(
+        ("runs.delete", "runs.keep"), lambda c, _: c.stage.name != "clean", "only stage=clean reads it", ("stage",),
+    ),
     Rule(("report",), lambda c, _: c.stage.name != "report", "only stage=report reads it", ("stage",)),
     Rule(
-        ("specialty", "model", "pretrain", "data", "dsa", "gba", "reward", "merge", "engine", "benchmark", "protocol",
-         "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge"),
+        ASKING,
         lambda c, _: c.stage.name == "report",
         "stage=report reads finished runs alone: name those you mean in report.runs", ("stage",),
+    ),
+    Rule(
+        (*ASKING, "eval.num_resamples"), lambda c, _: c.stage.name in ("list", "clean"),
+        "stage={config.stage.name} reads the outputs folder alone", ("stage",),
     ),
     Rule(
         ("data.root",), lambda c, _: not (c.data.source.get("_needs_root_") or c.data.sources),
@@ -197,11 +211,11 @@ def _not_from_the_hub(name: str) -> Rule:
 
 
 def parts(config: Config) -> set[str]:
-    """What a command does: pretrain, data, dsa, gba, caci, search, eval, report; `base`: it needs the base model,
-    `own` and `benchmark`: which questions are asked."""
+    """What a command does: one of READING, or pretrain, data, dsa, gba, caci, search, eval; `base`: it needs the base
+    model, `own` and `benchmark`: which questions are asked."""
     stage, wanted = config.stage.name, config.eval.models
-    if stage == "report":
-        return {"report"}
+    if stage in READING:
+        return {stage}
     asks, served = stage in ("eval", "pipeline"), config.engine.name == "openai"
     found = {"eval"} if asks else set()
     if asks and config.benchmark:
