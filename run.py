@@ -19,6 +19,7 @@ from mmedexpert.runtime.quiet import one_line, silence
 
 TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
 finished: list = []  # (overrides, runs) of each job of this command
+experiments: list = []  # the config of each job
 failed: list[list[str]] = []
 noted: set[str] = set()
 # a sweep's folder is made by Hydra itself, before any key is checked
@@ -81,6 +82,7 @@ def job(composed: DictConfig) -> None:
             else:
                 report.print_result(runs, missing_note(config))
         finished.append((overrides, runs))
+        experiments.append(config)
     except Exception as error:
         if TRACEBACK:
             raise
@@ -88,6 +90,17 @@ def job(composed: DictConfig) -> None:
         failed.append(overrides)
         if is_first_process():
             print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def _conclude() -> None:
+    """The table over all jobs of an experiment, where it names one."""
+    asked = [config for config in experiments if config.results.id is not None and not config.runs.explain]
+    if asked and is_first_process():
+        from mmedexpert.reporting.tables import varied
+        from mmedexpert.stages.experiment import conclude
+
+        names = varied([*(overrides for overrides, _ in finished), *failed])[len(finished) :]
+        conclude(asked[0], [run for _, runs in finished for run in runs.values()], names)
 
 
 def main() -> int:
@@ -110,6 +123,13 @@ def main() -> int:
         from mmedexpert.reporting import tables as report
 
         report.print_jobs(finished, failed)
+    try:
+        _conclude()
+    except Exception as error:
+        if TRACEBACK:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = 2
     if finished or failed:
         from mmedexpert.runtime.ranks import shutdown
 

@@ -62,10 +62,13 @@ def test_again_everything_is_reused(outputs):
 
 def test_sweep_shares_what_does_not_depend_on_the_weights(outputs):
     shared = {path for stage in ("pretrain", "data", "dsa") for path in (outputs / stage).glob("*/DONE")}
-    done = run(outputs, "-m", "gba.weights=[1,1,1,1],[1,0,0,0]")
+    done = run(outputs, "-m", "gba.weights=[1,1,1,1],[1,0,0,0]", "results.id=weights", "results.against=caci")
     assert shared == {path for stage in ("pretrain", "data", "dsa") for path in (outputs / stage).glob("*/DONE")}
     assert len(list((outputs / "gba").glob("*/DONE"))) == 2
     assert "Jobs" in done.stdout and "gba.weights=[1,0,0,0]" in done.stdout
+    table = (outputs / "experiments/weights/table.md").read_text()
+    assert "| reasoner (weights=[1.0,1.0,1.0,1.0]) | 1 |" in table and "| start | 1 |" in table
+    assert "against caci (weights=[1.0,1.0,1.0,1.0])" in table
 
 
 def test_stages_alone(outputs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,6 +208,7 @@ def check(config: Config) -> None:
     if config.merge.method is None and config.stage.name == "caci":
         raise UserError("stage=caci merge=none has nothing to do: choose a method of conf/merge")
     _check_merge(config)
+    _check_results(config)
     judge = config.eval.llm_judge
     if (judge.base_url is None) != (judge.model is None):
         raise UserError("eval.llm_judge needs both base_url and model, or neither")
@@ -219,6 +221,16 @@ def check(config: Config) -> None:
             _check_prices(f"data.curate.{name}", getattr(curate, name))
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
+
+
+def _check_results(config: Config) -> None:
+    """An experiment's table has a place, and the row that all are compared with is among the models asked."""
+    results, asked = config.results, config.eval.models
+    if results.id is not None and not re.fullmatch(r"[\w-]+", results.id):
+        raise UserError(f"results.id={results.id} is to name a folder: letters, digits, - and _")
+    if results.against is not None and asked is not None and results.against not in asked:
+        fix = suggestion(results.against, asked)
+        raise UserError(f"results.against={results.against} is none of eval.models{fix}")
 
 
 def _check_prices(where: str, endpoint: EndpointConfig) -> None:

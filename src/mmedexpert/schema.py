@@ -357,6 +357,14 @@ class PathsConfig:
 
 
 @dataclass
+class ResultsConfig:
+    id: str | None = None
+    claim: str = ""
+    against: str | None = None
+    models: list[str] | None = None
+
+
+@dataclass
 class RunsConfig:
     explain: bool = False
     delete: bool = False
@@ -389,6 +397,7 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     runs: RunsConfig = field(default_factory=RunsConfig)
+    results: ResultsConfig = field(default_factory=ResultsConfig)
     protocol: str = "auto"
     seed: int = 0
 

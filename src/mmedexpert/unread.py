@@ -65,6 +65,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "logger.log_completions_every": ("gba",),
     "logger.log_images": ("gba",),
     "runs": (),
+    "results": ("eval",),
     "runs.delete": ("clean",),
     "runs.keep": ("clean",),
     "paths": (),

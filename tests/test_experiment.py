@@ -1,0 +1,151 @@
+"""The table of an experiment: arms over seeds, by hand; what is shown, what is missing, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t
+from test_comparison import rows, saved
+from test_config import composed
+
+from mmedexpert.errors import UserError
+from mmedexpert.evaluation.comparison import aligned, read_runs
+from mmedexpert.evaluation.seeds import arms_of, best_first, named, paired
+from mmedexpert.reporting.arms import as_json, kind_rows, resolution, rows_of
+from mmedexpert.runtime.runs import Run
+from mmedexpert.stages.experiment import conclude
+
+QUESTIONS = 40
+
+
+def evaluation(folder: Path, model: str, seed: int, right, *, recipe: str = "", benchmark: str = "set") -> Path:
+    """A finished evaluation whose macro accuracy is told apart from its share of right answers."""
+    lines = rows(right)
+    for number, line in enumerate(lines):
+        line["specialties"] = ["pediatrics" if number % 2 else "adult_medicine"]
+        line["groups"] = {"needs": "bayesian" if number < QUESTIONS // 4 else "intuitive"}
+    path = Path(saved(
+        folder / f"{model}-{benchmark}-{seed}{recipe}", lines, name=model, seed=seed, benchmark=benchmark,
+        recipe=recipe or model,
+    ))  # fmt: skip
+    summary = {
+        "question_set": {"name": benchmark, "source": ["drawn"], "left_out": 0, "public": False}, "protocol": "robust",
+        "macro_accuracy": float(np.mean(right)) + 0.01,
+    }  # fmt: skip
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+@pytest.fixture()
+def folders(tmp_path):
+    """Three seeds of an arm and of its reference, two of a third arm; the verdicts of the first two by seed."""
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random((3, QUESTIONS)) < 0.8, rng.random((3, QUESTIONS)) < 0.5
+    paths = [evaluation(tmp_path, "ours", seed, ours[seed]) for seed in range(3)]
+    paths += [evaluation(tmp_path, "theirs", seed, theirs[seed]) for seed in range(3)]
+    paths += [evaluation(tmp_path, "third", seed, ours[seed]) for seed in (1, 2)]
+    return paths, ours, theirs
+
+
+def arms(paths):
+    return arms_of(aligned(read_runs(paths), common=False)[0])
+
+
+def in_order(verdicts):
+    """As `aligned` orders questions: by id."""
+    return verdicts[..., np.argsort([f"q{i}" for i in range(QUESTIONS)])]
+
+
+def test_the_difference_is_of_the_same_seeds_with_an_interval_over_them(folders):
+    paths, ours, theirs = folders
+    first, reference, third = arms(paths)
+    one = paired(first, reference)
+    over = 100 * (ours.mean(1) - theirs.mean(1))
+    assert one.seeds == (0, 1, 2) and one.difference == pytest.approx(over.mean())
+    assert one.half == pytest.approx(t.ppf(0.975, 2) * over.std(ddof=1) / 3**0.5)
+    assert one.low < one.difference < one.high and one.high - one.low < 40
+    assert paired(third, reference).seeds == (1, 2)
+    assert paired(third, reference).difference == pytest.approx(over[1:].mean())
+    assert paired(reference, reference) is None
+    alone = arms([paths[0], *paths[3:6]])
+    assert paired(alone[0], alone[1]).half is None
+
+
+def test_scores_are_the_runs_macro_accuracy_and_parts_are_counted(folders):
+    paths, ours, _ = folders
+    first = arms(paths)[0]
+    assert first.scores() == pytest.approx({seed: 100 * ours[seed].mean() + 1 for seed in range(3)})
+    parts = first.parts()
+    assert parts["specialty", "pediatrics"] == pytest.approx(100 * ours[:, 1::2].mean())
+    assert parts["needs", "bayesian"] == pytest.approx(100 * ours[:, : QUESTIONS // 4].mean())
+    assert len(parts) == 4
+
+
+def test_rows_show_each_arm_once_with_its_spread(folders):
+    found = best_first(arms(folders[0]))
+    reference = named(found, "theirs")
+    against = {arm.label: paired(arm, reference) for arm in found}
+    shown = {row["model"]: row for row in rows_of(found, against, "theirs")}
+    assert list(shown)[-1] == "theirs" and shown["theirs"]["against theirs"] == "-"
+    scores = list(found[0].scores().values())
+    assert shown[found[0].label]["spread"] == f"{np.std(scores, ddof=1):.1f}"
+    assert shown["third"]["seeds"] == "2" and shown["ours"]["each seed"].count(",") == 2
+    assert {"adult", "pediatric"} <= set(shown["ours"])
+    assert [set(row) for row in kind_rows(found)] == [{"model", "needs bayesian", "needs intuitive"}] * 3
+    assert "resolves a difference of" in resolution(against) and resolution({"a": None}) == ""
+    held = as_json(found, against, "theirs")["arms"]["ours"]
+    assert held["seeds"]["2"]["run"] == "ours-set-2" and held["questions"] == QUESTIONS
+    assert held["against_reference"]["difference"] == pytest.approx(against["ours"].difference)
+
+
+def test_two_runs_of_one_seed_are_no_seeds(folders, tmp_path):
+    paths, ours, _ = folders
+    again = evaluation(tmp_path / "again", "ours", 1, ours[0])
+    found = arms([*paths, again])
+    assert all(len(arm.runs) < 3 for arm in found if arm.label != "theirs")
+
+
+def concluded(folders, tmp_path, *overrides: str, failed=()):
+    paths, *_ = folders
+    config = composed("results.id=claim", f"paths.outputs={tmp_path / 'out'}", *overrides)
+    return conclude(config, [Run("eval", path.name, "x", path) for path in paths], failed)
+
+
+def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
+    folder = concluded(folders, tmp_path, "results.against=theirs", "results.claim=it works", failed=["seed=4"])
+    assert folder == tmp_path / "out/experiments/claim"
+    assert {path.name for path in folder.iterdir()} == {"table.md", "results.json", "set.tex", "set.png", "set.svg"}
+    text = (folder / "table.md").read_text()
+    assert "it works" in text and "| ours | 3 |" in text and "failed, so not in it: seed=4" in text
+    assert "settings differ" not in text and "by bootstrap over images" in text
+    assert text.index("| ours | 3 |") < text.index("| theirs | 3 |")
+    assert r"\begin{tabular}" in (folder / "set.tex").read_text()
+    assert json.loads((folder / "results.json").read_text())["sets"]["set"]["reference"] == "theirs"
+    assert "claim on set" in capsys.readouterr().out
+
+
+def test_only_the_models_asked_for_are_shown_beside_the_reference(folders, tmp_path):
+    text = (concluded(folders, tmp_path, "results.against=theirs", "results.models=[third]") / "table.md").read_text()
+    assert "| third |" in text and "| theirs |" in text and "| ours |" not in text
+
+
+def test_without_a_reference_or_evaluations_there_is_less(folders, tmp_path):
+    text = (concluded(folders, tmp_path) / "table.md").read_text()
+    assert "against" not in text.partition("Percent of")[0]
+    assert concluded(([],), tmp_path / "none") is None and not (tmp_path / "none/out").exists()
+
+
+def test_a_reference_that_is_not_asked_is_told_before_any_work():
+    with pytest.raises(UserError, match=r"results\.against=grop .* did you mean 'grpo'"):
+        composed("results.id=x", "results.against=grop", "eval.models=[start,grpo]")
+    composed("experiment=ablation_merge")
+    composed("experiment=ablation_gba")
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".."])
+def test_an_id_is_the_name_of_a_folder(name):
+    with pytest.raises(UserError, match=r"results\.id"):
+        composed(f"results.id={name}")
