@@ -192,11 +192,13 @@ class Sending:
         wanted, wish = engine.takes_logprobs, wish if engine.takes_formats else None
         try:
             raw = await self._ask(messages, max_tokens, wish, ask.sample)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if wanted and "logprob" in reason_of(error):
+        except (openai.BadRequestError, openai.UnprocessableEntityError, openai.InternalServerError) as error:
+            told = error.response.text
+            if wanted and "logprob" in told:
                 engine.takes_logprobs = False  # the others in flight come here, too
                 return await self._answer(ask, max_tokens, wish)
-            if wish is None:
+            # llama-cpp-python's server refuses what it does not know with HTTP 500
+            if wish is None or (isinstance(error, openai.InternalServerError) and "response_format" not in told):
                 raise
             # Servers word it in many ways: where the question alone is taken, it was the format that was refused.
             sent = await self._answer(ask, max_tokens)
