@@ -39,15 +39,19 @@ def hash_url(path: Path) -> str:
 
 
 def messages_of(ask: Ask, system_prompt: str, image: Callable[[Path], str] = data_url) -> list[dict[str, Any]]:
-    """The chat of one question: one image then the text; several are announced as `<image_1>: ` # peers: MedEvalKit"""
+    """The chat of one question: one image then the text; several are announced as `<image_1>: ` # peers: MedEvalKit
+
+    Without an image the content is the text itself: templates of text models take no list of parts.
+    """
     content: list[dict[str, Any]] = []
     for number, path in enumerate(ask.images, start=1):
         if len(ask.images) > 1:
             content.append({"type": "text", "text": f"<image_{number}>: "})
         content.append({"type": "image_url", "image_url": {"url": image(path)}})
-    content.append({"type": "text", "text": _sendable(ask.text)})
+    text = _sendable(ask.text)
+    content.append({"type": "text", "text": text})
     system = [{"role": "system", "content": _sendable(system_prompt)}] if system_prompt else []
-    return [*system, {"role": "user", "content": content}]
+    return [*system, {"role": "user", "content": content if ask.images else text}]
 
 
 def _sendable(text: str) -> str:
