@@ -13,10 +13,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from mmedexpert.checks_merge import check_merge
 from mmedexpert.curation.settings import MODELS, check_settings
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.merging.settings import check_merge
 from mmedexpert.names import RESERVED, trained_names
 from mmedexpert.runtime.typos import no_such_key
 from mmedexpert.schema import Config, EndpointConfig, RewardConfig
