@@ -315,3 +315,12 @@ def test_weights_of_the_users_command():
 def test_an_unexpected_error_says_where_its_traceback_is():
     assert "debug.traceback=true" in one_line(RuntimeError("boom\nbang"))
     assert one_line(UserError("a\n b")) == "a b"
+
+
+def test_a_mistake_is_found_without_the_libraries_of_training():
+    heavy = "[name for name in ('numpy', 'torch', 'transformers', 'lightning') if name in sys.modules]"
+    told = subprocess.run(
+        [sys.executable, "-c", f"import sys, mmedexpert.checks, mmedexpert.unread; print({heavy})"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert told == "[]\n"
