@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmedexpert.reporting.loggers import CsvLogger, read_rows
+from mmedexpert.runtime.curve import STEPS, read_curve
 from mmedexpert.training.batches import batch_indices
 from mmedexpert.training.fit import Checkpoint, TrainingModule, damage, fit
 from mmedexpert.training.sft import MuonWithAdamW
@@ -102,11 +103,28 @@ def test_a_kill_while_a_checkpoint_is_written_costs_the_steps_since_the_one_befo
         patch.setattr(L.Trainer, "save_checkpoint", half)
         with pytest.raises(KeyError):
             fit(Toy(12), stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["last.ckpt", STEPS]
     assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 5
     rest = Toy(12)
     fit(rest, stream, folder=tmp_path / "b", checkpoint_every=5, accelerator="cpu")
     assert torch.equal(weights(whole), weights(rest))
+    curves = [read_curve(tmp_path / name / STEPS) for name in "ab"]
+    assert curves[0] == curves[1] and [row["step"] for row in curves[0]] == [*range(1, 13)]
+
+
+def test_every_step_keeps_its_numbers_whatever_the_logger(tmp_path, monkeypatch):
+    logger = CsvLogger(tmp_path / "metrics.csv")
+    fit(Toy(4), stream, folder=tmp_path, checkpoint_every=2, accelerator="cpu", logger=logger)
+    rows, curve = read_rows(tmp_path / "metrics.csv"), read_curve(tmp_path / STEPS)
+    assert [[row["step"], row["learning_rate"], row["grad_norm"]] for row in curve] == [
+        [place, float(row["learning_rate"]), float(row["grad_norm"])] for place, row in enumerate(rows, start=1)
+    ]
+    with (tmp_path / STEPS).open("a") as file:
+        file.write('{"step": 5, "loss": 0.')  # cut off
+    assert [row["step"] for row in read_curve(tmp_path / STEPS)] == [1, 2, 3, 4]
+    (tmp_path / "b" / STEPS).mkdir(parents=True)  # cannot be written
+    fit(Toy(4), stream, folder=tmp_path / "b", checkpoint_every=2, accelerator="cpu")
+    assert (tmp_path / "b" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped"])

@@ -25,6 +25,7 @@ from mmedexpert.runtime.progress import Bar
 from mmedexpert.runtime.ranks import gather, rank
 from mmedexpert.runtime.runs import console
 from mmedexpert.training.batches import Item, Stream, step_seed
+from mmedexpert.training.curve import Curve
 
 
 class TrainingModule(L.LightningModule):
@@ -263,7 +264,7 @@ def fit(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[checkpoint, Steps(title)],
+        callbacks=[checkpoint, Steps(title), Curve(folder)],
         default_root_dir=folder,
     )
     steps = _FromStep(stream, lambda: trainer.global_step, module.steps, between=lambda: checkpoint.save(trainer))
