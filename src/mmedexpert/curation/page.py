@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,10 +11,11 @@ from typing import Any
 
 from mmedexpert.curation.balance import perspective_of, primary, source_of
 from mmedexpert.curation.steps import Records
-from mmedexpert.data.images import open_image
+from mmedexpert.data.images import thumbnail
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.files import write_atomic
+from mmedexpert.runtime.pages import data_url, document
 
 SAMPLES = 40  # ours: what one reads in an hour
 SIDE, QUALITY = 256, 85  # ours: longest side of a picture on the page, and its JPEG quality
@@ -25,35 +24,21 @@ PRIVATE = (
     "commit it."
 )
 NOT_CLINICAL = "Research data, made by programs from public records. Not for clinical use."
-# nothing is loaded from elsewhere, and no script runs, whatever a question holds
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
-:root { color-scheme: light; --ink: #1f2933; --soft: #616e7c; --line: #d9dee3; --good: #e3f4e6; --blue: #2a6f97; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--ink); background: #f5f7f9;
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: .5rem 0; }
+body { max-width: 62rem; }
 h2 { font-size: 1rem; margin: 0; }
-nav a { display: inline-block; min-width: 2.2rem; padding: .2rem .4rem; text-align: center; color: var(--blue); }
-.warning { background: #fff3cd; border-left: 4px solid #d39e00; padding: .6rem .8rem; }
-article { background: #fff; border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; padding: 1rem; }
+nav a { display: inline-block; min-width: 2.2rem; padding: .2rem .4rem; text-align: center; }
+article { background: var(--paper); border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0;
+  padding: 1rem; }
 header { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin-bottom: .8rem; }
-.tag { font-size: .8rem; padding: .05rem .5rem; border-radius: 1rem; background: #e6eef4; }
-.local { background: #fff3cd; }
+.local { background: var(--warn); }
 .body { display: grid; grid-template-columns: 256px 1fr; gap: 1.2rem; }
 .body > div { min-width: 0; }
 .pictures img { display: block; max-width: 100%; height: auto; margin-bottom: .5rem; background: #000; }
-.none { color: var(--soft); font-style: italic; }
-.question { margin: 0 0 .6rem; white-space: pre-line; }
-.options { list-style: none; margin: 0 0 .8rem; padding: 0; }
-.options li { padding: .15rem .5rem; border-radius: .3rem; }
-.gold { background: var(--good); font-weight: 600; }
 .trace { border-left: 3px solid var(--blue); margin: .4rem 0 .8rem; padding: 0 0 0 2rem; }
 h3 { font-size: .8rem; margin: .8rem 0 .2rem; color: var(--soft); font-weight: 600; }
-table { border-collapse: collapse; font-size: .85rem; width: 100%; }
-td, th { min-width: 3.2rem; text-align: left; vertical-align: top; padding: .15rem .6rem .15rem 0;
-  border-top: 1px solid var(--line); }
-th { font-weight: 500; color: var(--soft); }
+table { width: 100%; }
+td, th { min-width: 3.2rem; padding: .15rem .6rem .15rem 0; }
 footer { font-size: .8rem; color: var(--soft); margin-top: .8rem; }
 @media (max-width: 40rem) { body { padding: .5rem; } .body { grid-template-columns: 1fr; } }
 """
@@ -68,26 +53,13 @@ def write_page(records: Records, path: Path, *, title: str, samples: int = SAMPL
     private = any(record.provenance.get("redistribute") is not True for record in shown)
     links = "".join(f'<a href="#s{number}">{number}</a>' for number in range(1, len(shown) + 1))
     articles = "\n".join(_article(n, record, records.image_root) for n, record in enumerate(shown, start=1))
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
+    body = f"""<h1>{escape(title)}</h1>
 <p>{len(shown)} of {len(records):,} records, drawn by a hash of their ids (seed {seed}) from each specialty and
 perspective in turn. The right answer is shaded. {NOT_CLINICAL}</p>
 {f'<p class="warning">{escape(PRIVATE)}</p>' if private else ""}
 <nav>{links}</nav>
-{articles or '<p class="none">No record came through the funnel.</p>'}
-</body>
-</html>
-"""
-    write_atomic(path, page.encode("utf-8", errors="replace"))
+{articles or '<p class="none">No record came through the funnel.</p>'}"""
+    write_atomic(path, document(title, body, style=STYLE))
     return shown
 
 
@@ -133,14 +105,10 @@ def _article(number: int, record: Record, image_root: Path) -> str:
 
 def _picture(path: Path, number: int) -> str:
     try:
-        picture = open_image(path)
+        content, (width, height) = thumbnail(path, SIDE, "JPEG", QUALITY)
     except UserError:
         return '<p class="none">the image cannot be read</p>'
-    picture.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=QUALITY)
-    width, height = picture.size
-    url = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    url = data_url("jpeg", content)
     return f'<img src="{url}" width="{width}" height="{height}" alt="image {number}">'
 
 

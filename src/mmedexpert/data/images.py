@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         found.append(ONE_COLOUR)
     picture.info = {"changes": tuple(found)}
     return picture
+
+
+def thumbnail(path: str | Path, side: int, kind: str, quality: int) -> tuple[bytes, tuple[int, int]]:
+    """The image at `path`, at most `side` wide and high, as a file of `kind` (JPEG, WEBP), and its width and height.
+
+    Raises UserError as `open_image`.
+    """
+    picture, data = open_image(path), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(data, kind, quality=quality)
+    return data.getvalue(), picture.size
 
 
 def changes(picture: Image.Image) -> tuple[str, ...]:
