@@ -329,6 +329,7 @@ class ReportConfig:
     out: str | None = None
     common: bool = False
     published: str | None = None
+    image_mb: float = 16.0
 
 
 @dataclass

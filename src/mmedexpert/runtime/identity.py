@@ -106,10 +106,15 @@ def _whole(folder: Path, depth: int = 0) -> dict[str, Any] | None:
     outputs = folder.parent.parent
     whole = dict(tree.get("key", {}))
     for name, identity in tree.get("inputs", {}).items():
-        inner = next(iter(outputs.glob(f"*/*-{identity}")), None) if _is_run_id(identity) else None
+        inner = folder_of(outputs, identity)
         known = _whole(inner, depth + 1) if inner is not None else None
         whole[f"{name}/"] = identity if known is None else known
     return whole
+
+
+def folder_of(outputs: Path, identity: str) -> Path | None:
+    """The folder of a run in this outputs folder; None for what is no run_id, and where it is not there."""
+    return next(iter(outputs.glob(f"*/*-{identity}")), None) if _is_run_id(identity) else None
 
 
 def _is_run_id(text: str) -> bool:

@@ -22,6 +22,17 @@ def without_password(text: str) -> str:
     return _SECRET_IN_QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
 
 
+_END = r"\s,;'\"\[\](){}<>|"  # ours: what ends a path or a host within a text
+# an absolute path, one of the home folder or above the working one
+_PLACE = re.compile(rf"(?<![\w./~>\\-])(?:file:/+|(?:~|\.\.)?/(?=[^/{_END}])|[A-Za-z]:[\\/](?!/)|\\\\)[^{_END}]*")
+_SERVER = re.compile(rf"(?<=://)[^/?#{_END}]+")
+
+
+def without_places(text: str) -> str:
+    """A text for other eyes: paths of this machine become <folder>, hosts of addresses <server>, and no passwords."""
+    return _PLACE.sub("<folder>", _SERVER.sub("<server>", without_password(text)))
+
+
 def redacted(words: Sequence[str]) -> list[str]:
     """A command line without secrets: addresses as `without_password`, values of keys, tokens and passwords hidden.
 

@@ -1,7 +1,9 @@
-"""`stage=report`: finished eval runs side by side: a table in the terminal, and comparison.md, .tex, .csv, .json."""
+"""`stage=report`: finished eval runs side by side: a table in the terminal, comparison.md, .tex, .csv, .json, and
+report.html."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from mmedexpert.reporting.comparison import (
     overview,
     sections,
 )
+from mmedexpert.reporting.page import Compared, write_page
 from mmedexpert.reporting.perspectives import SAID
 from mmedexpert.reporting.tables import csv_text, latex, markdown, print_table
 from mmedexpert.runtime.files import write_atomic
@@ -41,6 +44,8 @@ from mmedexpert.schema import Config
 def run(config: Config) -> dict[str, Run]:
     """Compare `report.runs`, print and write the tables; trains nothing, so there is no run to return."""
     settings = config.report
+    if not 0 <= settings.image_mb < math.inf:
+        raise UserError(f"report.image_mb={settings.image_mb} must be 0 (no images) or more megabytes")
     sources = load_published(Path(settings.published)) if settings.published else []
     runs = read_runs(settings.runs)
     against = None
@@ -67,12 +72,16 @@ def run(config: Config) -> dict[str, Run]:
     identity = run_id("report", {"runs": [str(r.path.resolve()) for r in runs], "against": settings.against})
     folder = Path(settings.out) if settings.out else Path(config.paths.outputs) / "report" / f"comparison-{identity}"
     write(folder, runs, numbers, notes, sources, found)
+    compared = Compared(runs, numbers, notes, sources, found, config.seed)
+    write_page(folder / "report.html", compared, image_mb=settings.image_mb)
     if by_perspective := asked_under(found):
         print_table(by_perspective, "Perspectives", SAID)
     if spread := [over_seeds(n) for n in numbers if n["table"] == "paired_seeds" and n["protocol"] == "robust"]:
         print_table(spread, "Paired differences over seeds", OVER_SEEDS)
     print_table(
-        overview(numbers), "Comparison", "\n".join([METHODS, *notes, f"{folder}/comparison.md .tex .csv .json"])
+        overview(numbers),
+        "Comparison",
+        "\n".join([METHODS, *notes, f"{folder}/comparison.md .tex .csv .json", f"{folder}/report.html"]),
     )
     return {}
 

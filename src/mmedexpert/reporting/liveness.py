@@ -1,0 +1,94 @@
+"""Does a model look? What compared runs tell of it: a grey image, the images read, the sampler against the trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mmedexpert.evaluation.comparison import EvalRun, by_benchmark, paired
+from mmedexpert.names import BLANK_IMAGE
+from mmedexpert.reporting.answers import Answers
+from mmedexpert.reporting.lineage import Made, read_object
+from mmedexpert.reporting.tables import Row
+from mmedexpert.runtime.curve import STEPS, read_curve
+
+NOT_RUN = "not run"
+GAP = "sampling/sampling_logp_difference"
+BLANK, READ, TOKENS, SAMPLER = "a grey image", "image files", "image tokens", "sampler and trainer"
+
+
+def liveness_rows(
+    runs: Sequence[EvalRun], answers: Mapping[Path, Answers], made: Sequence[Made], *, seed: int
+) -> list[Row]:
+    """A row for each check and run; `not run` where no compared run has the data for it."""
+    return [
+        *(_blank(runs, answers, seed) or [_row(BLANK, "-", f"{NOT_RUN}: no {BLANK_IMAGE} run among those compared")]),
+        *(_read(runs, answers) or [_row(READ, "-", f"{NOT_RUN}: no run notes which images it read")]),
+        _row(TOKENS, "-", f"{NOT_RUN}: runs do not note how many tokens an image had"),
+        *(_sampler(made) or [_row(SAMPLER, "-", f"{NOT_RUN}: no GBA run behind these models, or without its metrics")]),
+    ]
+
+
+def _row(check: str, run: str, found: str) -> Row:
+    return {"check": check, "run": run, "found": found}
+
+
+def _blank(runs: Sequence[EvalRun], answers: Mapping[Path, Answers], seed: int) -> list[Row]:
+    rows = []
+    for _, members in by_benchmark(runs):
+        for blank in (run for run in members if run.model == BLANK_IMAGE):
+            whose = _model_of(blank)
+            seeing = [run for run in members if whose and run.model != BLANK_IMAGE and _model_of(run) == whose]
+            if not seeing:
+                rows.append(_row(BLANK, blank.title, "the model that was shown it is not among those compared"))
+            rows += [_row(BLANK, run.title, _against(run, blank, answers, seed)) for run in seeing]
+    return rows
+
+
+def _model_of(run: EvalRun) -> str:
+    return str((read_object(run.path.parent / "manifest.json").get("inputs") or {}).get("model") or "")
+
+
+def _against(run: EvalRun, blank: EvalRun, answers: Mapping[Path, Answers], seed: int) -> str:
+    """The model's accuracy minus its own on a grey image, under each protocol, and how many answers change."""
+    numbers, _ = paired([run, blank], blank, seed=seed)
+    points = ", ".join(
+        f"{100 * n['difference']:+.1f} [{100 * n['ci_low']:+.1f}, {100 * n['ci_high']:+.1f}] ({n['protocol']})"
+        for n in numbers
+    )
+    seen, unseen = answers[run.path].said, answers[blank.path].said
+    both = [(seen[key], unseen[key]) for key in seen if key in unseen]
+    picks, texts = (sum(one[part] != other[part] for one, other in both) for part in (0, 1))
+    told = f"accuracy in points, with the images minus with a grey one: {points}"
+    return f"{told}; of {len(both)} answers {picks} picks (robust) and {texts} texts change" if both else told
+
+
+def _read(runs: Sequence[EvalRun], answers: Mapping[Path, Answers]) -> list[Row]:
+    rows = []
+    for run in runs:
+        files = [sha for shas in answers[run.path].images.values() for sha in shas]
+        if files:
+            lost = sum(sha is None for sha in files)
+            told = f"{len({*files} - {None})} different images over {len(run.questions)} questions"
+            rows.append(_row(READ, run.title, told + (f"; {lost} could not be read" if lost else "")))
+    return rows
+
+
+def _sampler(made: Sequence[Made]) -> list[Row]:
+    """The gap between a completion's log-probabilities as sampled and as trained: large where the two see a prompt, or
+    an image, differently."""
+    rows = []
+    for one in (one for one in made if one.stage == "gba"):
+        curve = read_curve(one.folder / STEPS) or [one.metrics]
+        steps = "over all steps" if len(curve) > 1 else "at the last step"
+        mean, most = (_largest([row.get(f"{GAP}/{kind}") for row in curve]) for kind in ("mean", "max"))
+        if mean is not None and most is not None:
+            told = f"log-probability gap {steps}: largest mean {mean:.2g}, largest of a token {most:.2g}"
+            rows.append(_row(SAMPLER, f"{one.name} ({one.run_id})", told))
+    return rows
+
+
+def _largest(values: Sequence[object]) -> float | None:
+    known = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
+    return max(known, default=None)
