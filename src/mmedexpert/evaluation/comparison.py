@@ -25,7 +25,7 @@ from mmedexpert.runtime.identity import labels_of
 
 PAIRED_RESAMPLES = 10_000  # ours: the smallest p is 0.0002, so that Holm over 100 comparisons can still find one
 Number = dict[str, Any]  # one row of comparison.csv: shares in [0, 1], None where there is no number
-ANSWER = ("id", "image_group", "kind", "perspective", "mean_logp", "adherence", "criteria", *PROTOCOLS)
+ANSWER = ("id", "image_group", "kind", "groups", "perspective", "mean_logp", "adherence", "criteria", *PROTOCOLS)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from mmedexpert.merging.figures import KINDS
 from mmedexpert.reporting.lineage import Made, read_object
-from mmedexpert.reporting.markup import folded, heat_map, missing, paragraph, table
+from mmedexpert.reporting.markup import folded, heat_map, missing, number, paragraph, table
 from mmedexpert.runtime.privacy import without_places
 
 Cells = dict[str, dict[str, tuple[float | None, str, str]]]
@@ -60,7 +59,7 @@ def _signs(rows: Sequence[Mapping[str, Any]]) -> tuple[Cells, float]:
     modules = sorted({module for cells in found.values() for module in cells}, key=_order)
     means = {layer: {m: sum(cells[m]) / len(cells[m]) for m in modules if m in cells} for layer, cells in found.items()}
     most = max((abs(value) for cells in means.values() for value in cells.values()), default=1.0)
-    return {layer: {m: (v, _said(v, "+.1f"), "") for m, v in cells.items()} for layer, cells in means.items()}, most
+    return {layer: {m: (v, number(v, "+.1f"), "") for m, v in cells.items()} for layer, cells in means.items()}, most
 
 
 def _order(module: str) -> tuple[int, str]:
@@ -72,12 +71,6 @@ def _cosines(updates: Sequence[str], cosines: Sequence[Sequence[float | None]]) 
     short = [name.rpartition("/")[2] for name in updates]  # "expert/pediatrics": the role is no news here
     names = short if len(set(short)) == len(short) else list(updates)
     return {
-        name: {other: (v, "-" if v is None else _said(v, ".2f"), "") for other, v in zip(names, line, strict=True)}
+        name: {other: (v, "-" if v is None else number(v, ".2f"), "") for other, v in zip(names, line, strict=True)}
         for name, line in zip(names, cosines, strict=True)
     }
-
-
-def _said(value: float, form: str) -> str:
-    """Without a minus before zero."""
-    text = format(value, form)
-    return text if float(text) or not math.isfinite(value) else format(0.0, form)

@@ -53,9 +53,7 @@ def table(rows: Sequence[Row], caption: str) -> str:
         + "</tr>"
         for row in rows
     )
-    return _box(
-        f"<table>{_caption(caption)}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>", caption
-    )
+    return _box(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>", caption)
 
 
 def heat_map(
@@ -80,7 +78,7 @@ def heat_map(
         shown = "".join(_cell(cells.get(column, (None, "-", "")), palette, low, high) for column in columns)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
     body = f"<thead><tr><th>{escape(corner)}</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return _box(f'<table class="heat">{_caption(caption)}{body}</table>', caption)
+    return _box(f'<table class="heat">{body}</table>', caption)
 
 
 def _cell(
@@ -111,10 +109,13 @@ def _side(column: str, cells: Sequence[str]) -> str:
     return ' class="word"' if max(map(len, cells)) <= SHORT else ""
 
 
-def _caption(text: str) -> str:
-    return f"<caption>{escape(text)}</caption>" if text else ""
+def number(value: float, form: str) -> str:
+    """A number as text, without a minus before zero."""
+    text = format(value, form)
+    return text.replace("-", "", 1) if text.startswith("-") and not text.strip("-0.") else text
 
 
-def _box(inner: str, label: str) -> str:
-    """Scrolls alone where it is wide; a focus lets the arrow keys do it."""
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}">{inner}</div>'
+def _box(inner: str, caption: str) -> str:
+    """A table below its caption; it scrolls alone where it is wide, and a focus lets the arrow keys do it."""
+    told = f'<p class="caption">{escape(caption)}</p>\n' if caption else ""
+    return f'{told}<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">{inner}</div>'

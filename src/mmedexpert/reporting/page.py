@@ -31,7 +31,7 @@ from mmedexpert.reporting.lineage import (
     version_rows,
 )
 from mmedexpert.reporting.liveness import liveness_rows
-from mmedexpert.reporting.markup import folded, heat_map, missing, section, table
+from mmedexpert.reporting.markup import folded, heat_map, missing, number, section, table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.pages import asset, data_block, document
 from mmedexpert.runtime.privacy import without_places
@@ -153,18 +153,18 @@ def _paired(tables: dict[str, str]) -> list[str]:
 
 
 def _specialties(numbers: Sequence[Number]) -> list[str]:
-    """A heat map for each benchmark: specialty by model, robust verdicts."""
-    chosen = [
-        n for n in numbers if n["table"] == "breakdown" and n["group"] == "specialty" and n["protocol"] == "robust"
-    ]
+    """A heat map for each benchmark and protocol: specialty by model."""
+    chosen = [n for n in numbers if n["table"] == "breakdown" and n["group"] == "specialty"]
     parts = []
-    for benchmark in dict.fromkeys(n["benchmark"] for n in chosen):
+    for benchmark, protocol in dict.fromkeys((n["benchmark"], n["protocol"]) for n in chosen):
         rows: dict[str, dict[str, tuple[float | None, str, str]]] = {}
-        for n in (n for n in chosen if n["benchmark"] == benchmark):
+        for n in (n for n in chosen if (n["benchmark"], n["protocol"]) == (benchmark, protocol)):
             cell = (n["accuracy"], f"{100 * n['accuracy']:.1f}", f"{100 * n['ci_low']:.1f} to {100 * n['ci_high']:.1f}")
             rows.setdefault(f"{n['value']} (n={n['n']})", {})[n["model"]] = cell
-        title = f"Accuracy in percent (robust) by specialty and model{f', {benchmark}' if benchmark else ''}"
-        parts.append(heat_map(rows, f"{title}; below each its 95% interval", corner="specialty"))
+        where = f", {benchmark}" if benchmark else ""
+        title = f"Accuracy in percent ({protocol}) by specialty and model{where}"
+        shown = heat_map(rows, f"{title}; below each its 95% interval", corner="specialty")
+        parts.append(shown if protocol == PROTOCOLS[0] else folded(title, shown))
     return parts or [missing("All questions of these runs are of one specialty, or state none.")]
 
 
@@ -209,8 +209,8 @@ def _reached(model: str, one: Mapping[str, Any]) -> dict[str, str]:
     for protocol, of in one["together"].items():
         agreed, gain = of["agreement"]["mean"], of["gain"]["mean"]
         row[f"agreement ({protocol})"] = f"{100 * agreed:.1f}"
-        row[f"Fleiss' kappa ({protocol})"] = "-" if of["kappa"] is None else f"{of['kappa']:.2f}"
-        row[f"gain of the vote ({protocol})"] = f"{100 * gain:+.1f}"
+        row[f"Fleiss' kappa ({protocol})"] = "-" if of["kappa"] is None else number(of["kappa"], ".2f")
+        row[f"gain of the vote ({protocol})"] = number(100 * gain, "+.1f")
     return row
 
 
