@@ -31,7 +31,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Asked:
-    """The records of a benchmark by id, the folder of their images, and why there are none."""
+    """All records of a benchmark's folder by id, the folder of their images, and why there are none."""
 
     records: dict[str, Record]
     image_root: Path | None
@@ -87,8 +87,9 @@ def asked_of(members: Sequence[EvalRun]) -> Asked:
         except UserError:
             why = "the folder of the questions cannot be read"
             continue
-        known = {record.id: record for record in records if record.id in run.questions}
-        if all(known[i].answer == q.gold for i, q in run.questions.items() if i in known) and known:
+        known = {record.id: record for record in records}
+        shared = [i for i in run.questions if i in known]
+        if shared and all(known[i].answer == run.questions[i].gold for i in shared):
             return Asked(known, image_root)
         why = "the folder of the questions holds others by now"
     return Asked({}, None, why)

@@ -73,6 +73,7 @@ def browser_data(
     models = [run.label for run in runs]
     sets, items, notes = [], list[Item](), list[str]()
     wanted: list[tuple[Item, list[Path]]] = []
+    licences: Counter[str] = Counter()
     for benchmark, members in by_benchmark(runs):
         sets.append(benchmark or "predictions")
         known = asked[benchmark]
@@ -83,13 +84,14 @@ def browser_data(
         if known.why:
             notes.append(f"{sets[-1]}: no question texts and images, {known.why}.")
         for identity in shown:
-            item = _item(identity, known.records.get(identity), answers[members[0].path].shown[identity][0])
-            item["set"] = len(sets) - 1
+            record = known.records.get(identity)
+            item = _item(identity, record, answers[members[0].path].shown[identity][0]) | {"set": len(sets) - 1}
             item["answers"] = [
                 _answer(run, runs.index(run), answers[run.path].shown.get(identity, []), identity) for run in members
             ]
             items.append(item)
-            wanted.append((item, _paths(known.records.get(identity), known.image_root)))
+            wanted.append((item, _paths(record, known.image_root)))
+            licences.update([record.license or NOT_STATED] if record else [])
     records = {i: (record, one.image_root) for one in asked.values() for i, record in one.records.items()}
     for run in (one for one in made if one.stage == "gba"):
         groups, told = _rollouts(run)
@@ -110,7 +112,7 @@ def browser_data(
         item["hidden"] = len(paths) - len(item["pictures"])
     return {
         "sets": sets, "models": models, "items": items, "pictures": pictures.urls, "protocols": PROTOCOLS,
-        "notes": [*notes, *_told(pictures, [known for known in asked.values() if known.records])],
+        "notes": [*notes, *_told(pictures, licences)],
     }  # fmt: skip
 
 
@@ -142,7 +144,8 @@ def _answer(run: EvalRun, model: int, rows: Sequence[Prediction], identity: str)
     order = {name: place for place, name in enumerate(PERSPECTIVES)}
     ordered = sorted(rows, key=lambda row: order.get(str(row.get("perspective")), len(order)))
     correct = run.questions[identity].correct
-    return {"model": model, "right": [correct[p] for p in PROTOCOLS], "replies": [_reply(row) for row in ordered]}
+    replies = [_reply(row) for row in ordered]
+    return {"model": model, "right": [correct[p] for p in PROTOCOLS], "by": "by vote", "replies": replies}
 
 
 def _reply(row: Prediction) -> Item:
@@ -190,7 +193,7 @@ def _group(rows: Sequence[Item], record: Record | None, model: int) -> Item:
         "question": str(first.get("question") or ""),
         "options": [[letter, text] for letter, text in (record.options or {}).items()] if record else [],
         "gold": str(first.get("answer") or ""),
-        "answers": [{"model": model, "right": [right] * len(PROTOCOLS), "replies": replies}],
+        "answers": [{"model": model, "right": [right] * len(PROTOCOLS), "by": "by at least half", "replies": replies}],
     }
 
 
@@ -219,7 +222,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _told(pictures: Pictures, asked: Sequence[Asked]) -> list[str]:
+def _told(pictures: Pictures, licences: Counter[str]) -> list[str]:
     """What of the pictures is here, and under which licences."""
     told = [
         f"{len(pictures.urls):,} pictures of at most {SIDE} px, each once: {pictures.spent / 1e6:.1f} MB of at most "
@@ -227,7 +230,6 @@ def _told(pictures: Pictures, asked: Sequence[Asked]) -> list[str]:
     ]
     told += [f"{pictures.left_out:,} pictures are left out: the budget is spent."] if pictures.left_out else []
     told += [f"{pictures.unreadable:,} pictures could not be read."] if pictures.unreadable else []
-    licences = Counter(record.license or NOT_STATED for one in asked for record in one.records.values())
     if licences:
         named = ", ".join(f"{name} ({count:,})" for name, count in licences.most_common())
         told.append(f"Licences of the questions: {named}. Look at them before you pass this page on.")

@@ -9,7 +9,7 @@ from html import escape
 from mmedexpert.reporting.tables import LEFT, Row
 
 LEVELS = 256  # steps of a colour map
-DARK = 0.45  # ours: relative luminance of a cell below which its number is white
+DARK = 0.179  # relative luminance below which white is told better than black (WCAG 2.2, contrast ratio)
 SHORT = 28  # ours: letters of a cell that are not broken
 # columns of words that tables.LEFT does not know
 WORDS = (
@@ -90,9 +90,17 @@ def _cell(
         return f"<td>{escape(text)}{small}</td>"
     place = (value - low) / (high - low) if high > low else 0.5
     red, green, blue = palette[round((LEVELS - 1) * min(1.0, max(0.0, place)))]
-    ink = "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < DARK else "#000000"
+    light = sum(
+        weight * _linear(part) for weight, part in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
+    )
+    ink = "#ffffff" if light < DARK else "#000000"
     back = "".join(f"{round(255 * part):02x}" for part in (red, green, blue))
     return f'<td style="background:#{back};color:{ink}">{escape(text)}{small}</td>'
+
+
+def _linear(part: float) -> float:
+    """Light of a colour's part in sRGB."""
+    return part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4
 
 
 def _palette(name: str) -> list[tuple[float, float, float]]:

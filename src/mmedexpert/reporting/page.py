@@ -173,7 +173,7 @@ def _perspectives(tables: dict[str, str], found: ByModel) -> list[str]:
     whole = [folded("Table: each perspective, adherence and criteria", tables.pop("Perspectives", ""))]
     for title in [title for title in tables if title.startswith("Kinds of questions")]:
         del tables[title]
-    parts = []
+    parts, kinds = [], []
     for benchmark, models in found.items():
         rows = {model: _each(one) for model, one in models.items() if one["each"]}
         where = f", {benchmark}" if benchmark else ""
@@ -184,13 +184,14 @@ def _perspectives(tables: dict[str, str], found: ByModel) -> list[str]:
             for key, values in one.get("groups", {}).items():
                 where = f" on {benchmark}" if benchmark else ""
                 title = f"{model}{where}: accuracy in percent (robust) by {key} and perspective"
-                parts.append(heat_map(
+                kinds.append(heat_map(
                     {str(value): {p: _kind(of.get(p)) for p in PERSPECTIVES} for value, of in values.items()},
                     title, corner=key,
                 ))  # fmt: skip
     if not any(parts):
         return [missing("Not run: no compared run was asked under perspectives (eval.perspectives).")]
-    return [*parts, *whole]
+    maps = "".join(f"<div>{one}</div>" for one in kinds)
+    return [*parts, f'<div class="maps">{maps}</div>', *whole]
 
 
 def _each(one: Mapping[str, Any]) -> dict[str, tuple[float | None, str, str]]:

@@ -122,34 +122,37 @@ function show(item) {
   if (item.hidden) pictures.push(make("p", { kind: "none", text: `${item.hidden} not shown: see above` }));
   if (!pictures.length) pictures.push(make("p", { kind: "none", text: "no image here" }));
   get("shown").replaceChildren(
-    make("div", { kind: "tags" }, ...tags.map((text) => make("span", { kind: "tag", text }))),
+    make("div", { kind: "tags" }, ...tags.filter((text) => text !== "not stated").map((text) => make("span", { kind: "tag", text }))),
     make("div", { kind: "ask" }, make("div", { kind: "pictures" }, ...pictures),
       make("div", {}, make("p", { kind: "question", text: item.question || "(the question's text is not here)" }), options(item))),
     ...item.answers.flatMap((answer) => said(answer)));
 }
 
-// Options with the right one marked, and which models chose each.
+// Options with the right one marked, and which models chose each; of a model that chose several, under which perspectives.
 function options(item) {
   const chosen = new Map();
-  for (const answer of item.answers)
-    for (const reply of answer.replies) {
-      const letter = reply.picked[state.protocol];
-      const name = data.models[answer.model] + (answer.replies.length > 1 && reply.perspective ? ` (${reply.perspective})` : "");
-      if (letter !== null) chosen.set(letter, [...(chosen.get(letter) ?? []), name]);
+  for (const answer of item.answers) {
+    const under = Map.groupBy(answer.replies, (reply) => reply.picked[state.protocol]);
+    under.delete(null);
+    for (const [letter, replies] of under) {
+      const part = replies.length < answer.replies.length;
+      const name = data.models[answer.model] + (part ? ` (${replies.map((reply) => reply.perspective).join(", ")})` : "");
+      chosen.set(letter, [...(chosen.get(letter) ?? []), name]);
     }
+  }
   const lines = item.options.length ? item.options : [[item.gold, ""]];
   return make("ul", { kind: "options" }, ...lines.map(([letter, text]) => {
     const gold = letter === item.gold;
     const label = (text ? `${letter}. ${text}` : letter) + (gold ? " \u2713 right answer" : "");
     const who = chosen.get(letter);
-    return make("li", { kind: gold ? "gold" : "" }, label, who && make("span", { kind: "who", text: ` \u2190 ${who.join(", ")}` }));
+    return make("li", { kind: gold ? "gold" : "" }, label, who && make("span", { kind: "who", text: ` \u2190 ${who.join("; ")}` }));
   }));
 }
 
 function said(answer) {
   const right = answer.right[state.protocol];
   const several = answer.replies.length > 1;
-  const verdict = answer.replies.length ? `${mark(right)} ${right ? "right" : "wrong"}${several ? " by vote" : ""}` : "not here";
+  const verdict = answer.replies.length ? `${mark(right)} ${right ? "right" : "wrong"}${several ? ` ${answer.by}` : ""}` : "not here";
   return [make("h4", { text: `${data.models[answer.model]}: ${verdict}` }),
     make("div", { kind: "replies" }, ...answer.replies.map(reply))];
 }
