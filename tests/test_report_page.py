@@ -33,7 +33,7 @@ from mmedexpert.evaluation.comparison import read_runs
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting import answers, curves, page
 from mmedexpert.reporting import browser as browsing
-from mmedexpert.reporting.figures import Line, line_figure
+from mmedexpert.reporting.figures import Line, interval_figure, line_figure
 from mmedexpert.reporting.lineage import Made, lineage, public_word
 from mmedexpert.reporting.markup import heat_map, number, table
 from mmedexpert.runtime.pages import data_block
@@ -120,7 +120,7 @@ def test_conflicts_and_liveness_and_provenance(whole):
     assert "layer 1" in texts["conflicts"] and "+15.0" in texts["conflicts"] and "0.25" in texts["conflicts"]
     assert texts["conflicts"].index("q_proj") < texts["conflicts"].index("down_proj")
     assert "+58.3 [" in texts["liveness"] and "caci on test" in texts["liveness"]  # 9 and 2 of 12
-    assert "of 12 answers 7 picks (robust) and 12 texts change" in texts["liveness"]
+    assert "of the 12 answers on this page 7 picks (robust) and 12 texts change" in texts["liveness"]
     assert "largest mean 0.005, largest of a token 0.05" in texts["liveness"]
     assert "6 different images over 12 questions" in texts["liveness"] and "1 different images" in texts["liveness"]
     assert "not run: runs do not note how many tokens an image had" in texts["liveness"]
@@ -283,18 +283,24 @@ def test_lineage_follows_run_ids_and_ends(tmp_path):
     assert [made.folder for made in lineage([other])] == [first.resolve(), other.resolve()]
 
 
-def test_more_questions_than_a_page_takes_are_drawn_and_told(tmp_path, monkeypatch):
+def test_more_than_a_page_takes_is_drawn_and_told(tmp_path, monkeypatch):
     monkeypatch.setattr(browsing, "QUESTIONS", 6)
     monkeypatch.setattr(browsing, "LETTERS", 10)
     asked = records(12)
     run = eval_run(tmp_path, "base", "x", data_run(tmp_path, asked), [reply(r, None, True, "z" * 25) for r in asked])
-    data = data_of(written(tmp_path, run))
-    assert (
-        len(data["items"]) == 6 and "6 of 12 questions of test are here, drawn by a hash of their ids." in data["notes"]
-    )
-    assert {(len(r["text"]), r["more"]) for item in data["items"] for a in item["answers"] for r in a["replies"]} == {
-        (10, 15)
-    }
+
+    def shown():
+        data = data_of(written(tmp_path, run))
+        said = [r for item in data["items"] for a in item["answers"] for r in a["replies"]]
+        assert {(len(r["text"]), r["more"]) for r in said} == {(10, 15)}
+        assert data["notes"][0].startswith(
+            f"{len(said)} of 12 questions of test are here, drawn by a hash of their ids"
+        )
+        return {item["id"] for item in data["items"]}
+
+    six = shown()
+    monkeypatch.setattr(browsing, "ALL_LETTERS", 35)
+    assert len(six) == 6 and len(shown()) == 3 and shown() < six
 
 
 def test_runs_that_only_a_path_tells_apart_keep_names_of_their_own(tmp_path):
@@ -323,6 +329,9 @@ def test_places_are_hidden(text, told):
 def test_pieces_escape_what_they_are_given():
     rows = heat_map({HOSTILE: {HOSTILE: (0.5, HOSTILE, HOSTILE)}}, HOSTILE, corner=HOSTILE)
     drawn = line_figure([Line(HOSTILE, [1, 2], [1, 2], 0)], HOSTILE, "step $x_", HOSTILE)
+    assert drawn == line_figure([Line(HOSTILE, [1, 2], [1, 2], 0)], HOSTILE, "step $x_", HOSTILE)  # the same twice
+    odd = interval_figure([("a $x_{ b$ & <c>", [(0.5, 0.4, 0.6)])], ["robust"], "odd", "odd")
+    assert "a $x_{ b$ &amp; &lt;c&gt;" in odd  # no formula
     for text in (rows, drawn, table([{HOSTILE: HOSTILE}], HOSTILE)):
         assert "<script" not in text and "<img" not in text and "&lt;/script&gt;" in text
     block = data_block("data", {"a": [HOSTILE, float("nan")]})

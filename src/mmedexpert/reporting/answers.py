@@ -1,4 +1,4 @@
-"""The lines of compared runs read again: what was said on the questions shown, and what was picked on all."""
+"""The lines of compared runs read again: what was said on the questions shown, and which images were read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ QUESTIONS = 5_000  # ours: on a page, over all benchmarks; what a browser filter
 
 @dataclass
 class Answers:
-    """Of one run: `shown`, whole lines by question; of all questions `said` by (id, perspective), the pick under the
-    robust protocol (None: unparsed) and a digest of the text, and `images`, the sha256 of each image file that was read
-    (None: unreadable)."""
+    """Of one run: `shown`, the lines of questions on the page, and of all questions `images`, the sha256 of each image
+    file that was read (None: unreadable)."""
 
     shown: dict[str, list[Prediction]] = field(default_factory=dict)
-    said: dict[tuple[str, str | None], tuple[str | None, bytes]] = field(default_factory=dict)
     images: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
@@ -54,12 +52,9 @@ def answers_of(run: EvalRun, shown: Collection[str]) -> Answers:
         identity = str(row.get("id"))
         if identity not in run.questions:
             continue
-        key = identity, row.get("perspective")
-        pick = str(row["robust"].get("picked")) if row["robust"].get("parsed") else None
-        found.said[key] = pick, hashlib.sha256(str(row.get("response")).encode(errors="replace")).digest()[:8]
         found.images[identity] = tuple(row.get("image_sha256") or ())
         if identity in wanted:
-            lines[key] = row
+            lines[identity, row.get("perspective")] = row
     for (identity, _), row in lines.items():
         found.shown.setdefault(identity, []).append(row)
     return found

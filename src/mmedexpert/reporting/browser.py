@@ -25,6 +25,7 @@ from mmedexpert.runtime.progress import track
 
 SIDE, QUALITY = 224, 60  # ours: longest side of a picture on the page, and its WebP quality: about 4 kB
 LETTERS = 4_000  # ours: of a response; the rest is in predictions.jsonl
+ALL_LETTERS = 40_000_000  # ours: of all responses on a page; what a browser opens in seconds
 GROUPS = 400  # ours: groups of rollouts shown of a run, evenly over its steps
 NOT_STATED = "not stated"
 Item = dict[str, Any]
@@ -77,10 +78,12 @@ def browser_data(
     for benchmark, members in by_benchmark(runs):
         sets.append(benchmark or "predictions")
         known = asked[benchmark]
-        shown = list(answers[members[0].path].shown)
+        shown = _within(members, answers, ALL_LETTERS // len(by_benchmark(runs)))
         total = len(members[0].questions)
         if len(shown) < total:
-            notes.append(f"{len(shown):,} of {total:,} questions of {sets[-1]} are here, drawn by a hash of their ids.")
+            limits = f"at most {QUESTIONS:,} questions and {ALL_LETTERS / 1e6:g} million letters of answers"
+            drawn = f"{len(shown):,} of {total:,} questions of {sets[-1]} are here, drawn by a hash of their ids"
+            notes.append(f"{drawn} ({limits}).")
         if known.why:
             notes.append(f"{sets[-1]}: no question texts and images, {known.why}.")
         for identity in shown:
@@ -114,6 +117,19 @@ def browser_data(
         "sets": sets, "models": models, "items": items, "pictures": pictures.urls, "protocols": PROTOCOLS,
         "notes": [*notes, *_told(pictures, licences)],
     }  # fmt: skip
+
+
+def _within(members: Sequence[EvalRun], answers: Mapping[Path, Answers], letters: int) -> list[str]:
+    """The questions whose responses fit on the page, in the order of the file; where not all do, by a hash."""
+    shown = list(answers[members[0].path].shown)
+    chosen: set[str] = set()
+    for identity in sorted(shown, key=_hash):
+        rows = (row for run in members for row in answers[run.path].shown.get(identity, ()))
+        letters -= sum(min(LETTERS, len(str(row.get("response") or ""))) for row in rows)
+        if letters < 0:
+            break
+        chosen.add(identity)
+    return [identity for identity in shown if identity in chosen]
 
 
 def _hash(text: str) -> bytes:

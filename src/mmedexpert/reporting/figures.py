@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
-from itertools import count
 from typing import Any
 
 COLOURS = 7  # --c1 to --c7 of pages.css
@@ -19,7 +20,6 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 WIDTH = 4.6  # inches: what fits a small screen at a readable size
 FONT = 9.0
 WRAP = 30  # letters in a line of a label
-_numbers = count(1)
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Line:
 
 def line_figure(lines: Sequence[Line], title: str, across: str, described: str) -> str:
     """Lines over steps, as a figure whose caption is the title; one point is a dot."""
+    with _settings():
+        return _figure(_lines(lines, across), title, described)
+
+
+def _lines(lines: Sequence[Line], across: str) -> Any:
     figure, axes = _empty(WIDTH, 2.3)
     for line in lines:
         dash = DASHES[line.place % len(DASHES)]
@@ -44,13 +49,18 @@ def line_figure(lines: Sequence[Line], title: str, across: str, described: str) 
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.margins(x=0.02)
     axes.locator_params(axis="x", integer=True, nbins=6)
-    return _figure(figure, title, described)
+    return figure
 
 
 def interval_figure(
     rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], kinds: Sequence[str], title: str, described: str
 ) -> str:
     """A row per model with a mean and its interval for each of `kinds`, told apart by colour, place and shape."""
+    with _settings():
+        return _figure(_intervals(rows, kinds), title, described)
+
+
+def _intervals(rows: Sequence[tuple[str, Sequence[tuple[float, float, float]]]], kinds: Sequence[str]) -> Any:
     names = ["\n".join(textwrap.wrap(name, WRAP)) for name, _ in rows]
     height = sum(0.2 + 0.17 * (1 + name.count("\n")) for name in names) + 0.7
     figure, axes = _empty(WIDTH, height)
@@ -77,7 +87,7 @@ def interval_figure(
     axes.set_xlabel("accuracy in percent", fontsize=FONT)
     axes.grid(True, axis="x", color=GRID, linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=len(kinds), fontsize=FONT, frameon=False, labelcolor=INK)
-    return _figure(figure, title, described)
+    return figure
 
 
 def legend(names: Sequence[str]) -> str:
@@ -91,6 +101,13 @@ def legend(names: Sequence[str]) -> str:
         )
         items.append(f"<li>{sample}{escape(name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _settings() -> AbstractContextManager[None]:
+    """Text stays text, a dollar in a name is no formula, and the same drawing is the same file."""
+    from matplotlib import rc_context
+
+    return rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False})
 
 
 def _empty(width: float, height: float) -> tuple[Any, Any]:
@@ -112,14 +129,11 @@ def _empty(width: float, height: float) -> tuple[Any, Any]:
 
 def _figure(figure: Any, title: str, described: str) -> str:
     """The drawing within the page: named, described, without ids that another drawing has."""
-    from matplotlib import rc_context
-
     drawn = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = drawn.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    own = f"f{next(_numbers)}"
+    own = f"f{hashlib.sha256((title + svg).encode()).hexdigest()[:10]}"
     svg = re.sub(r'id="', f'id="{own}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{own}-", svg)
     for colour, name in ((INK, "ink"), (GRID, "line"), *((c, f"c{k}") for k, c in enumerate(SERIES, start=1))):

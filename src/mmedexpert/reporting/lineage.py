@@ -34,11 +34,11 @@ class Made:
 
     @property
     def stage(self) -> str:
-        return str(self.manifest.get("stage") or self.folder.parent.name)
+        return str(self.manifest.get("stage") or NOT_TOLD)
 
     @property
     def name(self) -> str:
-        return without_places(str(self.manifest.get("name") or self.folder.name))
+        return without_places(str(self.manifest.get("name") or "(no manifest.json)"))
 
     @property
     def run_id(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmedexpert.evaluation.comparison import EvalRun, by_benchmark, paired
 from mmedexpert.names import BLANK_IMAGE
@@ -57,11 +58,20 @@ def _against(run: EvalRun, blank: EvalRun, answers: Mapping[Path, Answers], seed
         f"{100 * n['difference']:+.1f} [{100 * n['ci_low']:+.1f}, {100 * n['ci_high']:+.1f}] ({n['protocol']})"
         for n in numbers
     )
-    seen, unseen = answers[run.path].said, answers[blank.path].said
+    seen, unseen = _said(answers[run.path]), _said(answers[blank.path])
     both = [(seen[key], unseen[key]) for key in seen if key in unseen]
     picks, texts = (sum(one[part] != other[part] for one, other in both) for part in (0, 1))
     told = f"accuracy in points, with the images minus with a grey one: {points}"
-    return f"{told}; of {len(both)} answers {picks} picks (robust) and {texts} texts change" if both else told
+    return f"{told}; of the {len(both)} answers on this page {picks} picks (robust) and {texts} texts change"
+
+
+def _said(answers: Answers) -> dict[tuple[str, Any], tuple[Any, Any]]:
+    """By question and perspective what was picked (None: unparsed), and the text."""
+    return {
+        (identity, row.get("perspective")): (row["robust"].get("picked"), row.get("response"))
+        for identity, rows in answers.shown.items()
+        for row in rows
+    }
 
 
 def _read(runs: Sequence[EvalRun], answers: Mapping[Path, Answers]) -> list[Row]:
