@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach main(), which tells them in one line
@@ -55,7 +56,9 @@ def job(composed: DictConfig) -> None:
         from mmedexpert.unread import READING, notes, swept_keys
 
         config = typed(composed, given)  # before torch is imported: a mistake is reported within a second
-        unread = notes(config, given, swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params")))
+        swept = swept_keys(sys.argv[1:], HydraConfig.get().sweeper.get("params"))
+        config = replace(config, logger=replace(config.logger, swept=swept))  # what an arm is called by
+        unread = notes(config, given, swept)
         note(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
         import numpy
         import torch

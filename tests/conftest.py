@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 # Files whose tests share what is trained once (the fixtures `outputs` and `answering`) are one worker's, as are those
 # of any one file. These take longest: they come first, and are left out with -m "not slow".
 GROUPS = {
-    "outputs": ["test_pipeline", "test_benchmark_stage", "test_merge_search"],
+    "outputs": ["test_pipeline", "test_dashboards", "test_benchmark_stage", "test_merge_search"],
     "answering": [
         "test_caci_stage", "test_regmean_stage", "test_identity", "test_gba_learning", "test_gba_stage",
         "test_eval_stage", "test_dsa_stage", "test_durable",

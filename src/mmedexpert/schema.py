@@ -350,6 +350,8 @@ class LoggerConfig:
     project: str = "mmedexpert"
     log_completions_every: int = 10
     log_images: bool = False
+    experiment: str | None = None
+    swept: list[str] = field(default_factory=list)  # the keys that the command varies: run.py fills it in
 
 
 @dataclass

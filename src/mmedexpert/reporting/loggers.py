@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
+from mmedexpert.reporting.finals import CURVES, NOISY, STEP, ends
 from mmedexpert.reporting.tracking import no_stop
 from mmedexpert.runtime.files import write_atomic
 
@@ -79,12 +83,46 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class Wandb(WandbLogger):
-    """Lightning's W&B logger, whose errors stop no run."""
+    """Lightning's W&B logger, whose errors stop no run and whose x axis is the trainer's step: W&B's own `_step` counts
+    tables, too.
+
+    Of a noisy curve the summary gets start, end, gain and best, of a resumed one no start: it has seen the rest alone.
+    """
+
+    def __init__(self, experiment: Any) -> None:
+        super().__init__(experiment=experiment)
+        self.curves: dict[str, list[float]] = {}
+        self.first: int | None = None
+        with no_stop("W&B"):
+            experiment.define_metric(STEP)
+            experiment.define_metric("*", step_metric=STEP, step_sync=True)
+            for name in NOISY:
+                experiment.define_metric(name, step_metric=STEP, step_sync=True, summary="none")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """As the parent."""
         with no_stop("W&B"):
-            super().log_metrics(metrics, step)
+            self.first = step if self.first is None else self.first
+            for name in metrics.keys() & set(CURVES):
+                self.curves.setdefault(name, []).append(float(metrics[name]))
+            super().log_metrics({**metrics, **memory()}, step)
+
+    def finish(self, numbers: Mapping[str, float]) -> None:
+        """The summary at a run's end: `numbers` but a noisy curve's last step, and what the curves came to."""
+        with no_stop("W&B"):
+            came_to = {k: v for name, values in self.curves.items() for k, v in ends(name, values).items()}
+            if self.first:
+                came_to = {k: v for k, v in came_to.items() if not k.endswith(("/start", "/gain"))}
+            told = {name: value for name, value in numbers.items() if name not in NOISY}
+            self.experiment.summary.update({**came_to, **told})
+
+
+def memory() -> dict[str, float]:
+    """The most memory that was used so far, in GB: of the GPU (verl's name), without one this process's."""
+    if torch.cuda.is_available():
+        return {"perf/max_memory_allocated_gb": torch.cuda.max_memory_allocated() / 1e9}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"perf/cpu_memory_used_gb": peak / 1e9}
 
 
 class Csv(CsvLogger):
@@ -94,3 +132,8 @@ class Csv(CsvLogger):
         """As the parent."""
         with no_stop(str(self.path)):
             super().log_metrics(metrics, step)
+
+    def finish(self, numbers: Mapping[str, float]) -> None:
+        """The numbers of a stage without a curve are its only row."""
+        if not self.begun:
+            self.log_metrics(numbers)

@@ -1,13 +1,16 @@
 """Where metrics go: Weights & Biases (online when logged in and reachable, else offline), CSV files, or nowhere.
 
-What leaves the machine: numbers, the config without paths and passwords, texts of completions; images only if asked.
+What leaves the machine: numbers, the config without paths and passwords, texts of completions; images and the texts of
+records only if asked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import os
+import secrets
 import ssl
 import threading
 import urllib.error
@@ -22,48 +25,82 @@ import numpy as np
 import yaml
 
 from mmedexpert.data.images import open_image
+from mmedexpert.reporting.shown import Shown
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.runs import Run, console
+from mmedexpert.schema import LoggerConfig
 
 if TYPE_CHECKING:  # its import takes seconds, which a command that finds all done need not wait for
     from lightning.pytorch.loggers import Logger
 
 ANSWER_SECONDS = 5.0  # ours: in which the W&B server must answer, else runs are logged offline
 START_SECONDS, UPLOAD_SECONDS = 30.0, 300.0  # ours: waited for W&B at a run's start and end; the rest stays on disk
+KEPT = "wandb.json"  # in a run's folder: its ids in W&B
+OF_RECORD = ("image", "question", "answer")
 TRUE = ("1", "on", "yes", "true")
 Mode = Literal["online", "shared", "offline", "disabled"]
 _told: set[str] = set()
 
 
 @contextmanager
-def logger_for(run: Run, *, kind: str, project: str, group: str, config: Mapping[str, Any]) -> Iterator[Logger | None]:
+def logger_for(run: Run, settings: LoggerConfig, shown: Shown) -> Iterator[Logger | None]:
     """The logger of one stage's run, finished when the block ends, also by an error (else job 2 of a multirun breaks).
 
-    W&B: group = pipeline, job_type = stage, id = run_id with resume, so that a continued run continues its curves. No
-    error of a logger stops the run: it is told once.
+    W&B: group = pipeline, job_type = stage, and an id that the folder keeps, so that a continued run continues its
+    curves. No error of a logger stops the run: it is told once.
     """
-    from mmedexpert.reporting.loggers import Csv, Wandb
+    if settings.name == "csv":
+        from mmedexpert.reporting.loggers import Csv
 
-    shown = public(config)
-    if kind == "csv":
         folder = run.folder / "csv"
         folder.mkdir(exist_ok=True)
-        write_atomic(folder / "hparams.yaml", yaml.safe_dump(shown, sort_keys=False).encode())
+        write_atomic(folder / "hparams.yaml", yaml.safe_dump(public(shown.config), sort_keys=False).encode())
         yield Csv(folder / "metrics.csv")
         return
-    mode = wandb_mode() if kind == "wandb" else "disabled"
-    started = _start(run, mode, project=project, group=group, config=shown) if mode != "disabled" else None
+    mode = wandb_mode() if settings.name == "wandb" else "disabled"
+    started = _start(run, mode, settings, shown) if mode != "disabled" else None
     if started is None:
         yield None
         return
+    from mmedexpert.reporting.loggers import Wandb
+
     code = 1
     try:
-        yield Wandb(experiment=started)
+        yield Wandb(started)
         code = 0
     finally:
         with no_stop("W&B"):
             started.finish(exit_code=code)
+
+
+def kept(run: Run, what: str) -> dict[str, str]:
+    """What the folder knows of itself in W&B: its `ids` by scope, and which evaluation is `told` where."""
+    try:
+        found: dict[str, dict[str, str]] = json.loads((run.folder / KEPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found.get(what, {})
+
+
+def keep(run: Run, what: str, name: str, value: str) -> None:
+    """Note it in the folder."""
+    with no_stop(str(run.folder / KEPT)):
+        found = {part: kept(run, part) for part in ("ids", "told")}
+        found[what][name] = value
+        write_atomic(run.folder / KEPT, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def scope_of(settings: LoggerConfig) -> str:
+    """Where a run is shown: a project, and in it an experiment."""
+    return f"{settings.project}/{settings.experiment or ''}"
+
+
+def id_of(run: Run, settings: LoggerConfig) -> str | None:
+    """The run's id in W&B: in this experiment, or without one anywhere in the project; None if it was never there."""
+    ids, scope = kept(run, "ids"), scope_of(settings)
+    near = [ids[name] for name in ids if not settings.experiment and name.startswith(scope)]
+    return ids.get(scope) or next(iter(near), None)
 
 
 def wandb_mode() -> Mode:
@@ -81,9 +118,9 @@ def wandb_mode() -> Mode:
         return "offline"
     import wandb
 
-    os.environ.setdefault("WANDB_SILENT", "true")  # before its session starts
+    os.environ.setdefault("WANDB_SILENT", "true")  # before its session starts: a pipeline has dozens of runs
     server = str(wandb.setup().settings.base_url)
-    if not _logged_in(server):
+    if not logged_in(server):
         if asked:
             _tell(f"WANDB_MODE={asked} needs an account: W&B works offline until you call wandb login")
         return "offline"
@@ -93,7 +130,7 @@ def wandb_mode() -> Mode:
     return "shared" if asked == "shared" else "online"
 
 
-def _logged_in(server: str) -> bool:
+def logged_in(server: str) -> bool:
     """A key in the environment or in the netrc file; asked without a request and without a question."""
     if os.environ.get("WANDB_API_KEY"):
         return True
@@ -126,14 +163,21 @@ def answers(url: str) -> bool:
     return bool(found)
 
 
-def _start(run: Run, mode: Mode, *, project: str, group: str, config: Mapping[str, Any]) -> Any:
-    """A started W&B run, offline where the mode fails (a wrong key, a server that refuses); None if that fails, too."""
+def _start(run: Run, mode: Mode, settings: LoggerConfig, shown: Shown) -> Any:
+    """A started W&B run, offline where the mode fails (a wrong key, a server that refuses); None if that fails, too.
+
+    Its id is of this folder alone: the same run_id on another machine is another curve.
+    """
     import wandb
 
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if (identity := id_of(run, settings)) is None:
+        identity = f"{run.stage}-{run.run_id}-{secrets.token_hex(3)}"
+        keep(run, "ids", scope_of(settings), identity)
     modes: tuple[Mode, Mode] = (mode, "offline")
     for attempt in dict.fromkeys(modes):
         with no_stop(f"W&B ({attempt})"):
-            settings = wandb.Settings(
+            options = wandb.Settings(
                 console="off", x_disable_stats=attempt == "offline", init_timeout=START_SECONDS,
                 finish_timeout=UPLOAD_SECONDS,
                 # the command line, paths, user and host names of this machine are nobody's business
@@ -141,9 +185,9 @@ def _start(run: Run, mode: Mode, *, project: str, group: str, config: Mapping[st
                 host="hidden",
             )  # fmt: skip
             return wandb.init(
-                project=project, group=group, job_type=run.stage, name=f"{run.stage}-{run.name}",
-                id=f"{run.stage}-{run.run_id}", resume="allow", config=dict(config), dir=run.folder, tags=[run.stage],
-                settings=settings, mode=attempt,
+                project=settings.project, group=shown.group, job_type=run.stage, name=shown.name, id=identity,
+                resume="allow", config=public(shown.config), dir=run.folder, tags=shown.tags, settings=options,
+                mode=attempt,
             )  # fmt: skip
     return None
 
@@ -178,18 +222,11 @@ def public(value: Any) -> Any:
     return without_password(str(value))
 
 
-def log_metrics(logger: Logger | None, metrics: Mapping[str, float]) -> None:
-    """Numbers outside a training loop."""
-    if logger is not None:
-        logger.log_metrics(dict(metrics))
-        logger.save()
-
-
 def log_table(logger: Logger | None, key: str, rows: Sequence[Mapping[str, Any]], *, images: bool = False) -> None:
     """A table of rows with equal keys (W&B only).
 
-    A cell `image` is the path of an image: with `images` its pixels are sent, never its name, else nothing of it. A
-    cell `record` is an id, which may hold a file name: it is sent as a hash.
+    Of a record nothing is sent without `images`. A cell `image` is the path of an image: its pixels are sent, never its
+    name. A cell `record` is an id, which may hold a file name: it is sent as a hash.
     """
     if logger is None or not rows:
         return
@@ -204,12 +241,7 @@ def log_table(logger: Logger | None, key: str, rows: Sequence[Mapping[str, Any]]
             return wandb.Image(np.asarray(open_image(Path(value))))
         return hashlib.sha256(str(value).encode()).hexdigest()[:10] if column == "record" else value
 
-    columns: list[str | int] = [column for column in rows[0] if column != "image" or images]
+    columns: list[str | int] = [column for column in rows[0] if column not in OF_RECORD or images]
     with no_stop("W&B"):
         data: list[Any] = [[cell(str(column), row[str(column)]) for column in columns] for row in rows]
         logger.experiment.log({key: wandb.Table(columns=columns, data=data)})
-
-
-def group_name(model: str, data: str, seed: int) -> str:
-    """The W&B group of one pipeline."""
-    return f"{model}-{data}-s{seed}"

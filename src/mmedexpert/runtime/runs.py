@@ -53,6 +53,7 @@ class Run:
     folder: Path
     reused: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    logger: Any = None  # where its metrics go, while it is worked on
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.folder / "clock.json")

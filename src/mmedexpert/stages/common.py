@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -18,15 +17,12 @@ from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.engines.ledger import LEDGER, Ledger
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.models.backbone import Loading, attention
-from mmedexpert.reporting.tracking import group_name, logger_for
 from mmedexpert.runtime import runs, workers
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, console, execute
 from mmedexpert.schema import BASE, Config
-
-if TYPE_CHECKING:  # its import takes six seconds, and finding what is done needs none of it
-    from lightning.pytorch.loggers import Logger
+from mmedexpert.stages.logged import stage_logger, tell_end, tell_reused
 
 REPEAT = f"""\
 # python run.py --config-path <this folder> --config-name config    repeats the command, and finds this run finished
@@ -190,14 +186,29 @@ def stage_run(
     work: Callable[[Run], Mapping[str, float]],
     inputs: Mapping[str, str] | None = None,
     *,
+    sources: Mapping[str, Run] | None = None,
     seed: int | None = None,
     every_rank: bool = False,
 ) -> Run:
-    """`runs.execute` with the config's output folder and, if no other is given, its seed, that of training."""
-    return execute(
-        stage, name, key, work, outputs=config.paths.outputs, seed=config.seed if seed is None else seed, inputs=inputs,
-        every_rank=every_rank, trains=seed is None, explain=config.runs.explain, config=partial(repeatable, config),
+    """`runs.execute` with the config's output folder and, if no other is given, its seed, that of training; logged.
+
+    `sources` are the runs behind inputs that are contents.
+    """
+
+    def logged(run: Run) -> Mapping[str, float]:
+        with stage_logger(config, run) as run.logger:
+            metrics = work(run)
+            tell_end(config, run, metrics, sources or {})
+        return metrics
+
+    made = execute(
+        stage, name, key, logged, outputs=config.paths.outputs, seed=config.seed if seed is None else seed,
+        inputs=inputs, every_rank=every_rank, trains=seed is None, explain=config.runs.explain,
+        config=partial(repeatable, config),
     )  # fmt: skip
+    if not config.runs.explain:
+        tell_reused(config, made, sources or {})
+    return made
 
 
 def repeatable(config: Config) -> str:
@@ -210,18 +221,6 @@ def repeatable(config: Config) -> str:
         names = [*config.specialty.names, *config.specialty.missing]
         values["specialty"] |= {"names": names, "on_missing": "skip", "missing": []}
     return REPEAT + without_password(yaml.safe_dump(values, sort_keys=False))
-
-
-@contextmanager
-def stage_logger(config: Config, run: Run) -> Iterator[Logger | None]:
-    """The logger of a stage's run, on rank 0; W&B group = model, data and seed of the pipeline."""
-    if rank() > 0:
-        yield None
-        return
-    group = group_name(config.model.name, config.data.name, config.seed)
-    settings = config.logger
-    with logger_for(run, kind=settings.name, project=settings.project, group=group, config=asdict(config)) as logger:
-        yield logger
 
 
 def ledger_of(config: Config) -> Ledger:

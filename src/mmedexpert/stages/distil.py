@@ -24,7 +24,6 @@ from mmedexpert.stages.common import (
     loading,
     model_key,
     records_of,
-    stage_logger,
     stage_run,
     training_key,
 )
@@ -79,10 +78,10 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
             seed=config.seed, steps=steps, warmup_ratio=settings.warmup_ratio, max_grad_norm=settings.max_grad_norm,
             micro_batch_tokens=config.trainer.micro_batch_tokens,
         )  # fmt: skip
-        with run.phase("train"), stage_logger(config, run) as logger:
+        with run.phase("train"):
             metrics = fit(
                 module, stream, folder=run.folder, title=f"distil {merged.name}",
-                checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
+                checkpoint_every=settings.checkpoint_every, logger=run.logger, **fit_options(config),
             )  # fmt: skip
         save_adapter(run.folder / "update", model, encoder, merged.folder / "model")
         clean(run.folder, ("model",))  # left by a try that died after the merge
@@ -110,7 +109,7 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
 
     inputs = {"base": base.identity, "merged": merged.run_id, "data": content_of(data, "train", names)}
     inputs |= {name: expert.run_id for name, expert in experts.items()}
-    return stage_run(config, "distil", merged.name, key, work, inputs)
+    return stage_run(config, "distil", merged.name, key, work, inputs, sources={"data": data})
 
 
 def _teacher(config: Config, experts: Mapping[str, Run]) -> PeftModel:

@@ -28,7 +28,6 @@ from mmedexpert.stages.common import (
     loading,
     model_key,
     records_of,
-    stage_logger,
     stage_run,
     together,
     training_key,
@@ -104,10 +103,10 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         stream = sft_stream(
             records, encoder, image_root, batch_size=settings.batch_size, seed=config.seed, rank=rank(), ranks=ranks()
         )
-        with run.phase("train"), stage_logger(config, run) as logger:
+        with run.phase("train"):
             metrics = fit(
                 module, stream, folder=run.folder, title=f"dsa {name}", checkpoint_every=settings.checkpoint_every,
-                logger=logger, **fit_options(config),
+                logger=run.logger, **fit_options(config),
             )  # fmt: skip
         save_adapter(run.folder / "adapter", model, encoder, base.folder)
         if rank() > 0:
@@ -121,7 +120,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         return {"train_records": float(len(records)), **metrics}
 
     inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
-    return stage_run(config, "dsa", name, key, work, inputs, every_rank=True)
+    return stage_run(config, "dsa", name, key, work, inputs, sources={"data": data}, every_rank=True)
 
 
 def licences(records: list[Record]) -> str:

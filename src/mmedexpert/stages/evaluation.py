@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.names import BLANK_IMAGE, MAJORITY
 from mmedexpert.reporting.cards import record_evaluation
-from mmedexpert.reporting.tracking import log_metrics
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
@@ -37,11 +35,11 @@ from mmedexpert.stages.common import (
     loading,
     model_key,
     records_of,
-    stage_logger,
     stage_run,
     together,
 )
 from mmedexpert.stages.data import dataset
+from mmedexpert.stages.logged import tell_evaluated
 from mmedexpert.stages.overlap import clean_part
 from mmedexpert.stages.subjects import Subject, subjects_of
 
@@ -62,10 +60,15 @@ def run(config: Config) -> dict[str, Run]:
     """Evaluate the models of `eval.models` on the benchmarks of the config, without any on the own data set."""
     evaluations = evaluations_of(config)
     together(config, list(evaluations.values()))
-    return {name: evaluate(config) for name, evaluate in evaluations.items()}
+    done = {name: evaluate(config) for name, evaluate in evaluations.items()}
+    for name, evaluate in evaluations.items():
+        subject: Subject = evaluate.keywords["subject"]
+        if subject.made_by is not None and subject.baseline is None:
+            tell_evaluated(config, subject.made_by, done[name])
+    return done
 
 
-def evaluations_of(config: Config) -> dict[str, Callable[[Config], Run]]:
+def evaluations_of(config: Config) -> dict[str, partial[Run]]:
     """What `run` does, one model on one set each; the models are trained, and the benchmarks read."""
     subjects = subjects_of(config)
     if not config.benchmark:
@@ -146,13 +149,10 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
                 perspectives=perspectives, style=config.model.instructions, blank=blank,
             )  # fmt: skip
         with run.phase("summarise"):
-            flat = summarise(run, rows)
-        if config.stage.name == "eval":  # a pipeline logs all its models in one place
-            with stage_logger(config, run) as logger:
-                log_metrics(logger, {f"eval/{name}": value for name, value in flat.items()})
-        return flat
+            return summarise(run, rows)
 
-    done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs)
+    sources = {"questions": asked.source}
+    done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs, sources=sources)
     if done.reused and subject.served:
         console.print(
             f"[yellow]{subject.name}: the server was not asked, its answers are kept from {done.manifest['finished']}; "

@@ -21,6 +21,7 @@ from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start
 from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.models.encode import Encoder
 from mmedexpert.reporting.cards import write_card
+from mmedexpert.reporting.finals import ends
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
@@ -39,7 +40,6 @@ from mmedexpert.stages.common import (
     loading,
     model_key,
     records_of,
-    stage_logger,
     stage_run,
     training_key,
 )
@@ -131,17 +131,17 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         grader = grader_of(_reward(config), ledger_of(config))
         encoder, policy = load_encoder(base.folder, loading(config)), _policy(config, base, starts)
         curve = run.folder / "curve.jsonl"
-        with run.phase("train"), stage_logger(config, run) as logger:
+        with run.phase("train"):
             stream = rollout_stream(
                 records, _sampler(config, policy, encoder, image_root, grader),
                 prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
                 dynamic_sampling=settings.dynamic_sampling,
                 settle=partial(_scale_by_batch, _guidance(config)) if settings.scale_rewards == "batch" else None,
-                watch=_Watch(curve, image_root, logger, config.logger),
+                watch=_Watch(curve, image_root, run.logger, config.logger),
             )  # fmt: skip
             metrics = fit(
                 _module(config, policy, encoder), stream, folder=run.folder, title=f"gba {name}",
-                checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
+                checkpoint_every=settings.checkpoint_every, logger=run.logger, **fit_options(config),
             )  # fmt: skip
         dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
         if rank() > 0:
@@ -153,7 +153,8 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         )
         return {**metrics, **_gain(curve)}
 
-    return stage_run(config, "gba", name, _key(config, specialties), work, inputs, every_rank=True)
+    key, sources = _key(config, specialties), {"data": data}
+    return stage_run(config, "gba", name, key, work, inputs, sources=sources, every_rank=True)
 
 
 def _key(config: Config, specialties: list[str]) -> dict[str, Any]:
@@ -318,11 +319,10 @@ def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
 
 
 def _gain(curve: Path) -> dict[str, float]:
-    """Mean reward, accuracy, adherence and the terms' share of the advantage, over the first and the last fifth."""
+    """Reward, accuracy, adherence and the terms' share of the advantage: means of the first and the last fifth, the
+    gain between them, the best rollout."""
     rows = read_lines(curve, ("rollout", "reward", "accuracy", "adherence"))
-    fifth = max(1, len(rows) // 5)
-    out = {}
+    found: dict[str, float] = {}
     for key in ("reward", "accuracy", "adherence", "share"):
-        for place, part in (("start", rows[:fifth]), ("end", rows[-fifth:])):
-            out[f"{key}/{place}"] = sum(row.get(key, 0.0) for row in part) / len(part)
-    return out
+        found |= ends(key, [row.get(key, 0.0) for row in rows])
+    return found

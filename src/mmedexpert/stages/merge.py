@@ -23,14 +23,14 @@ from mmedexpert.models.backbone import load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.reporting.tables import csv_text
-from mmedexpert.reporting.tracking import log_metrics, log_table
+from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import digest, rule_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.scoring import medevalkit
-from mmedexpert.stages.common import loading, model_key, records_of, stage_logger, stage_run
+from mmedexpert.stages.common import loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.grams import grams, opened
 from mmedexpert.stages.pretrain import base_of
@@ -68,39 +68,35 @@ def merged(
         inputs_seen = opened(config, seen)
         for part in ("model", "adapter"):
             shutil.rmtree(run.folder / part, ignore_errors=True)  # left by a try that died after the merge
-        with stage_logger(config, run) as logger:
-            if search is not None:
-                with run.phase("search"):
-                    rows = search.rows(run.folder, base.folder, sources, updates, inputs_seen)
-                best = next(row for row in rows if row["best"])
-                chosen |= search.points[best["point"]]
-                run.notes["search"] = {"chosen": search.points[best["point"]], "split": SEARCH_SPLIT}
-                numbers = {key: float(value) for key, value in best.items() if _is_number(value)}
-                metrics |= {f"search/{key}": value for key, value in numbers.items() if key != "point"}
-                lists = {k: v for k, v in search.points[best["point"]].items() if isinstance(v, list)}
-                metrics |= {
-                    f"search/{name}/{i}": float(v) for name, values in lists.items() for i, v in enumerate(values)
-                }
-                metrics["search/points"] = float(len(rows))
-                log_table(logger, "search", rows)
-            conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
-            rule = build(chosen, "merge.method")
-            with run.phase("merge"):
-                merge_adapters(
-                    base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts, grams=inputs_seen
-                )
-                if settings.lora_rank is not None:
-                    metrics |= merge_adapters(
-                        base.folder, run.folder / "adapter", sources, updates, rule, grams=inputs_seen,
-                        lora_rank=settings.lora_rank,
-                    )  # fmt: skip
-            with run.phase("report"):
-                figures = write_report(run.folder, conflicts, f"{settings.name}: {_told(chosen)}")
-            metrics |= conflicts.report()
-            log_metrics(logger, {name: value for name, value in metrics.items() if not name.startswith("layers/")})
-            log_table(logger, "conflicts", conflicts.table())
-            charts = [{"figure": name, "image": path} for name, path in figures.items()]
-            log_table(logger, "figures", charts, images=True)
+        if search is not None:
+            with run.phase("search"):
+                rows = search.rows(run.folder, base.folder, sources, updates, inputs_seen)
+            best = next(row for row in rows if row["best"])
+            chosen |= search.points[best["point"]]
+            run.notes["search"] = {"chosen": search.points[best["point"]], "split": SEARCH_SPLIT}
+            numbers = {key: float(value) for key, value in best.items() if _is_number(value)}
+            metrics |= {f"search/{key}": value for key, value in numbers.items() if key != "point"}
+            lists = {k: v for k, v in search.points[best["point"]].items() if isinstance(v, list)}
+            metrics |= {f"search/{name}/{i}": float(v) for name, values in lists.items() for i, v in enumerate(values)}
+            metrics["search/points"] = float(len(rows))
+            log_table(run.logger, "search", rows)
+        conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
+        rule = build(chosen, "merge.method")
+        with run.phase("merge"):
+            merge_adapters(
+                base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts, grams=inputs_seen
+            )
+            if settings.lora_rank is not None:
+                metrics |= merge_adapters(
+                    base.folder, run.folder / "adapter", sources, updates, rule, grams=inputs_seen,
+                    lora_rank=settings.lora_rank,
+                )  # fmt: skip
+        with run.phase("report"):
+            figures = write_report(run.folder, conflicts, f"{settings.name}: {_told(chosen)}")
+        metrics |= conflicts.report()
+        log_table(run.logger, "conflicts", conflicts.table())
+        charts = [{"figure": name, "image": path} for name, path in figures.items()]
+        log_table(run.logger, "figures", charts, images=True)
         ingredients = {n: load_update(path, base.folder).fingerprint for n, path in {**sources, **updates}.items()}
         for part in ("model", "adapter"):
             if (run.folder / part).is_dir():
@@ -122,7 +118,8 @@ def merged(
         key["lora_rank"] = settings.lora_rank
     if search is not None:
         key["search"], inputs["data"] = search.key, search.content
-    return stage_run(config, "caci", settings.name, key, work, inputs)
+    asked = {"data": search.data} if search is not None else {}
+    return stage_run(config, "caci", settings.name, key, work, inputs, sources=asked)
 
 
 class Search:

@@ -11,11 +11,11 @@ from typing import Any
 from mmedexpert.data.images import open_image
 from mmedexpert.names import MAJORITY, reasoner_names, start_names
 from mmedexpert.reporting import tables as report
-from mmedexpert.reporting.tracking import log_metrics, log_table
+from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
-from mmedexpert.stages.common import begin_workers, records_of, stage_logger, stage_run, together
+from mmedexpert.stages.common import begin_workers, records_of, stage_run, together
 from mmedexpert.stages.evaluation import flatten
 
 
@@ -42,9 +42,7 @@ def run(config: Config) -> dict[str, Run]:
         (run.folder / "table.md").write_text(report.markdown(rows), encoding="utf-8")
         led = [name for name in ("base", "reasoner", *done["gba"], *done["caci"]) if name in summary["models"]]
         metrics = flatten({name: summary["models"][name] for name in led} | summary["benchmarks"])
-        with stage_logger(config, run) as logger:
-            log_metrics(logger, {f"eval/{key}": value for key, value in metrics.items()})
-            log_table(logger, "models", rows)
+        log_table(run.logger, "models", rows)
         for merged in done["caci"].values():
             link(run.folder / "model", merged.folder / "model")
         records, image_root = records_of(done["data"]["data"], config.eval.split, config.specialty.names)

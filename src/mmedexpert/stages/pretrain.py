@@ -25,7 +25,7 @@ from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import ArchitectureConfig, Config, ModelConfig, PretrainConfig
 from mmedexpert.sources.phantom import lessons
-from mmedexpert.stages.common import Base, fit_options, stage_logger, stage_run
+from mmedexpert.stages.common import Base, fit_options, stage_run
 from mmedexpert.training.batches import Stream
 
 SHIPPED = Path(tiny.__file__).parent / "shipped"  # what `experiments/base/ship.py` wrote
@@ -85,10 +85,10 @@ def _pretrain(config: Config) -> Run:
             model, encoder, muon_lr=settings.muon_lr, lr=settings.lr, weight_decay=0.01, seed=config.seed, steps=steps,
             warmup_ratio=0.05, max_grad_norm=1.0,  # ours
         )  # fmt: skip
-        with run.phase("train"), stage_logger(config, run) as logger:
+        with run.phase("train"):
             metrics = fit(
                 module, stream, folder=run.folder, title=f"pretrain {run.name}",
-                checkpoint_every=settings.checkpoint_every, logger=logger, **fit_options(config),
+                checkpoint_every=settings.checkpoint_every, logger=run.logger, **fit_options(config),
             )  # fmt: skip
         with new_folder(run.folder / "model", sum(p.nbytes for p in model.parameters()), replace=True) as folder:
             save_backbone(folder, model, encoder)

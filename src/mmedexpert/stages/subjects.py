@@ -38,6 +38,7 @@ class Subject:
     folder: Path | None = None
     adapter: Path | None = None
     baseline: str | None = None
+    made_by: Run | None = None  # the run that made it; none of a base or a folder
 
     @property
     def served(self) -> bool:
@@ -75,7 +76,7 @@ def subjects_of(config: Config) -> list[Subject]:
         if wanted is None or set(wanted) & set(group):
             known |= {name: _adapted(name, r, base) for name, r in make().items()}
     if wanted is None or config.merge.name in wanted:
-        known |= {name: Subject(name, r.run_id, r.folder / "model") for name, r in caci.run(config).items()}
+        known |= {name: Subject(name, r.run_id, r.folder / "model", made_by=r) for name, r in caci.run(config).items()}
     if MULTI_TASK in (wanted or []):
         known[MULTI_TASK] = _adapted(MULTI_TASK, dsa.expert(config, "all", config.specialty.names), base)
     if CONTROL in (wanted or []):
@@ -102,7 +103,7 @@ def _start(config: Config) -> dict[str, Run]:
 
 
 def _adapted(name: str, run: Run, base: Base) -> Subject:
-    return Subject(name, run.run_id, base.folder, run.folder / "adapter")
+    return Subject(name, run.run_id, base.folder, run.folder / "adapter", made_by=run)
 
 
 def _served(config: Config) -> Subject:
