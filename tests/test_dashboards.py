@@ -145,19 +145,20 @@ def test_of_records_and_this_machine_nothing_is_in_the_files(of_pipeline, output
 
 
 def test_a_reused_run_is_in_another_experiments_dashboard_once(outputs):
-    again = ["-m", "stage=gba", "gba.weights=[1,1,1,1],[1,0,0,0]", "logger.experiment=again"]
+    varied = "gba.checkpoint_every=choice(7)"  # a key of no result: everything is reused
+    again = ["-m", "stage=gba", "gba.weights=[1,1,1,1],[1,0,0,0]", varied, "logger.experiment=again"]
     for _ in range(2):
         run(outputs, *again, logger="wandb")
     found = [one for one in wandb_files.told(outputs) if one.config.get("experiment") == "again"]
     reasoners = {one.config["arm"]: one for one in found if one.config["stage"] == "gba"}
-    assert set(reasoners) == {"uniform", "differential"} and len(reasoners) == sum(
-        one.name[:3] == "gba" for one in found
-    )
-    one = reasoners["uniform"]
+    arms = {f"{name}-gba.checkpoint_every=7" for name in ("uniform", "differential")}
+    assert set(reasoners) == arms and len(reasoners) == sum(one.name[:3] == "gba" for one in found)
+    one = reasoners["uniform-gba.checkpoint_every=7"]
     curve = [json.loads(line) for line in next(outputs.glob("gba/*-" + one.config["run_id"])).joinpath(
         "curve.jsonl").read_text().splitlines()]  # fmt: skip
     assert [row["reward"] for row in one.history] == [line["reward"] for line in curve]
     assert [row["trainer/global_step"] for row in one.history] == [line["rollout"] for line in curve]
+    assert not [name for row in one.history for name in row if name.startswith("perf/")]  # of that process, long gone
     assert "reused" in one.tags and "reward/gain" in one.summary and one.files == 1
     assert len([one for one in found if one.config["stage"] == "dsa"]) == 4
     assert all(one.used for one in found if one.config["stage"] != "pretrain")
@@ -183,11 +184,11 @@ def test_offline_runs_are_uploaded_in_the_order_of_their_making(outputs, tmp_pat
 
 def test_without_a_login_or_the_library_a_workspace_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(workspace, "logged_in", lambda server: False)
-    monkeypatch.setattr(workspace, "_library", lambda: (None, None))
+    monkeypatch.setattr(workspace, "_library", lambda: (None, None, None))
     assert workspace.main([]) == 2
     monkeypatch.undo()
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces", None)
-    monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
+    monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.expr", None)
     assert workspace.main([]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "wandb login" in first and "pip install wandb-workspaces" in second
@@ -197,7 +198,9 @@ def test_a_workspace_has_the_panels_the_axis_the_filter_and_groups_by_arm():
     pytest.importorskip("wandb_workspaces")
     spec = workspace.workspace("me", "p", "ablation_gba", "gba")._to_model().model_dump_json()
     for panel in (panel for listed in panels("gba").values() for panel in listed):
-        assert all(f'"{name}"' in spec or f":{name}" in spec or name in spec for name in panel.names), panel.title
-    assert '"x_axis":"trainer/global_step"' in spec and "ablation_gba" in spec and "arm" in spec
+        names = [name.replace("gba.weights", "gba.value.weights") for name in panel.names]  # as W&B keeps a config
+        assert all(f'"{name}"' in spec or f':{name}"' in spec for name in names), panel.title
+    assert spec.count('"x_axis":"trainer/global_step"') > 20 and '"name":"experiment"' in spec
+    assert '"grouping":[{"section":"config","name":"arm.value"}]' in spec and "ablation_gba" in spec
     drawn = workspace.report("me", "p", "ablation_gba")
     assert drawn.title == "ablation_gba: report" and len(drawn.blocks) == 1 + 2 * len(STAGES)

@@ -204,8 +204,8 @@ def test_an_id_is_the_folders_own_and_goes_on_where_it_was(run, tmp_path):
             ids.append(logger.experiment.id)
     wandb.teardown()
     assert ids[0] == ids[1] and len(set(ids)) == 3 and all(name.startswith("dsa-1-") for name in ids)
-    keep(run, "told", "p/: test", "e-1")
-    assert set(kept(run, "ids")) == {"p/", "p/sweep"} and kept(run, "told") == {"p/: test": "e-1"}
+    keep(run, "told", f"{ids[0]}: test", {"test/n": 4.0})
+    assert set(kept(run, "ids")) == {"p/", "p/sweep"} and kept(run, "told") == {f"{ids[0]}: test": {"test/n": 4.0}}
 
 
 def test_the_summary_of_a_curve_is_no_noisy_step_and_its_axis_the_trainers(run, tmp_path):

@@ -62,7 +62,7 @@ def told(outputs: Path) -> list[Told]:
     found: dict[str, Told] = {}
     for path in sorted(outputs.glob("*/*/wandb/offline-run-*/run-*.wandb"), key=begun):
         run = found.setdefault(path.stem.removeprefix("run-"), Told(path.stem.removeprefix("run-")))
-        run.files += 1
+        run.files, run.summary = run.files + 1, {}  # `wandb sync` keeps the last file's summary alone
         for record in records(path):
             _note(run, record)
     return list(found.values())

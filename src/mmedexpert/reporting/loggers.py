@@ -93,6 +93,7 @@ class Wandb(WandbLogger):
         super().__init__(experiment=experiment)
         self.curves: dict[str, list[float]] = {}
         self.first: int | None = None
+        self.live = True  # not where a curve is told from a file: memory is the process's that trains
         with no_stop("W&B"):
             experiment.define_metric(STEP)
             experiment.define_metric("*", step_metric=STEP, step_sync=True)
@@ -105,7 +106,7 @@ class Wandb(WandbLogger):
             self.first = step if self.first is None else self.first
             for name in metrics.keys() & set(CURVES):
                 self.curves.setdefault(name, []).append(float(metrics[name]))
-            super().log_metrics({**metrics, **memory()}, step)
+            super().log_metrics({**metrics, **(memory() if self.live else {})}, step)
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """The summary at a run's end: `numbers` but a noisy curve's last step, and what the curves came to."""
@@ -115,6 +116,11 @@ class Wandb(WandbLogger):
                 came_to = {k: v for k, v in came_to.items() if not k.endswith(("/start", "/gain"))}
             told = {name: value for name, value in numbers.items() if name not in NOISY}
             self.experiment.summary.update({**came_to, **told})
+
+    def summary(self) -> dict[str, Any]:
+        """What W&B's summary holds by now, with the places of tables."""
+        told = self.experiment.summary
+        return {name: told.get(name) for name in told.keys() if not name.startswith("_")}  # noqa: SIM118  no dict
 
 
 def memory() -> dict[str, float]:

@@ -25,7 +25,7 @@ def offline_runs(outputs: Path) -> list[Path]:
 
 
 def begun(path: Path) -> tuple[str, int]:
-    """When the run of a file began, by its folder's name to the second (`offline-run-<date>_<time>-<id>`), and ended."""
+    """When the run of a file began, by its folder's name (`offline-run-<date>_<time>-<id>`), and when it ended."""
     return path.parent.name.split("-")[2], path.stat().st_mtime_ns
 
 

@@ -74,19 +74,19 @@ def logger_for(run: Run, settings: LoggerConfig, shown: Shown) -> Iterator[Logge
             started.finish(exit_code=code)
 
 
-def kept(run: Run, what: str) -> dict[str, str]:
-    """What the folder knows of itself in W&B: its `ids` by scope, and which evaluation is `told` where."""
+def kept(run: Run, what: str) -> dict[str, Any]:
+    """What the folder knows of itself in W&B: its `ids` by scope; by id its `summary`, and what was `told` later."""
     try:
-        found: dict[str, dict[str, str]] = json.loads((run.folder / KEPT).read_text(encoding="utf-8"))
+        found: dict[str, dict[str, Any]] = json.loads((run.folder / KEPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found.get(what, {})
 
 
-def keep(run: Run, what: str, name: str, value: str) -> None:
+def keep(run: Run, what: str, name: str, value: Any) -> None:
     """Note it in the folder."""
     with no_stop(str(run.folder / KEPT)):
-        found = {part: kept(run, part) for part in ("ids", "told")}
+        found = {part: kept(run, part) for part in ("ids", "summary", "told")}
         found[what][name] = value
         write_atomic(run.folder / KEPT, (json.dumps(found, indent=1) + "\n").encode())
 

@@ -123,7 +123,7 @@ UNITS = {
 
 def workspace(entity: str, project: str, experiment: str | None, stage: str, split: str = "test") -> Any:
     """The workspace of an experiment: the runs of one stage, grouped by arm."""
-    ws, wr = _library()
+    ws, wr, expr = _library()
     sections = [
         ws.Section(name=name, panels=[_drawn(wr, panel) for panel in listed], is_open=True)
         for name, listed in panels(stage, split).items()
@@ -133,15 +133,15 @@ def workspace(entity: str, project: str, experiment: str | None, stage: str, spl
         entity=entity, project=project, name=_title(experiment, stage), sections=sections,
         settings=ws.WorkspaceSettings(x_axis=STEP, max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=_filter(experiment, stage), groupby=[_config(ARM)],
-            pinned_columns=[f"config:{ARM}", "config:seed", *(f"summary:{number}" for number in numbers)],
+            filters=_filter(experiment, stage), groupby=[expr.Config(ARM)],
+            pinned_columns=[f"config:{ARM}.value", "config:seed.value", *(f"summary:{number}" for number in numbers)],
         ),
     )  # fmt: skip
 
 
 def report(entity: str, project: str, experiment: str | None, split: str = "test") -> Any:
     """The report of an experiment: a grid of panels per stage."""
-    _, wr = _library()
+    _, wr, _ = _library()
     blocks: list[Any] = [wr.TableOfContents()]
     for stage in STAGES:
         listed = [_drawn(wr, panel) for section in panels(stage, split).values() for panel in section]
@@ -196,13 +196,14 @@ def _memory() -> Panel:
     )
 
 
-def _library() -> tuple[Any, Any]:
+def _library() -> tuple[Any, Any, Any]:
     try:
+        import wandb_workspaces.expr as expr
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError as error:
         raise UserError("workspaces need one more package: python -m pip install wandb-workspaces") from error
-    return workspaces, reports
+    return workspaces, reports, expr
 
 
 def _drawn(wr: Any, panel: Panel) -> Any:
@@ -213,15 +214,9 @@ def _drawn(wr: Any, panel: Panel) -> Any:
     if panel.kind == "table":
         return wr.WeavePanelSummaryTable(table_name=panel.names[0])
     *keys, number = panel.names
-    columns = [wr.ParallelCoordinatesPlotColumn(metric=_config(key)) for key in keys]
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(key)) for key in keys]
     columns.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(number)))
     return wr.ParallelCoordinatesPlot(title=panel.title, columns=columns)
-
-
-def _config(key: str) -> Any:
-    from wandb_workspaces.expr import Config
-
-    return Config(key)
 
 
 def _filter(experiment: str | None, stage: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from mmedexpert.reporting.finals import finals, lead, set_of
 from mmedexpert.reporting.artifacts import log_lineage
 from mmedexpert.reporting.shown import shown
-from mmedexpert.reporting.tracking import id_of, keep, kept, logger_for, no_stop, scope_of
+from mmedexpert.reporting.tracking import id_of, keep, kept, logger_for, no_stop
 from mmedexpert.runtime.identity import read
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import rank
@@ -53,6 +53,7 @@ def tell_end(config: Config, run: Run, metrics: Mapping[str, float], sources: Ma
         used = _stages_of(run, {**_inputs(run), **{name: r.run_id for name, r in sources.items()}})
         told = {"run_id": run.run_id, "stage": run.stage, "name": run.name, "seed": config.seed}
         with no_stop("W&B"):
+            keep(run, "summary", run.logger.experiment.id, run.logger.summary())
             log_lineage(run.logger.experiment, run.stage, run.run_id, used, told)
 
 
@@ -66,6 +67,7 @@ def tell_reused(config: Config, run: Run, sources: Mapping[str, Run]) -> None:
     with stage_logger(config, run, tags=("reused",)) as run.logger:
         if run.logger is None:
             return
+        run.logger.live = False
         for line in read_lines(run.folder / "curve.jsonl", ("rollout",)):
             numbers = {name: line[key] for key, name in CURVE.items() if key in line}
             run.logger.log_metrics(numbers, step=line["rollout"] * config.gba.num_iterations)
@@ -73,16 +75,22 @@ def tell_reused(config: Config, run: Run, sources: Mapping[str, Run]) -> None:
 
 
 def tell_evaluated(config: Config, model: Run, evaluation: Run) -> None:
-    """An evaluation's main numbers also in the summary of the model's own run: its curves were logged before."""
+    """An evaluation's main numbers also in the summary of the model's own run, whose curves were logged before.
+
+    The whole summary is told again: `wandb sync` of a run's second file puts that file's in the place of the first's.
+    """
     if config.logger.name != "wandb" or rank() > 0 or not evaluation.done or config.runs.explain:
         return
-    place = f"{scope_of(config.logger)}: {set_of(evaluation, config.eval.split)}"
-    if not id_of(model, config.logger) or kept(model, "told").get(place) == evaluation.run_id:
+    known, numbers = id_of(model, config.logger), lead(evaluation, config.eval.split)
+    place = f"{known}: {set_of(evaluation, config.eval.split)}"
+    if known is None or kept(model, "told").get(place) == numbers:
         return
     with stage_logger(config, model) as logger:
         if logger is not None:
-            logger.finish(lead(evaluation, config.eval.split))
-            keep(model, "told", place, evaluation.run_id)
+            logger.finish({**kept(model, "summary").get(known, {}), **numbers})
+            with no_stop("W&B"):
+                keep(model, "summary", known, logger.summary())
+                keep(model, "told", place, numbers)
 
 
 def _inputs(run: Run) -> dict[str, str]:
