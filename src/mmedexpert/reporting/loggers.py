@@ -140,6 +140,6 @@ class Csv(CsvLogger):
             super().log_metrics(metrics, step)
 
     def finish(self, numbers: Mapping[str, float]) -> None:
-        """The numbers of a stage without a curve are its only row."""
-        if not self.begun:
+        """The numbers of a stage without a curve are its only row; a try that trained no step more adds none."""
+        if not self.rows:
             self.log_metrics(numbers)

@@ -48,12 +48,14 @@ def tell_end(config: Config, run: Run, metrics: Mapping[str, float], sources: Ma
     """A run's final numbers, and what it was made from; `sources` are runs that it knows by their content alone."""
     if run.logger is None:
         return
-    run.logger.finish(finals(run, metrics, _inputs(run), config.eval.split))
-    if config.logger.name == "wandb":
+    numbers = finals(run, metrics, _inputs(run), config.eval.split)
+    if config.logger.name != "wandb":
+        run.logger.finish(numbers)
+    else:
+        _finish(run, run.logger, numbers)
         used = _stages_of(run, {**_inputs(run), **{name: r.run_id for name, r in sources.items()}})
         told = {"run_id": run.run_id, "stage": run.stage, "name": run.name, "seed": config.seed}
         with no_stop("W&B"):
-            keep(run, "summary", run.logger.experiment.id, run.logger.summary())
             log_lineage(run.logger.experiment, run.stage, run.run_id, used, told)
 
 
@@ -75,10 +77,7 @@ def tell_reused(config: Config, run: Run, sources: Mapping[str, Run]) -> None:
 
 
 def tell_evaluated(config: Config, model: Run, evaluation: Run) -> None:
-    """An evaluation's main numbers also in the summary of the model's own run, whose curves were logged before.
-
-    The whole summary is told again: `wandb sync` of a run's second file puts that file's in the place of the first's.
-    """
+    """An evaluation's main numbers also in the summary of the model's own run, whose curves were logged before."""
     if config.logger.name != "wandb" or rank() > 0 or not evaluation.done or config.runs.explain:
         return
     known, numbers = id_of(model, config.logger), lead(evaluation, config.eval.split)
@@ -87,10 +86,17 @@ def tell_evaluated(config: Config, model: Run, evaluation: Run) -> None:
         return
     with stage_logger(config, model) as logger:
         if logger is not None:
-            logger.finish({**kept(model, "summary").get(known, {}), **numbers})
-            with no_stop("W&B"):
-                keep(model, "summary", known, logger.summary())
-                keep(model, "told", place, numbers)
+            _finish(model, logger, numbers)
+            keep(model, "told", place, numbers)
+
+
+def _finish(run: Run, logger: Any, numbers: Mapping[str, float]) -> None:
+    """The summary, with what an earlier try or an evaluation told: `wandb sync` of a run's second file puts that file's
+    in the place of the first's."""
+    identity = logger.experiment.id
+    logger.finish({**kept(run, "summary").get(identity, {}), **numbers})
+    with no_stop("W&B"):
+        keep(run, "summary", identity, logger.summary())
 
 
 def _inputs(run: Run) -> dict[str, str]:
