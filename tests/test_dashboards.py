@@ -146,7 +146,7 @@ def test_of_records_and_this_machine_nothing_is_in_the_files(of_pipeline, output
 
 def test_a_reused_run_is_in_another_experiments_dashboard_once(outputs):
     varied = "gba.checkpoint_every=choice(7)"  # a key of no result: everything is reused
-    again = ["-m", "stage=gba", "gba.weights=[1,1,1,1],[1,0,0,0]", varied, "logger.experiment=again"]
+    again = ["-m", "stage=gba", "gba.weights=[1,1,1,1],[1,0,0,0]", varied, "results.id=again"]
     for _ in range(2):
         run(outputs, *again, logger="wandb")
     found = [one for one in wandb_files.told(outputs) if one.config.get("experiment") == "again"]

@@ -66,6 +66,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "logger.log_images": ("gba",),
     "runs": (),
     "results": ("eval",),
+    "results.id": (),
     "runs.delete": ("clean",),
     "runs.keep": ("clean",),
     "paths": (),

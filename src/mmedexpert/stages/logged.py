@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmedexpert.reporting.finals import finals, lead, set_of
 from mmedexpert.reporting.artifacts import log_lineage
+from mmedexpert.reporting.finals import finals, lead, set_of
 from mmedexpert.reporting.shown import shown
 from mmedexpert.reporting.tracking import id_of, keep, kept, logger_for, no_stop
 from mmedexpert.runtime.identity import read
