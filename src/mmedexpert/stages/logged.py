@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from mmedexpert.reporting.artifacts import log_lineage
 from mmedexpert.reporting.finals import finals, lead, set_of
 from mmedexpert.reporting.shown import shown
-from mmedexpert.reporting.tracking import id_of, keep, kept, logger_for, no_stop
+from mmedexpert.reporting.tables import model_rows
+from mmedexpert.reporting.tracking import id_of, keep, kept, log_table, logger_for, no_stop
 from mmedexpert.runtime.identity import read
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import rank
@@ -61,7 +63,7 @@ def tell_end(config: Config, run: Run, metrics: Mapping[str, float], sources: Ma
 
 def tell_reused(config: Config, run: Run, sources: Mapping[str, Run]) -> None:
     """A run that is reused where W&B has never seen it (another experiment, or none was logged) is told from its
-    folder: the end, and of a reasoner the curve."""
+    folder: the end, tables, and of a reasoner the curve."""
     if config.logger.name != "wandb" or run.stage not in READS or rank() > 0:
         return
     if not run.done or id_of(run, config.logger):
@@ -73,6 +75,8 @@ def tell_reused(config: Config, run: Run, sources: Mapping[str, Run]) -> None:
         for line in read_lines(run.folder / "curve.jsonl", ("rollout",)):
             numbers = {name: line[key] for key, name in CURVE.items() if key in line}
             run.logger.log_metrics(numbers, step=line["rollout"] * config.gba.num_iterations)
+        for name, rows in _tables(run):
+            log_table(run.logger, name, rows, images=config.logger.log_images)
         tell_end(config, run, run.metrics, sources)
 
 
@@ -92,11 +96,22 @@ def tell_evaluated(config: Config, model: Run, evaluation: Run) -> None:
 
 def _finish(run: Run, logger: Any, numbers: Mapping[str, float]) -> None:
     """The summary, with what an earlier try or an evaluation told: `wandb sync` of a run's second file puts that file's
-    in the place of the first's."""
-    identity = logger.experiment.id
-    logger.finish({**kept(run, "summary").get(identity, {}), **numbers})
+    in the place of the first's. What a curve came to in another experiment it came to here."""
+    identity, told = logger.experiment.id, kept(run, "summary")
+    other = {k: v for k, v in next(iter(told.values()), {}).items() if isinstance(v, int | float)}
+    logger.finish({**told.get(identity, other), **numbers})
     with no_stop("W&B"):
         keep(run, "summary", identity, logger.summary())
+
+
+def _tables(run: Run) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The tables that a finished run logged, from its folder; of several of completions the last."""
+    for path in sorted(run.folder.glob("completions-*.jsonl"))[-1:]:
+        yield "completions", read_lines(path, ("step",))
+    if (path := run.folder / "conflicts.json").is_file():
+        yield "conflicts", json.loads(path.read_text(encoding="utf-8"))["rows"]
+    if run.stage == "pipeline":
+        yield "models", [dict(row) for row in model_rows(run.summary)]
 
 
 def _inputs(run: Run) -> dict[str, str]:
