@@ -27,6 +27,7 @@ from reported import (
     written,
 )  # fmt: skip
 
+from mmedexpert.curation.page import PRIVATE
 from mmedexpert.data.records import save_records
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.comparison import read_runs
@@ -221,6 +222,14 @@ def test_pictures_are_small_once_each_and_within_their_budget(whole, tmp_path):
     assert any("could not be read" in note for note in data_of(written(tmp_path, run))["notes"])
 
 
+def test_a_page_with_images_that_must_stay_says_so(whole, tmp_path):
+    assert PRIVATE not in whole.read_text()
+    asked = records(2, provenance={"redistribute": False})
+    run = eval_run(tmp_path, "base", "x", data_run(tmp_path, asked), [reply(r, None, True, "x") for r in asked])
+    assert PRIVATE in written(tmp_path, run).read_text()
+    assert PRIVATE not in written(tmp_path, run, **{"report.image_mb": 0}).read_text()
+
+
 @pytest.mark.parametrize("value", [-1, "nan", "inf"])
 def test_a_budget_that_is_none_is_refused(tmp_path, value):
     with pytest.raises(UserError, match=r"report\.image_mb"):
@@ -272,8 +281,10 @@ def test_a_curve_from_csv_or_from_rollouts_alone_and_thinned(tmp_path):
     (folder / "csv" / "metrics.csv").write_text("step,loss,kl\n0,1.5,\n1,0.5,0.1\n2,nan,0.2\n")
     curve = curves.curve_of(Made(folder), "x")
     assert curve.kept == "csv/metrics.csv" and curve.series["loss"] == ([0.0, 1.0], [1.5, 0.5])
-    lines(folder / "steps.jsonl", [{"step": n, "loss": float(n)} for n in range(1, 1001)])
-    steps, values = curves.curve_of(Made(folder), "x").series["loss"]
+    lines(folder / "steps.jsonl", [{"step": n, "loss": float(n), "reward": 9.0} for n in range(1, 1001)])
+    curve = curves.curve_of(Made(folder), "x")
+    assert {*curve.series["reward"][1]} == {9.0} and curve.series["rewards/accuracy/mean"][1] == [0.5] * 3
+    steps, values = curve.series["loss"]
     assert len(steps) <= curves.POINTS and sum(values) / len(values) == pytest.approx(500.5, abs=1) and values[0] == 2.5
 
 

@@ -70,11 +70,13 @@ def browser_data(
     *,
     image_bytes: float,
 ) -> dict[str, Any]:
-    """All that the browser shows: `sets`, `models`, `items`, `pictures`, and `notes` on what is left out."""
+    """All that the browser shows: `sets`, `models`, `items`, `pictures`, `notes` on what is left out, and whether the
+    page must stay `private`."""
     models = [run.label for run in runs]
     sets, items, notes = [], list[Item](), list[str]()
     wanted: list[tuple[Item, list[Path]]] = []
     licences: Counter[str] = Counter()
+    private = False  # whether an image may not be redistributed
     for benchmark, members in by_benchmark(runs):
         sets.append(benchmark or "predictions")
         known = asked[benchmark]
@@ -94,7 +96,9 @@ def browser_data(
             ]
             items.append(item)
             wanted.append((item, _paths(record, known.image_root)))
-            licences.update([record.license or NOT_STATED] if record else [])
+            if record:
+                licences[record.license or NOT_STATED] += 1
+                private |= record.provenance.get("redistribute") is False
     records = {i: (record, one.image_root) for one in asked.values() for i, record in one.records.items()}
     for run in (one for one in made if one.stage == "gba"):
         groups, told = _rollouts(run)
@@ -115,7 +119,7 @@ def browser_data(
         item["hidden"] = len(paths) - len(item["pictures"])
     return {
         "sets": sets, "models": models, "items": items, "pictures": pictures.urls, "protocols": PROTOCOLS,
-        "notes": [*notes, *_told(pictures, licences)],
+        "notes": [*notes, *_told(pictures, licences)], "private": private and bool(pictures.urls),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from mmedexpert.curation.page import PRIVATE
 from mmedexpert.evaluation.comparison import PROTOCOLS, EvalRun, Number, by_benchmark
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting.answers import answers_of, asked_of, drawn
@@ -31,7 +32,7 @@ from mmedexpert.reporting.lineage import (
     version_rows,
 )
 from mmedexpert.reporting.liveness import liveness_rows
-from mmedexpert.reporting.markup import folded, heat_map, missing, number, section, table
+from mmedexpert.reporting.markup import folded, heat_map, missing, number, paragraph, section, table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.pages import asset, data_block, document
 from mmedexpert.runtime.privacy import without_places
@@ -85,7 +86,7 @@ def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
         notes=_list(compared.notes),
         links="".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _ in names),
         before="\n".join(section(name, title, *parts) for name, title, parts in before),
-        browsernotes=_list(data["notes"]),
+        browsernotes=paragraph(PRIVATE, "warning") * data["private"] + _list(data["notes"]),
         after="\n".join(section(name, title, *parts) for name, title, parts in after),
         made=escape(_made_by()),
         data=data_block("data", data),
