@@ -123,7 +123,7 @@ def test_conflicts_and_liveness_and_provenance(whole):
     assert "+58.3 [" in texts["liveness"] and "caci on test" in texts["liveness"]  # 9 and 2 of 12
     assert "of the 12 answers on this page 7 picks (robust) and 12 texts change" in texts["liveness"]
     assert "largest mean 0.005, largest of a token 0.05" in texts["liveness"]
-    assert "6 different images over 12 questions" in texts["liveness"] and "1 different images" in texts["liveness"]
+    assert "6 different images with 12 questions" in texts["liveness"] and "1 different images" in texts["liveness"]
     assert "not run: runs do not note how many tokens an image had" in texts["liveness"]
     for stage, name in (
         ("data", "drawn"),

@@ -1,4 +1,4 @@
-"""The lines of compared runs read again: what was said on the questions shown, and which images were read."""
+"""The lines of compared runs read again: what was said on the questions shown, and which images were given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTIONS = 5_000  # ours: on a page, over all benchmarks; what a browser filter
 @dataclass
 class Answers:
     """Of one run: `shown`, the lines of questions on the page, and of all questions `images`, the sha256 of each image
-    file that was read (None: unreadable)."""
+    file that was given (None: unreadable)."""
 
     shown: dict[str, list[Prediction]] = field(default_factory=dict)
     images: dict[str, tuple[str | None, ...]] = field(default_factory=dict)

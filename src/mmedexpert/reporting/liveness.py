@@ -1,4 +1,4 @@
-"""Does a model look? What compared runs tell of it: a grey image, the images read, the sampler against the trainer."""
+"""Does a model look? What compared runs tell of it: a grey image, the images given, the sampler against the trainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmedexpert.runtime.curve import STEPS, read_curve
 
 NOT_RUN = "not run"
 GAP = "sampling/sampling_logp_difference"
-BLANK, READ, TOKENS, SAMPLER = "a grey image", "image files", "image tokens", "sampler and trainer"
+BLANK, READ, TOKENS, SAMPLER = "a grey image", "images given", "image tokens", "sampler and trainer"
 
 
 def liveness_rows(
@@ -25,7 +25,7 @@ def liveness_rows(
     """A row for each check and run; `not run` where no compared run has the data for it."""
     return [
         *(_blank(runs, answers, seed) or [_row(BLANK, "-", f"{NOT_RUN}: no {BLANK_IMAGE} run among those compared")]),
-        *(_read(runs, answers) or [_row(READ, "-", f"{NOT_RUN}: no run notes which images it read")]),
+        *(_read(runs, answers) or [_row(READ, "-", f"{NOT_RUN}: no run notes which images it was given")]),
         _row(TOKENS, "-", f"{NOT_RUN}: runs do not note how many tokens an image had"),
         *(_sampler(made) or [_row(SAMPLER, "-", f"{NOT_RUN}: no GBA run behind these models, or without its metrics")]),
     ]
@@ -80,7 +80,7 @@ def _read(runs: Sequence[EvalRun], answers: Mapping[Path, Answers]) -> list[Row]
         files = [sha for shas in answers[run.path].images.values() for sha in shas]
         if files:
             lost = sum(sha is None for sha in files)
-            told = f"{len({*files} - {None})} different images over {len(run.questions)} questions"
+            told = f"{len({*files} - {None})} different images with {len(run.questions)} questions"
             rows.append(_row(READ, run.title, told + (f"; {lost} could not be read" if lost else "")))
     return rows
 
