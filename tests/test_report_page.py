@@ -343,7 +343,7 @@ def test_pieces_escape_what_they_are_given():
     assert drawn == line_figure([Line(HOSTILE, [1, 2], [1, 2], 0)], HOSTILE, "step $x_", HOSTILE)  # the same twice
     odd = interval_figure([("a $x_{ b$ & <c>", [(0.5, 0.4, 0.6)])], ["robust"], "odd", "odd")
     assert "a $x_{ b$ &amp; &lt;c&gt;" in odd  # no formula
-    for text in (rows, drawn, table([{HOSTILE: HOSTILE}], HOSTILE)):
+    for text in (rows, drawn, table([{HOSTILE: HOSTILE, f"other {HOSTILE}": HOSTILE}], HOSTILE)):
         assert "<script" not in text and "<img" not in text and "&lt;/script&gt;" in text
     block = data_block("data", {"a": [HOSTILE, float("nan")]})
     assert block.count("<") == 2 and json.loads(block[block.index(">") + 1 : block.rindex("<")]) == {
