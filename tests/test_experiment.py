@@ -110,14 +110,24 @@ def test_two_runs_of_one_seed_are_no_seeds(folders, tmp_path):
 
 def concluded(folders, tmp_path, *overrides: str, failed=()):
     paths, *_ = folders
-    config = composed("results.id=claim", f"paths.outputs={tmp_path / 'out'}", *overrides)
+    config = composed(
+        "results.id=claim",
+        "eval.num_resamples=100",
+        "report.published=null",
+        f"paths.outputs={tmp_path / 'out'}",
+        *overrides,
+    )
     return conclude(config, [Run("eval", path.name, "x", path) for path in paths], failed)
 
 
 def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
     folder = concluded(folders, tmp_path, "results.against=theirs", "results.claim=it works", failed=["seed=4"])
     assert folder == tmp_path / "out/experiments/claim"
-    assert {path.name for path in folder.iterdir()} == {"table.md", "results.json", "set.tex", "set.png", "set.svg"}
+    made = {"table.md", "results.json", "set.tex", "set.png", "set.svg", "report.html"}
+    assert {path.name for path in folder.iterdir()} == made | {
+        f"comparison.{kind}" for kind in ("md", "tex", "csv", "json")
+    }
+    assert "ours (seed 2)" in (folder / "report.html").read_text()
     text = (folder / "table.md").read_text()
     assert "it works" in text and "| ours | 3 |" in text and "failed, so not in it: seed=4" in text
     assert "settings differ" not in text and "by bootstrap over images" in text

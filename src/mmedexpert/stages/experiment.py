@@ -10,14 +10,16 @@ from mmedexpert.evaluation.comparison import aligned, by_benchmark, read_runs
 from mmedexpert.evaluation.seeds import arms_of, best_first, named, paired
 from mmedexpert.reporting.arms import SAID, as_json, figure, kind_rows, resolution, rows_of
 from mmedexpert.reporting.tables import latex, markdown, print_table
-from mmedexpert.runtime.runs import Run, git_sha, write_json
+from mmedexpert.runtime.runs import Run, console, git_sha, write_json
 from mmedexpert.schema import Config
+from mmedexpert.stages.report import compare
 
 
 def conclude(config: Config, runs: Iterable[Run], failed: Sequence[str] = ()) -> Path | None:
     """Print and write the table of the evaluations among `runs`, to `<outputs>/experiments/<results.id>`: table.md,
-    table.tex, results.json, figure.png and .svg; None without any. `failed`: jobs that are missing in it."""
-    wanted, found = config.results.models, {}
+    results.json, a .tex and a figure of each set of questions, and the whole comparison with its page; None without
+    any. `failed`: jobs that are missing in it."""
+    wanted, found, first = config.results.models, {}, None
     for run in runs:
         if run.stage == "eval" and run.done:
             found[run.folder.resolve()] = run
@@ -30,6 +32,7 @@ def conclude(config: Config, runs: Iterable[Run], failed: Sequence[str] = ()) ->
         arms = arms_of(members)
         reference = named(arms, config.results.against)
         name, arms = reference.label if reference else "", best_first(arms)
+        first = first or (next(iter(reference.runs.values())) if reference else None)
         if wanted is not None:
             shown = [arm for arm in arms if arm is reference or next(iter(arm.runs.values())).model in wanted]
             arms = shown or arms
@@ -50,4 +53,6 @@ def conclude(config: Config, runs: Iterable[Run], failed: Sequence[str] = ()) ->
         return None
     (folder / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     write_json(folder / "results.json", {"id": config.results.id, "git_sha": git_sha(), "sets": numbers})
+    compare(config, evaluations, first, notes, folder)
+    console.print(f"{folder}/report.html", highlight=False, soft_wrap=True)
     return folder

@@ -46,7 +46,8 @@ def run(config: Config) -> dict[str, Run]:
     settings = config.report
     if not 0 <= settings.image_mb < math.inf:
         raise UserError(f"report.image_mb={settings.image_mb} must be 0 (no images) or more megabytes")
-    sources = load_published(Path(settings.published)) if settings.published else []
+    if settings.published:  # a mistake in it is told before the runs are read
+        load_published(Path(settings.published))
     runs = read_runs(settings.runs)
     against = None
     if settings.against is not None:
@@ -56,34 +57,44 @@ def run(config: Config) -> dict[str, Run]:
         if against is None or len(runs) == 1:
             raise UserError(f"report.against={settings.against} must be one of two or more report.runs")
     runs, notes = aligned(runs, common=settings.common)
-    numbers = accuracies(runs, num_resamples=config.eval.num_resamples, seed=config.seed) + seed_rows(runs)
+    identity = run_id("report", {"runs": [str(r.path.resolve()) for r in runs], "against": settings.against})
+    folder = Path(settings.out) if settings.out else Path(config.paths.outputs) / "report" / f"comparison-{identity}"
+    made = compare(config, runs, against, notes, folder)
+    if by_perspective := asked_under(made.perspectives):
+        print_table(by_perspective, "Perspectives", SAID)
+    spread = [over_seeds(n) for n in made.numbers if n["table"] == "paired_seeds" and n["protocol"] == "robust"]
+    if spread:
+        print_table(spread, "Paired differences over seeds", OVER_SEEDS)
+    print_table(
+        overview(made.numbers),
+        "Comparison",
+        "\n".join([METHODS, *made.notes, f"{folder}/comparison.md .tex .csv .json", f"{folder}/report.html"]),
+    )
+    return {}
+
+
+def compare(
+    config: Config, runs: Sequence[EvalRun], against: EvalRun | None, notes: Sequence[str], folder: Path
+) -> Compared:
+    """Compare aligned runs, each with `against` if given, and write the tables and the page to `folder`."""
+    settings, resamples = config.report, config.eval.num_resamples
+    sources = load_published(Path(settings.published)) if settings.published else []
+    numbers = accuracies(runs, num_resamples=resamples, seed=config.seed) + seed_rows(runs)
     if against is not None:
         tests, missing = paired(runs, against, seed=config.seed)
-        numbers, notes = numbers + tests + paired_over_seeds(runs, against, seed=config.seed), notes + missing
-
-    found = perspectives_of(runs, num_resamples=config.eval.num_resamples, seed=config.seed)
+        numbers = numbers + tests + paired_over_seeds(runs, against, seed=config.seed)
+        notes = [*notes, *missing]
+    found = perspectives_of(runs, num_resamples=resamples, seed=config.seed)
     numbers += [
         {"table": "perspectives", "benchmark": benchmark, "model": model, **number}
         for benchmark, models in found.items()
         for model, one in models.items()
         for number in rows_of_numbers(one)
     ]
-
-    identity = run_id("report", {"runs": [str(r.path.resolve()) for r in runs], "against": settings.against})
-    folder = Path(settings.out) if settings.out else Path(config.paths.outputs) / "report" / f"comparison-{identity}"
-    write(folder, runs, numbers, notes, sources, found)
     compared = Compared(runs, numbers, notes, sources, found, config.seed)
+    write(folder, runs, numbers, notes, sources, found)
     write_page(folder / "report.html", compared, image_mb=settings.image_mb)
-    if by_perspective := asked_under(found):
-        print_table(by_perspective, "Perspectives", SAID)
-    if spread := [over_seeds(n) for n in numbers if n["table"] == "paired_seeds" and n["protocol"] == "robust"]:
-        print_table(spread, "Paired differences over seeds", OVER_SEEDS)
-    print_table(
-        overview(numbers),
-        "Comparison",
-        "\n".join([METHODS, *notes, f"{folder}/comparison.md .tex .csv .json", f"{folder}/report.html"]),
-    )
-    return {}
+    return compared
 
 
 def perspectives_of(runs: Sequence[EvalRun], *, num_resamples: int, seed: int) -> ByModel:
