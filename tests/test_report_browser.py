@@ -71,9 +71,10 @@ def test_a_question_shows_its_image_options_and_four_perspectives_side_by_side(w
     text = chrome.evaluate("document.getElementById('shown').innerText")
     for wanted in (
         "D. atelectasis \u2713 right answer", "\u2190", "criteria that held: named", "held in part: weighed 0.5",
-        "did not hold: argued", "could not be checked: seen", "adherence 0.5", "under bayesian",
+        "did not hold: argued", "could not be checked: seen", "adherence 0.5", "under bayesian", " by vote",
     ):  # fmt: skip
         assert wanted in text, wanted
+    assert "undefined" not in text and "NaN" not in text
     places = ask("four")
     assert len({left for left, _ in places}) == 4 and len({top for _, top in places}) == 1
     assert ask("picture") == 224
