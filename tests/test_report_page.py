@@ -37,6 +37,7 @@ from mmedexpert.reporting import browser as browsing
 from mmedexpert.reporting.figures import Line, interval_figure, line_figure
 from mmedexpert.reporting.lineage import Made, lineage, public_word
 from mmedexpert.reporting.markup import heat_map, number, table
+from mmedexpert.reporting.page import _perspectives
 from mmedexpert.runtime.pages import data_block
 from mmedexpert.runtime.privacy import without_places
 
@@ -350,3 +351,14 @@ def test_pieces_escape_what_they_are_given():
         "a": [HOSTILE, None]
     }
     assert (number(-0.001, ".2f"), number(-0.01, ".2f")) == ("0.00", "-0.01")
+
+
+def test_kinds_that_were_asked_in_one_way_share_one_map():
+    def cell(share):
+        return {"n": 9, "robust": {"accuracy": share, "n": 9}}
+
+    one_way = {"each": {}, "together": {}, "groups": {"needs": {"bayesian": {"bayesian": cell(0.25)}}}}
+    two_ways = {"each": {}, "together": {}, "groups": {"needs": {"bayesian": {p: cell(0.75) for p in PERSPECTIVES}}}}
+    text = "".join(_perspectives({}, {"set": {"first": one_way, "second": one_way, "third": two_ways}}))
+    assert text.count("by needs, each asked under one perspective") == 1 and text.count("25.0") == 2
+    assert text.count("by needs and perspective") == 1 and "third on set" in text and text.count("75.0") == 4

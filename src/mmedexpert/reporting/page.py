@@ -181,14 +181,22 @@ def _perspectives(tables: dict[str, str], found: ByModel) -> list[str]:
         parts.append(heat_map(rows, f"Accuracy in percent (robust) under each perspective{where}", corner="model"))
         parts.append(table([_reached(model, one) for model, one in models.items() if one["together"]], TOGETHER))
     for benchmark, models in found.items():
+        where = f" on {benchmark}" if benchmark else ""
+        alone: dict[str, dict[str, Any]] = {}  # kind to model to its row, where each kind was asked in one way
         for model, one in models.items():
             for key, values in one.get("groups", {}).items():
-                where = f" on {benchmark}" if benchmark else ""
+                if all(len(of) == 1 for of in values.values()):
+                    row = {str(value): _kind(next(iter(of.values()))) for value, of in values.items()}
+                    alone.setdefault(key, {})[model] = row
+                    continue
                 title = f"{model}{where}: accuracy in percent (robust) by {key} and perspective"
                 kinds.append(heat_map(
                     {str(value): {p: _kind(of.get(p)) for p in PERSPECTIVES} for value, of in values.items()},
                     title, corner=key,
                 ))  # fmt: skip
+        for key, rows in alone.items():
+            title = f"Accuracy in percent (robust){where} by {key}, each asked under one perspective"
+            parts.append(heat_map(rows, title, corner="model"))
     if not any(parts):
         return [missing("Not run: no compared run was asked under perspectives (eval.perspectives).")]
     maps = "".join(f"<div>{one}</div>" for one in kinds)
