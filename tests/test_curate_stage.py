@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from commands import _here
 from curating import (
+    CONF,
     FAILED,
     GOLD,
     KEPT,
@@ -31,9 +32,12 @@ from curating import (
     make_root,
     words,
 )  # fmt: skip
+from hydra import compose, initialize_config_dir
 from test_openai_engine import closed_port, save_tiny_llava
 
+from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
+from mmedexpert.runtime.quiet import one_line
 from mmedexpert.runtime.runs import Run
 from mmedexpert.sources.mmedexpert import load
 from mmedexpert.stages import curate, sources
@@ -313,9 +317,9 @@ def test_two_processes_equal_one(plain, root, tmp_path):
         ("+data.sources.mine._licence_=none", "did you mean '_license_'"),
         ("+data.sources.mine._redistribute_=no", "_redistribute_='no' must be true, false or null"),
         ("data.curate.teacher.statements=[/nowhere.yaml]", "/nowhere.yaml is not a file"),
-        ("data.curate.balance.specialty={pediatrics: -1}", "data.curate.balance.specialty"),
+        ("data.curate.balance.specialty={pediatrics: -1}", "must give names shares of 0 or more"),
         ("data.curate.balance.perspective={differental: 1}", "did you mean 'differential'?"),
-        ("data.curate.balance.kind={yesno: 0.2}", "did you mean 'yes_no'?"),
+        ("data.curate.balance.kind={yesno: 0.2}", "did you mean 'data.curate.balance.kind.yes_no'?"),
         ("data.curate.balance.modality=50", "data.curate.balance.modality=50"),
         ("data.root=null", "give data.root=<folder with"),
         ("data.root=/nowhere/at/all", "data.root=/nowhere/at/all is not a folder"),
@@ -328,7 +332,14 @@ def test_two_processes_equal_one(plain, root, tmp_path):
 )
 def test_a_mistake_is_one_line_before_any_work(root, tmp_path, given, told):
     key = given.split("=")[0]
-    done = _here([*(word for word in words(root, tmp_path) if not word.startswith(f"{key}=")), given])
+    command = [*(word for word in words(root, tmp_path) if not word.startswith(f"{key}=")), given]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            typed(compose("config", overrides=command), command)
+    except Exception as error:  # told before anything starts (tests/test_config.py: as a line, with exit code 2)
+        assert told in one_line(error)
+        return
+    done = _here(command)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and told in line and "Traceback" not in done.stdout + done.stderr
     assert not list(tmp_path.glob("curate/*/DONE"))

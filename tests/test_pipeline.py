@@ -67,8 +67,8 @@ def test_sweep_shares_what_does_not_depend_on_the_weights(outputs):
     assert len(list((outputs / "gba").glob("*/DONE"))) == 2
     assert "Jobs" in done.stdout and "gba.weights=[1,0,0,0]" in done.stdout
     table = (outputs / "experiments/weights/table.md").read_text()
-    assert "| reasoner (weights=[1.0,1.0,1.0,1.0]) | 1 |" in table and "| start | 1 |" in table
-    assert "against caci (weights=[1.0,1.0,1.0,1.0])" in table
+    assert "| reasoner (gba.weights=[1.0,1.0,1.0,1.0]) | 1 |" in table and "| base | 1 |" in table
+    assert "against caci (gba.weights=[1.0,1.0,1.0,1.0])" in table
 
 
 def test_stages_alone(outputs):

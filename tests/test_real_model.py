@@ -60,18 +60,18 @@ def test_every_stage_on_a_local_folder(shared, tmp_path, kind, config):
     run(
         tmp_path / "out", f"model={config}", f"model.name_or_path={tmp_path / 'base'}", "model.dtype=float32",
         "model.max_new_tokens=8", "model.max_pixels=12544", "model.lora.r=4", "data.limit=6", "dsa.steps=2",
-        "dsa.batch_size=2", "gba.steps=1",
+        "dsa.batch_size=2", "gba.steps=1", "specialty.names=[pediatrics,brain_sensory]", "eval.models=[base,caci]",
     )  # fmt: skip
     out = tmp_path / "out"
     assert list(out.glob("pretrain/*")) == []  # a model with weights is never pretrained
     adapters = list(out.glob("dsa/*/adapter/adapter_model.safetensors"))
-    assert len(adapters) == 4
+    assert len(adapters) == 2
     for path in adapters:  # the language model learnt, and what it was learnt on is Qwen's own
         learnt = {name: tensor for name, tensor in load_file(path).items() if "lora_B" in name}
         assert learnt and all("visual" not in name and tensor.abs().sum() > 0 for name, tensor in learnt.items())
     for path in out.glob("eval/caci-*/predictions.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len(rows) == 24 and all(row["finish_reason"] in ("stop", "length") for row in rows)
+        assert len(rows) == 12 and all(row["finish_reason"] in ("stop", "length") for row in rows)
         assert all(1 <= row["tokens"] <= 8 and row["image_sha256"] != [None] for row in rows)
     merged = out / "latest" / "model"
     before, after = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (tmp_path / "base", merged))

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import run
+from commands import _here, run
 from test_config import composed
 
 from mmedexpert.errors import UserError
@@ -143,7 +143,7 @@ def test_workers_end_with_their_command_and_the_next_goes_on(tmp_path, ending):
     steps = [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]
     time.sleep(2)
     assert steps == [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]  # nobody goes on
-    done = subprocess.run([*command, "runs.explain=true"], capture_output=True, text=True)
+    done = _here([*command[2:], "runs.explain=true"])
     assert done.stdout.count("  resumed  ") == 2, done.stdout + done.stderr
 
 

@@ -177,8 +177,8 @@ class TeacherConfig(AskedConfig):
 @dataclass
 class BalanceConfig:
     target: int = MISSING
-    specialty: dict[str, float] = field(default_factory=dict)  # not null: Hydra merges nothing into it
-    perspective: dict[str, float] = field(default_factory=dict)
+    specialty: Any = None  # names to shares: what has a type takes no new names from a command line
+    perspective: Any = None
     modality: float = MISSING
     kind: dict[str, float] = field(default_factory=dict)
     per_image: int = MISSING

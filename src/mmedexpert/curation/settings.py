@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmedexpert.data.record import KINDS, NO_TRACE
 from mmedexpert.errors import UserError, suggestion
@@ -20,7 +23,10 @@ def check_settings(curate: CurateConfig) -> None:
         "difficulty.mode": (curate.difficulty.mode, ("drop", "flag")),
         "teacher.verify": (curate.teacher.verify, ("none", "rules", "model")),
         **{f"teacher.perspectives: {name}": (name, PERSPECTIVES) for name in curate.teacher.perspectives},
-        **{f"balance.perspective: {name}": (name, (*PERSPECTIVES, NO_TRACE)) for name in curate.balance.perspective},
+        **{
+            f"balance.perspective: {name}": (name, (*PERSPECTIVES, NO_TRACE))
+            for name in curate.balance.perspective or ()
+        },
         **{f"balance.kind: {name}": (name, KINDS) for name in curate.balance.kind},
     }  # fmt: skip
     for key, (value, known) in choices.items():
@@ -65,8 +71,11 @@ def check_settings(curate: CurateConfig) -> None:
             raise UserError(f"data.curate.teacher.statements: {path} is not a file: give a YAML file of statements")
     balance, duplicates, decontaminate = curate.balance, curate.duplicates, curate.decontaminate
     for key, weights in (("specialty", balance.specialty), ("perspective", balance.perspective)):
-        if weights and (min(weights.values()) < 0 or not sum(weights.values()) > 0):
-            raise UserError(f"data.curate.balance.{key}={weights} must be 0 or more, and one above 0")
+        if weights is not None and not _shares(weights):
+            raise UserError(
+                f"data.curate.balance.{key}={weights} must give names shares of 0 or more, one above 0, such as "
+                "{pediatrics: 1}, or be null"
+            )
     shares = {
         "balance.modality": balance.modality, **{f"balance.kind.{name}": x for name, x in balance.kind.items()},
         "duplicates.min_jaccard": duplicates.min_jaccard, "duplicates.min_ratio": duplicates.min_ratio,
@@ -79,3 +88,11 @@ def check_settings(curate: CurateConfig) -> None:
     fractions = balance.fractions
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"data.curate.balance.fractions={fractions} must be three numbers (train, val, test), sum 1")
+
+
+def _shares(weights: Any) -> bool:
+    """Whether these are names with numbers of 0 or more, not all 0."""
+    if not isinstance(weights, Mapping):
+        return False
+    numbers = [n for n in weights.values() if isinstance(n, int | float) and not isinstance(n, bool) and n >= 0]
+    return len(numbers) == len(weights) and 0 < sum(numbers) < math.inf
