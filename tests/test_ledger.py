@@ -22,6 +22,7 @@ from mmedexpert.engines.asking import Ask, BudgetReached, Reply
 from mmedexpert.engines.ledger import FAILED, REFUSED, REPLIED, Ledger, Row, canonical, key_of
 from mmedexpert.engines.openai import OpenAIEngine
 from mmedexpert.engines.replies import Prices
+from mmedexpert.engines.sending import GONE
 from mmedexpert.errors import UserError
 
 PRICES = Prices(1.0, 2.0, "2026-11")  # a scripted reply reads 1 token and writes 7: 15e-6 USD
@@ -220,6 +221,8 @@ PASSING = {
     "aborted": FAULTS["aborted"][0],
     "down": (503, {}, b"500 soon"),
     "gateway": (502, {}, b""),
+    "page": BAD["html"],
+    "busy, as 200": (200, {}, b'{"error": {"code": 429, "message": "later"}}'),
 }
 
 
@@ -248,10 +251,27 @@ def test_what_may_pass_is_asked_again_by_every_run(server, ledger, answer):
 
 
 def test_an_outage_does_not_count_against_a_question(server, ledger):
-    answers = iter([PASSING["down"], PASSING["down"], STUBBORN["broken"]])
+    down, broken = PASSING["down"], STUBBORN["broken"]
+    answers = iter([down, down, broken, broken, down, broken, STUBBORN["malformed"], broken])
     server.answer = lambda *_: next(answers)
-    for _ in range(3):
+    for _ in range(7):
         assert "1 of 1" in ask_all(server.engine(ledger=ledger, retries=0), asks("bad"))[1]
+    replies, told = ask_all(server.engine(ledger=ledger, retries=0), asks("bad"))
+    assert not told and replies[0].refused.startswith("failed in 3 runs: 500 boom")
+
+
+def test_tries_of_one_run_are_one_run(server, ledger):
+    server.answer = lambda *_: STUBBORN["broken"]
+    for retries in (3, 0):
+        assert "1 of 1" in ask_all(server.engine(ledger=ledger, retries=retries), asks("bad"))[1]
+
+
+def test_where_a_server_is_broken_not_every_question_is_given_up(server, ledger):
+    server.answer = lambda *_: STUBBORN["broken"]
+    questions = asks(*(str(n) for n in range(80)))
+    for _ in range(4):
+        replies, told = ask_all(server.engine(ledger=ledger, retries=0, concurrency=1), questions)
+    assert len(replies) <= GONE + 1 and "not sent" in told
 
 
 def test_a_slow_server_is_a_failure_with_its_class(server, ledger):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import time
 
 import pytest
 from commands import _here
@@ -31,18 +34,25 @@ def broken(outputs, name: str, error: BaseException) -> None:
         execute("gba", name, {"name": name}, work, outputs=outputs, seed=3)
 
 
+def age(outputs) -> None:
+    """All of it is two days old."""
+    for path in [*outputs.glob("*/*"), *outputs.glob("*/*/DONE")]:
+        os.utime(path, (time.time() - 2 * 86400,) * 2)
+
+
 @pytest.fixture()
 def outputs(tmp_path):
     """A pipeline with what it is made of, and beside it an adapter, what failed, what was stopped."""
     data = made(tmp_path, "data", "phantom", metrics={"records/test": 3.0, "records/train": 9.0})
-    expert = made(tmp_path, "dsa", "pediatrics", data, metrics={"grad_norm": 3.0, "loss": 0.25})
+    expert = made(tmp_path, "dsa", "pediatrics", metrics={"grad_norm": 3.0, "loss": 0.25})
     merged = made(tmp_path, "caci", "ties", expert, made(tmp_path, "gba", "default", expert))
     evaluated = made(tmp_path, "eval", "ties-phantom", merged, data, metrics={"n": 4.0, "macro_accuracy": 0.61234})
     made(tmp_path, "pipeline", "tiny-phantom", evaluated, merged)
-    other = made(tmp_path, "dsa", "cardiology", data, seed=7)
+    other = made(tmp_path, "dsa", "cardiology", seed=7)
     made(tmp_path, "eval", "cardiology-phantom", other, data)
     broken(tmp_path, "failing", ValueError("boom"))
     broken(tmp_path, "stopped", KeyboardInterrupt())
+    age(tmp_path)
     return tmp_path
 
 
@@ -62,7 +72,7 @@ def test_every_run_is_found_with_its_state_and_number(outputs):
     numbers = {"phantom": "records/train 9", "pediatrics": "loss 0.25", "ties-phantom": "macro_accuracy 0.6123"}
     assert {name: found[name].number for name in numbers} == numbers and found["default"].number == "x 1"
     assert found["cardiology"].seed == 7 and found["stopped"].number == ""
-    assert 2000 < found["pediatrics"].size < 12_000 and 0 <= found["pediatrics"].seconds_old < 100
+    assert 2000 < found["pediatrics"].size < 12_000 and 172_700 < found["pediatrics"].seconds_old < 173_000
     (outputs / "gba" / "link").symlink_to(found["pediatrics"].folder)
     assert len(runs_in(outputs)) == 10
 
@@ -76,11 +86,50 @@ def test_a_run_that_is_worked_on_is_running(outputs):
     assert "stopped" in named(outputs) and "failing" not in named(outputs)
 
 
+def under_way(outputs, expert: Run) -> None:
+    """A reasoner that was stopped half-way, made from an expert."""
+
+    def work(run: Run) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute("gba", "half", {}, work, outputs=outputs, seed=0, inputs={"start": expert.run_id})
+
+
+def test_what_is_under_way_young_compared_or_data_stays(outputs):
+    before = named(outputs)
+    expert, compared = (made(outputs, "dsa", name) for name in ("needed", "compared"))
+    evaluated = made(outputs, "eval", "table", compared)
+    made(outputs, "benchmark", "slake")
+    made(outputs, "curate", "traces")
+    under_way(outputs, expert)
+    (outputs / "experiments" / "mine").mkdir(parents=True)
+    told = {"runs": [{"path": str(evaluated.folder / "predictions.jsonl")}]}
+    (outputs / "experiments/mine/comparison.json").write_text(json.dumps(told))
+    every = named(outputs)
+    assert every == before | {"needed", "compared", "table", "slake", "traces", "half"}
+    age(outputs)
+    made(outputs, "dsa", "young")
+    command(outputs, "stage=clean", "runs.delete=true")
+    assert named(outputs) == every - {"cardiology", "cardiology-phantom", "failing"} | {"young"}
+
+
+def test_a_finished_run_that_does_not_tell_its_inputs_stops_everything(outputs):
+    (pipeline,) = outputs.glob("pipeline/tiny*")
+    (pipeline / "identity.json").write_text("{")
+    assert needed(runs_in(outputs), [pipeline.name[-10:]]) > {pipeline.name[-10:]}  # its manifest tells them, too
+    (pipeline / "manifest.json").unlink()
+    every = {path for path in outputs.glob("*/*")}
+    done = command(outputs, "stage=clean", "runs.delete=true")
+    assert done.returncode == 2 and "does not tell what it was made of" in done.stderr
+    assert every == {path for path in outputs.glob("*/*")}
+
+
 def test_what_a_run_was_made_of_is_needed_through_every_step(outputs):
     found = {one.name: one for one in runs_in(outputs)}
     reached = needed(found.values(), [found["ties-phantom"].run_id])
     names = {name for name, one in found.items() if one.run_id in reached}
-    assert names == {"ties-phantom", "ties", "default", "pediatrics", "phantom"}
+    assert names == {"ties-phantom", "ties", "default", "pediatrics", "phantom"}  # an evaluation's data by run, here
 
 
 def test_the_list_is_a_table_and_changes_nothing(outputs):
@@ -95,14 +144,14 @@ def test_the_list_is_a_table_and_changes_nothing(outputs):
 
 
 def test_only_what_nothing_needs_is_deleted_and_it_is_shown_first(outputs):
-    spare = {"cardiology", "cardiology-phantom", "failing", "stopped"}
+    spare = {"cardiology", "cardiology-phantom", "failing"}
     every = named(outputs)
     done = command(outputs, "stage=clean")
     assert done.returncode == 0 and "runs.delete=true" in done.stderr and named(outputs) == every
     shown = {one.name for one in runs_in(outputs) if one.run_id in done.stdout}
     assert shown == spare
     done = command(outputs, "stage=clean", "runs.delete=true")
-    assert done.returncode == 0 and "deleted 4 runs" in done.stderr
+    assert done.returncode == 0 and "deleted 3 runs" in done.stderr
     assert named(outputs) == every - spare
     done = command(outputs, "stage=clean", "runs.delete=true")
     assert done.returncode == 0 and "every run is needed" in done.stderr and named(outputs) == every - spare

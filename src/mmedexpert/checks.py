@@ -229,9 +229,11 @@ def _check_results(config: Config) -> None:
     results, asked = config.results, config.eval.models
     if results.id is not None and not re.fullmatch(r"[\w-]+", results.id):
         raise UserError(f"results.id={results.id} is to name a folder: letters, digits, - and _")
-    if results.against is not None and asked is not None and results.against not in asked:
-        fix = suggestion(results.against, asked)
-        raise UserError(f"results.against={results.against} is none of eval.models{fix}")
+    named = {"against": [results.against] if results.against is not None else [], "models": results.models or []}
+    for key, names in named.items():
+        for name in names:
+            if asked is not None and name not in asked:
+                raise UserError(f"results.{key}: {name} is none of eval.models{suggestion(name, asked)}")
 
 
 def _check_prices(where: str, endpoint: EndpointConfig) -> None:

@@ -25,7 +25,7 @@ def check_settings(curate: CurateConfig) -> None:
         **{f"teacher.perspectives: {name}": (name, PERSPECTIVES) for name in curate.teacher.perspectives},
         **{
             f"balance.perspective: {name}": (name, (*PERSPECTIVES, NO_TRACE))
-            for name in curate.balance.perspective or ()
+            for name in (curate.balance.perspective if isinstance(curate.balance.perspective, Mapping) else ())
         },
         **{f"balance.kind: {name}": (name, KINDS) for name in curate.balance.kind},
     }  # fmt: skip

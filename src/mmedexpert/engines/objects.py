@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 MAX_REPLY = 40_000  # ours: characters of a reply that are read, its end
-MOST_OBJECTS = 200  # ours: beginnings of objects that are tried in a reply; each may cost its whole length
+MOST_OBJECTS = (
+    200  # ours: beginnings of objects, the last ones, that are tried in a reply; each may cost its whole length
+)
 _OBJECT = re.compile(r"\{(?=\s*[\"}])")
 
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
     """The JSON objects that stand in a text, one after the other; one in which a key stands twice is none."""
     decoder, end = json.JSONDecoder(object_pairs_hook=_unique, strict=False), 0
-    for start in islice(_OBJECT.finditer(text), MOST_OBJECTS):
+    for start in deque(_OBJECT.finditer(text), MOST_OBJECTS):
         if start.start() < end:
             continue  # part of the one before
         try:

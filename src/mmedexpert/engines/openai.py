@@ -200,9 +200,10 @@ class OpenAIEngine:
                 "that came are kept, the same command goes on with the rest under the same limit, or raise it"
             )
         stopped = f", then {unsent} were not sent" if unsent else ""
+        first = f"first: {failed[0]}" if failed else "those before them had failed in each of several runs"
         return UserError(
             f"{missing} of {count} questions got no answer from {self.address}: {len(failed)} failed{stopped} "
-            f"(first: {failed[0]}); the other answers are kept, the same command asks only these again"
+            f"({first}); the other answers are kept, the same command asks only these again"
         )
 
 

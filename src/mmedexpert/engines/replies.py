@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from mmedexpert.runtime.privacy import without_password
 
 MAX_TOKENS = 2**31  # ours: a server that tells of more is broken
 RUNS = 3  # ours: a question that failed in so many, each time by the server's reply to it, is refused from then on
+_IN_RUNS = re.compile(r"in (\d+) runs: ")
+_PASSES = re.compile(r"\b(?:429|50[234])\b|rate.?limit|overload", re.IGNORECASE)  # ours: what gateways send as 200
 BROKEN_OFF = "the server broke the answer off"
 ABORTED = ("abort", "error")  # how vLLM and SGLang end an answer that they gave up, for instance on shutdown
 
@@ -125,19 +128,27 @@ def failed_row(request: str, model: str, sent: Sent | None, error: Exception) ->
     )  # fmt: skip
 
 
-def given_up(before: Row | None, now: Row, *, tries: int) -> bool:
-    """Whether a failure is the last of RUNS in which the server replied to this question, with HTTP 500 or what is no
-    chat completion; `tries` are those of a run. Never after what may pass: 429, 502, 503, time-outs, a lost connection.
-    """
-    if before is None or before.outcome != FAILED or not (_by_question(before) and _by_question(now)):
-        return False
-    a_run = 1 if now.error == ValueError.__name__ else tries
-    return before.attempts + now.attempts >= RUNS * a_run
+def counted(before: Row | None, row: Row) -> tuple[Row, int]:
+    """A failure with the number of runs in a row, this one included, in which the server was there and replied to this
+    question with HTTP 500 or what is no chat completion. 0 after what may pass: 429, 502, 503, time-outs, a gateway's
+    page, a lost connection."""
+    if not _by_question(row):
+        return row, 0
+    known = before is not None and before.outcome == FAILED and _by_question(before)
+    runs = 1 + (_runs_of(before) if before is not None and known else 0)
+    return (replace(row, error_text=f"in {runs} runs: {row.error_text}") if runs > 1 else row), runs
+
+
+def _runs_of(row: Row) -> int:
+    found = _IN_RUNS.match(row.error_text or "")
+    return int(found[1]) if found else 1
 
 
 def _by_question(row: Row) -> bool:
-    told = row.error_text or ""
-    return told.startswith("500 ") or (row.error == ValueError.__name__ and not told.startswith(BROKEN_OFF))
+    told = _IN_RUNS.sub("", row.error_text or "")
+    if row.error != ValueError.__name__:
+        return told.startswith("500 ")
+    return not (told.startswith((BROKEN_OFF, "not JSON but '<")) or _PASSES.search(told))
 
 
 def kept_reply(row: Row | None, *, retry_refused: bool) -> Reply | None:

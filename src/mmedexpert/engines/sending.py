@@ -20,8 +20,8 @@ from mmedexpert.engines.replies import (
     RUNS,
     Sent,
     body_of,
+    counted,
     failed_row,
-    given_up,
     own_fault,
     reason_of,
     replied_row,
@@ -93,12 +93,13 @@ class Sending:
                 reply, fault = await self._reply(ask, request)
             if fault is None:
                 self.in_a_row = 0
+            elif not own_fault(fault):  # also of a question that is given up: all may be, where a server is broken
+                self.in_a_row += 1
             if reply is not None:
                 await self._give(place, reply)
                 await self._rest(reply.tokens + reply.prompt_tokens)
-                continue
-            self.failed.append(f"{ask.id}: {reason_of(cast(Exception, fault))}")
-            self.in_a_row += 1
+            else:
+                self.failed.append(f"{ask.id}: {reason_of(cast(Exception, fault))}")
             if self.in_a_row >= GONE + self.workers:
                 return
 
@@ -136,8 +137,9 @@ class Sending:
         else:
             row = failed_row(request, engine.model, sent, cast(Exception, fault))
             before = await anyio.to_thread.run_sync(self._known, row.key)
-            if reply is None and given_up(before, row, tries=engine.retries + 1):
-                told = f"failed in {RUNS} runs: {row.error_text}"
+            row, runs = counted(before, row)
+            if reply is None and runs >= RUNS:
+                told = f"failed {row.error_text}"
                 row, reply = replace(row, outcome=REFUSED, error_text=told), refusal(told)
         if engine.ledger is not None:
             await self._keep(engine.ledger, row)

@@ -12,7 +12,7 @@ from scipy.stats import t
 
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.comparison import PAIRED_RESAMPLES, EvalRun
-from mmedexpert.evaluation.stats import paired_cluster_bootstrap
+from mmedexpert.evaluation.stats import macro_bootstrap_ci, paired_cluster_bootstrap
 
 KIND = "needs"  # the breakdown of drawn questions by the perspective that decides them
 
@@ -99,15 +99,24 @@ def paired(arm: Arm, reference: Arm, *, seed: int = 0) -> Paired | None:
         return None
     mine, theirs = arm.scores(), reference.scores()
     over = np.array([mine[one] - theirs[one] for one in seeds])
-    first = next(iter(arm.runs.values())).questions
     ours, others = (
         np.mean(
             [[q.correct[of.summaries[one]["protocol"]] for q in of.runs[one].questions.values()] for one in seeds], 0
         )
         for of in (arm, reference)
     )
-    clusters = [question.image_group for question in first.values()]
-    _, low, high, _ = paired_cluster_bootstrap(ours, others, clusters, num_resamples=PAIRED_RESAMPLES, seed=seed)
+    questions, summary = list(arm.runs[seeds[0]].questions.values()), arm.summaries[seeds[0]]
+    if _public(summary):
+        clusters = [question.image_group for question in questions]
+        _, low, high, _ = paired_cluster_bootstrap(ours, others, clusters, num_resamples=PAIRED_RESAMPLES, seed=seed)
+    else:  # of the mean over specialties, as the scores are
+        rows = [
+            (float(ours[place] - others[place]), question.image_group, name)
+            for place, question in enumerate(questions)
+            for group, name in question.breakdowns
+            if group == "specialty" and name in summary["per_specialty"]
+        ]
+        _, low, high = macro_bootstrap_ci(*zip(*rows, strict=True), num_resamples=PAIRED_RESAMPLES, seed=seed)
     mean, half = float(over.mean()), None
     if len(seeds) > 1:
         half = float(t.ppf(0.975, len(seeds) - 1) * over.std(ddof=1) / len(seeds) ** 0.5)

@@ -59,7 +59,7 @@ def shown(one: Paired | None) -> str:
 
 def resolution(against: Mapping[str, Paired | None]) -> str:
     """What the table can tell apart, in a sentence; empty where no pair has several seeds."""
-    halves = [one.half for one in against.values() if one and one.half is not None]
+    halves = [one.half for one in against.values() if one and one.half]  # 0: neither is trained
     return f"The median pair resolves a difference of {np.median(halves):.1f} points over seeds." if halves else ""
 
 

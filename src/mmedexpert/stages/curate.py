@@ -196,6 +196,8 @@ def _traces(config: Config, curate: CurateConfig, before: Step) -> Step:
 
 def _balance(config: Config, curate: CurateConfig, before: Step) -> Step:
     settings = {key: value for key, value in asdict(curate.balance).items() if key != "fractions"}
+    for key in ("specialty", "perspective"):  # 1 and 1.0 are one share
+        settings[key] = {name: float(share) for name, share in (settings[key] or {}).items()}
     return _step(
         config, "balance", before, settings, ("balance",),
         lambda records, run: balance.balance(records, seed=config.data.seed, **settings),

@@ -23,7 +23,7 @@ def conclude(config: Config, runs: Iterable[Run], failed: Sequence[str] = ()) ->
     for run in runs:
         if run.stage == "eval" and run.done:
             found[run.folder.resolve()] = run
-    evaluations, notes = aligned(read_runs(list(found)), common=False) if found else ([], [])
+    evaluations, notes = aligned(read_runs(list(found)), common=True) if found else ([], [])
     folder = Path(config.paths.outputs) / "experiments" / str(config.results.id)
     notes = [note for note in notes if "settings differ" not in note]  # they are what the arms vary
     notes += [f"failed, so not in it: {name}" for name in failed]

@@ -68,7 +68,7 @@ def tell_reused(config: Config, run: Run, sources: Mapping[str, Run]) -> None:
         return
     if not run.done or id_of(run, config.logger):
         return
-    with stage_logger(config, run, tags=("reused",)) as run.logger:
+    with no_stop("W&B"), stage_logger(config, run, tags=("reused",)) as run.logger:
         if run.logger is None:
             return
         run.logger.live = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,17 @@ from filelock import FileLock, Timeout
 
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.reporting.tables import Row, print_table
-from mmedexpert.runtime.inventory import DONE, FAILED, RUNNING, Found, needed, runs_in
+from mmedexpert.runtime.inventory import (
+    DONE,
+    FAILED,
+    PREPARED,
+    RUNNING,
+    UNFINISHED,
+    YOUNG,
+    Found,
+    needed,
+    runs_in,
+)  # fmt: skip
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
 
@@ -27,10 +38,11 @@ def show(config: Config) -> dict[str, Run]:
 
 
 def clean(config: Config) -> dict[str, Run]:
-    """Print the runs that no finished pipeline and none of `runs.keep` was made of; with `runs.delete` remove them.
+    """Print the runs that nothing needs; with `runs.delete` remove them.
 
-    Runs that are being worked on stay. UserError where nothing says what is needed, and for a `runs.keep` that is
-    none.
+    Needed is what a finished pipeline, a report, an experiment's table, a run under way or one of `runs.keep` was made
+    of. Data (`inventory.PREPARED`) and what is younger than a day stay. UserError where no pipeline is finished and
+    nothing is kept, and for a `runs.keep` that is none.
     """
     outputs, keep = Path(config.paths.outputs), config.runs.keep
     found = runs_in(outputs)
@@ -38,19 +50,24 @@ def clean(config: Config) -> dict[str, Run]:
     for given in keep:
         run_id = Path(given).name.rpartition("-")[2]
         if run_id not in (known := {one.run_id: one.folder.name for one in found}):
-            raise UserError(f"runs.keep: {given} is no run in {outputs}{suggestion(given, list(known.values()))}")
+            fix = suggestion(given, list(known.values()))
+            raise UserError(f"runs.keep: {given} is no run in {outputs}; name its folder, <name>-<run id>{fix}")
         roots.add(run_id)
     if not roots:
         raise UserError(
             f"{outputs} holds no finished pipeline, so nothing says which runs are needed: name what to keep in "
             "runs.keep=[<run id>,...]"
         )
+    roots |= {one.run_id for one in found if one.state in (RUNNING, UNFINISHED)} | _compared(outputs)
     reached = needed(found, roots)
-    spare = [one for one in found if one.run_id not in reached and one.state != RUNNING]
+    spare = [
+        one for one in found
+        if one.run_id not in reached and one.stage not in PREPARED and one.seconds_old > YOUNG
+    ]  # fmt: skip
     if not spare:
-        _say(f"{outputs}: every run is needed by a finished pipeline, kept or being worked on")
+        _say(f"{outputs}: every run is needed, kept, under way, of data, or younger than a day")
         return {}
-    print_table(rows_of(spare), "Runs that no finished pipeline needs", total(spare))
+    print_table(rows_of(spare), "Runs that nothing needs", total(spare))
     if not config.runs.delete:
         _say(
             "Nothing was deleted. The same command with runs.delete=true deletes these; runs.keep=[<run id>,...] keeps "
@@ -77,6 +94,18 @@ def rows_of(found: Sequence[Found]) -> list[Row]:
 def total(found: Sequence[Found]) -> str:
     """How many there are, and how large they are together."""
     return f"{len(found)} runs, {_size(sum(one.size for one in found))}"
+
+
+def _compared(outputs: Path) -> set[str]:
+    """The run_ids of the evaluations that stand in a report or an experiment's table."""
+    found = set()
+    for path in outputs.glob("*/*/comparison.json"):
+        try:
+            runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            found |= {Path(one["path"]).parent.name.rpartition("-")[2] for one in runs}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} does not tell what it compares: move it away, or make it anew") from error
+    return found
 
 
 def _say(line: str) -> None:
