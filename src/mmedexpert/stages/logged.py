@@ -84,14 +84,15 @@ def tell_evaluated(config: Config, model: Run, evaluation: Run) -> None:
     """An evaluation's main numbers also in the summary of the model's own run, whose curves were logged before."""
     if config.logger.name != "wandb" or rank() > 0 or not evaluation.done or config.runs.explain:
         return
-    known, numbers = id_of(model, config.logger), lead(evaluation, config.eval.split)
-    place = f"{known}: {set_of(evaluation, config.eval.split)}"
-    if known is None or kept(model, "told").get(place) == numbers:
-        return
-    with stage_logger(config, model) as logger:
-        if logger is not None:
-            _finish(model, logger, numbers)
-            keep(model, "told", place, numbers)
+    with no_stop("W&B"):
+        known, numbers = id_of(model, config.logger), lead(evaluation, config.eval.split)
+        place = f"{known}: {set_of(evaluation, config.eval.split)}"
+        if known is None or kept(model, "told").get(place) == numbers:
+            return
+        with stage_logger(config, model) as logger:
+            if logger is not None:
+                _finish(model, logger, numbers)
+                keep(model, "told", place, numbers)
 
 
 def _finish(run: Run, logger: Any, numbers: Mapping[str, float]) -> None:
