@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from mmedexpert.merging.figures import KINDS
-from mmedexpert.reporting.lineage import Made, read_object
+from mmedexpert.reporting.lineage import Made
 from mmedexpert.reporting.markup import folded, heat_map, missing, number, paragraph, table
+from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.privacy import without_places
 
 Cells = dict[str, dict[str, tuple[float | None, str, str]]]

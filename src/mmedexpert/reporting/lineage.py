@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from mmedexpert.reporting.tables import Row
 from mmedexpert.runtime.identity import folder_of
+from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.privacy import redacted, without_places
 
 ORDER = ("data", "benchmark", "overlap", "pretrain", "dsa", "start", "gba", "grams", "caci", "distil", "eval")
@@ -48,15 +48,6 @@ class Made:
     def inputs(self) -> dict[str, str]:
         found = self.manifest.get("inputs")
         return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def questions_of(folder: Path) -> Path | None:

@@ -10,9 +10,10 @@ from typing import Any
 from mmedexpert.evaluation.comparison import EvalRun, by_benchmark, paired
 from mmedexpert.names import BLANK_IMAGE
 from mmedexpert.reporting.answers import Answers
-from mmedexpert.reporting.lineage import Made, read_object
+from mmedexpert.reporting.lineage import Made
 from mmedexpert.reporting.tables import Row
 from mmedexpert.runtime.curve import STEPS, read_curve
+from mmedexpert.runtime.jsonl import read_object
 
 NOT_RUN = "not run"
 GAP = "sampling/sampling_logp_difference"

@@ -6,18 +6,17 @@ runs it needs, so these are never counted as spare.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mmedexpert.errors import UserError
 from mmedexpert.runtime import identity
+from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.runs import PREPARING
 
 DONE, FAILED, RUNNING, UNFINISHED = "done", "failed", "running", "unfinished"
@@ -85,7 +84,7 @@ def size_of(folder: Path) -> int:
 
 
 def _found(folder: Path) -> Found:
-    tree = identity.read(folder) or _object(folder / "manifest.json")
+    tree = identity.read(folder) or read_object(folder / "manifest.json")
     inputs = tree.get("inputs")
     if not isinstance(inputs, dict):
         if (folder / "DONE").exists():
@@ -113,16 +112,7 @@ def _state(folder: Path, run_id: str) -> str:
 
 
 def _number(folder: Path) -> str:
-    metrics = {key: x for key, x in _object(folder / "metrics.json").items() if isinstance(x, int | float)}
+    metrics = {key: x for key, x in read_object(folder / "metrics.json").items() if isinstance(x, int | float)}
     key = KEY_NUMBERS.get(folder.parent.name, "")
     key = key if key in metrics else next(iter(metrics), "")
     return f"{key} {metrics[key]:.4g}" if key else ""
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

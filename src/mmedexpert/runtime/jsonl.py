@@ -1,4 +1,4 @@
-"""Reading JSON lines that were appended one by one, as a kill or a full disk leaves them."""
+"""Reading what a kill or a full disk may have cut: JSON lines that were appended one by one, and single objects."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def _object(line: bytes, needed: Sequence[str]) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
     return value if isinstance(value, dict) and all(key in value for key in needed) else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

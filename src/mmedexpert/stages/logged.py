@@ -13,7 +13,7 @@ from mmedexpert.reporting.finals import finals, lead, set_of
 from mmedexpert.reporting.shown import shown
 from mmedexpert.reporting.tables import model_rows
 from mmedexpert.reporting.tracking import id_of, keep, kept, log_table, logger_for, no_stop
-from mmedexpert.runtime.identity import read
+from mmedexpert.runtime.identity import folder_of, read
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run
@@ -124,7 +124,7 @@ def _inputs(run: Run) -> dict[str, str]:
 def _stages_of(run: Run, inputs: Mapping[str, str]) -> dict[str, str]:
     """Of those inputs that are runs beside this one, run_id -> stage."""
     outputs = run.folder.parents[1]
-    folders = [next(iter(outputs.glob(f"*/*-{run_id}")), None) for run_id in dict.fromkeys(inputs.values())]
+    folders = [folder_of(outputs, run_id) for run_id in dict.fromkeys(inputs.values())]
     return {folder.name.rpartition("-")[2]: folder.parent.name for folder in folders if folder is not None}
 
 
@@ -137,6 +137,6 @@ def _read_by(run: Run) -> tuple[set[str], dict[str, str]]:
         seen.add(folder)
         sections |= set(READS.get(folder.parent.name, ()))
         inputs = (read(folder) or {}).get("inputs", {})
-        found = [next(iter(folder.parents[1].glob(f"*/*-{run_id}")), folder) for run_id in set(inputs.values())]
-        waiting += [one for one in found if one not in seen]
+        found = [folder_of(folder.parents[1], run_id) for run_id in set(inputs.values())]
+        waiting += [one for one in found if one is not None and one not in seen]
     return sections, _inputs(run)
