@@ -20,11 +20,12 @@ from mmedexpert.runtime.quiet import one_line, silence
 
 TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
 finished: list = []  # (overrides, runs) of each job of this command
-experiments: list = []  # the config of each job
+experiments: list = []  # the config of each finished job
 failed: list[list[str]] = []
 noted: set[str] = set()
 # a sweep's folder is made by Hydra itself, before any key is checked
 OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
+OmegaConf.register_new_resolver("all", ",".join, replace=True)  # every arm of an experiment: "${all:${arms}}"
 
 
 def is_first_process() -> bool:
@@ -97,13 +98,14 @@ def job(composed: DictConfig) -> None:
 
 def _conclude() -> None:
     """The table over all jobs of an experiment, where it names one."""
-    asked = [config for config in experiments if config.results.id is not None and not config.runs.explain]
+    jobs = [(config, list(runs.values())) for config, (_, runs) in zip(experiments, finished, strict=True)]
+    asked = [job for job in jobs if job[0].results.id is not None and not job[0].runs.explain]
     if asked and is_first_process():
         from mmedexpert.reporting.tables import varied
         from mmedexpert.stages.experiment import conclude
 
         names = varied([*(overrides for overrides, _ in finished), *failed])[len(finished) :]
-        conclude(asked[0], [run for _, runs in finished for run in runs.values()], names)
+        conclude(asked[0][0], asked, names)
 
 
 def main() -> int:

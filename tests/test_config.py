@@ -81,10 +81,11 @@ def test_every_experiment_composes_and_says_its_command_and_cost(path):
 
 
 def test_an_experiment_overrides_its_groups_and_debug_overrides_it():
-    table = composed("experiment=table_main")
-    assert (table.stage.name, table.model.name, table.trainer.accelerator) == ("pipeline", "lingshu_7b", "gpu")
-    assert list(table.benchmark) == ["medxpertqa_mm", "pmc_vqa", "omnimedvqa"]
-    assert composed("experiment=table_main", "model=tiny", "protocol=robust").model.name == "tiny"
+    table = composed("experiment=[table_main,at_7b]")
+    assert (table.stage.name, table.model.name, table.trainer.accelerator) == ("eval", "lingshu_7b", "gpu")
+    assert list(table.benchmark) == ["medxpertqa_mm", "pmc_vqa", "omnimedvqa"] and table.results.id == "table_main"
+    assert composed("experiment=[table_main,at_7b]", "model=tiny", "protocol=robust").model.name == "tiny"
+    assert composed("experiment=table_main").model.name == "tiny"
     assert composed("experiment=medevalkit", "model=qwen2_vl_2b").model.max_new_tokens == 8192
     assert composed("experiment=ablation_merge", "debug=smoke").dsa.steps == 8
 

@@ -198,11 +198,11 @@ def test_without_a_login_or_the_library_a_workspace_is_one_line(monkeypatch, cap
 
 def test_a_workspace_has_the_panels_the_axis_the_filter_and_groups_by_arm():
     pytest.importorskip("wandb_workspaces")
-    spec = workspace.workspace("me", "p", "ablation_gba", "gba")._to_model().model_dump_json()
+    spec = workspace.workspace("me", "p", "ablation_gba_weights", "gba")._to_model().model_dump_json()
     for panel in (panel for listed in panels("gba").values() for panel in listed):
         names = [name.replace("gba.weights", "gba.value.weights") for name in panel.names]  # as W&B keeps a config
         assert all(f'"{name}"' in spec or f':{name}"' in spec for name in names), panel.title
     assert spec.count('"x_axis":"trainer/global_step"') > 20 and '"name":"experiment"' in spec
-    assert '"grouping":[{"section":"config","name":"arm.value"}]' in spec and "ablation_gba" in spec
-    drawn = workspace.report("me", "p", "ablation_gba")
-    assert drawn.title == "ablation_gba: report" and len(drawn.blocks) == 1 + 2 * len(STAGES)
+    assert '"grouping":[{"section":"config","name":"arm.value"}]' in spec and "ablation_gba_weights" in spec
+    drawn = workspace.report("me", "p", "ablation_gba_weights")
+    assert drawn.title == "ablation_gba_weights: report" and len(drawn.blocks) == 1 + 2 * len(STAGES)

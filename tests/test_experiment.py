@@ -14,7 +14,7 @@ from test_config import composed
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.comparison import aligned, read_runs
 from mmedexpert.evaluation.seeds import arms_of, best_first, named, paired
-from mmedexpert.reporting.arms import as_json, kind_rows, resolution, rows_of
+from mmedexpert.reporting.arms import as_json, kind_rows, matrix_rows, resolution, rows_of, together_rows
 from mmedexpert.runtime.runs import Run
 from mmedexpert.stages.experiment import conclude
 
@@ -26,7 +26,7 @@ def macro(right):
     return (right[:, FEW].mean(1) + right[:, FEW.stop :].mean(1)) / 2
 
 
-def evaluation(folder: Path, model: str, seed: int, right, *, recipe: str = "", benchmark: str = "set") -> Path:
+def evaluation(folder: Path, model: str, seed: int, right, *, recipe="", benchmark="set", asked=None) -> Path:
     """A finished evaluation of a small specialty and a large one: its macro accuracy is not its share of right ones."""
     lines = rows(right)
     for number, line in enumerate(lines):
@@ -38,6 +38,7 @@ def evaluation(folder: Path, model: str, seed: int, right, *, recipe: str = "", 
     ))  # fmt: skip
     summary = {
         "question_set": {"name": benchmark, "source": ["drawn"], "left_out": 0, "public": False}, "protocol": "robust",
+        "perspectives": asked or {"each": {}, "together": {}},
         "macro_accuracy": float(macro(np.asarray(right)[None])[0]),
         "per_specialty": {"pediatrics": {}, "adult_medicine": {}},
     }  # fmt: skip
@@ -125,7 +126,7 @@ def concluded(folders, tmp_path, *overrides: str, failed=()):
         f"paths.outputs={tmp_path / 'out'}",
         *overrides,
     )
-    return conclude(config, [Run("eval", path.name, "x", path) for path in paths], failed)
+    return conclude(config, [(config, [Run("eval", path.name, "x", path) for path in paths])], failed)
 
 
 def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
@@ -150,6 +151,94 @@ def test_only_the_models_asked_for_are_shown_beside_the_reference(folders, tmp_p
     assert "| third |" in text and "| theirs |" in text and "| ours |" not in text
 
 
+def shares(value: float) -> dict:
+    return {"robust": {"accuracy": value}, "medevalkit": {"accuracy": 0.0}}
+
+
+def asked_under_all(own: float, other: float, vote: float) -> dict:
+    """A summary's `perspectives`: right by `own` where a question needs it, by `other` elsewhere."""
+    names = ("differential", "intuitive", "analytical", "bayesian")
+    together = {
+        "vote": {"accuracy": vote}, "mean": {"accuracy": (own + 3 * other) / 4},
+        "best": {"accuracy": own - 0.1}, "oracle": {"accuracy": own + 0.2},
+        "agreement": {"mean": 0.5}, "kappa": 0.25,
+    }  # fmt: skip
+    return {
+        "each": {name: shares((own + 3 * other) / 4) for name in names},
+        "together": {"robust": together, "medevalkit": {}},
+        "groups": {"needs": {n: {m: shares(own if m == n else other) for m in names} for n in names}},
+    }
+
+
+def test_what_perspectives_know_together_is_a_mean_over_seeds(tmp_path, folders):
+    _, ours, _ = folders
+    for seed, own in enumerate((0.6, 0.7, 0.8)):
+        asked = asked_under_all(own, 0.5, vote=own - 0.2)
+        evaluation(tmp_path / "vote", "all", seed, ours[seed], asked=asked)
+    paths = [tmp_path / f"vote/all-set-{seed}" for seed in range(3)]
+    row, *rest = together_rows(arms([*paths, *folders[0]]))
+    assert not rest  # those asked under one perspective are in no such row
+    assert (row["best"], row["vote"], row["oracle"], row["kappa"]) == ("60.0", "50.0", "90.0", "0.25")
+    assert row["oracle - best"] == "+30.0 [+30.0, +30.0]" and row["analytical"] == "55.0"
+    found = matrix_rows(arms(paths))
+    assert [one["needs"] for one in found] == ["differential", "intuitive", "analytical", "bayesian"]
+    assert (found[1]["intuitive"], found[1]["bayesian"]) == ("70.0", "50.0")
+    half = t.ppf(0.975, 2) * 10 / 3**0.5
+    assert found[1]["own - next"] == f"+20.0 [{20 - half:+.1f}, {20 + half:+.1f}]"
+
+
+def test_a_part_of_a_table_does_not_take_its_place(folders, tmp_path):
+    paths, ours, theirs = folders
+    whole = concluded(folders, tmp_path, "results.against=theirs")
+    before = (whole / "table.md").read_text()
+    part = concluded((paths[:2], ours, theirs), tmp_path)
+    assert part.name == "claim-part" and (whole / "table.md").read_text() == before
+    assert concluded(folders, tmp_path) == whole and (whole / "table.md").read_text() != before
+
+
+def test_a_model_that_some_arms_have_is_called_by_them(tmp_path, capsys):
+    """`start` is in every arm; each arm has a reasoner of its own, `few` a second model; in seed 1 `many` failed."""
+    right = np.random.default_rng(1).random((5, QUESTIONS)) < 0.5
+    jobs = []
+    for seed in (0, 1):
+        shared = evaluation(tmp_path, "start", seed, right[0])
+        for place, arm in enumerate(("few", "many")):
+            if (seed, arm) == (1, "many"):
+                continue
+            made = [shared, evaluation(tmp_path, "reasoner", seed, right[1 + place], recipe=arm)]
+            made += [evaluation(tmp_path, "caci", seed, right[3])] if arm == "few" else []
+            config = composed(
+                "results.id=claim", "results.against='reasoner (few)'", "eval.num_resamples=100",
+                "report.published=null", f"paths.outputs={tmp_path / 'out'}", "arms={few:{},many:{}}", f"arm={arm}",
+            )  # fmt: skip
+            jobs.append((config, [Run("eval", path.name, "x", path) for path in made]))
+    folder = conclude(jobs[0][0], jobs, ["seed=1 arm=many"])
+    table = (folder / "table.md").read_text()
+    for row in ("| start | 2 |", "| reasoner (few) | 2 |", "| reasoner (many) | 1 |", "| caci | 2 |"):
+        assert row in table
+    assert "against reasoner (few)" in table and "failed, so not in it: seed=1 arm=many" in table
+
+
+def test_the_cost_of_all_that_a_table_was_made_of_is_told(folders, tmp_path):
+    paths, *_ = folders
+    outputs = tmp_path / "out"
+    upstream = outputs / "gba/default-0123456789"
+    upstream.mkdir(parents=True)
+    told = {"wall_seconds": 600, "git_sha": "b" * 40, "device": "cpu", "inputs": {}}
+    (upstream / "manifest.json").write_text(json.dumps(told))
+    for path in paths:
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest |= {"wall_seconds": 60, "git_sha": "a" * 40, "device": "cpu", "inputs": {"model": "0123456789"}}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    folder = concluded(folders, tmp_path)
+    made_of = json.loads((folder / "results.json").read_text())["made_of"]
+    assert made_of == {"runs": 9, "minutes": 18.0, "commits": ["a" * 40, "b" * 40], "devices": ["cpu"]}
+    assert (
+        "Made of 9 runs, 18 minutes one after the other on cpu; code at aaaaaaa, bbbbbbb."
+        in (folder / "table.md").read_text()
+    )
+
+
 def test_without_a_reference_or_evaluations_there_is_less(folders, tmp_path):
     text = (concluded(folders, tmp_path) / "table.md").read_text()
     assert "against" not in text.partition("Percent of")[0]
@@ -160,7 +249,7 @@ def test_a_reference_that_is_not_asked_is_told_before_any_work():
     with pytest.raises(UserError, match=r"results\.against: grop .* did you mean 'grpo'"):
         composed("results.id=x", "results.against=grop", "eval.models=[start,grpo]")
     composed("experiment=ablation_merge")
-    composed("experiment=ablation_gba")
+    composed("experiment=ablation_gba_weights")
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".."])

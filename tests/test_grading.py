@@ -26,8 +26,8 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
 from mmedexpert.guidelines.rubrics import Grades, adherence, criteria
 from mmedexpert.models.generate import Completions
-from mmedexpert.stages import gba
 from mmedexpert.stages.before import check_inputs
+from mmedexpert.stages.reasoner_key import acting_reward, reasoner_key, reward_key
 from mmedexpert.training import grading, rollouts
 from mmedexpert.training.advantages import group_relative
 from mmedexpert.training.grading import (
@@ -364,7 +364,7 @@ def test_its_address_and_key_are_looked_at_before_anything_is_trained(overrides,
 
 def test_the_runs_key_holds_what_decides_the_grades():
     def key(*overrides: str) -> Any:
-        return gba._reward_key(composed(*overrides))
+        return reward_key(composed(*overrides))
 
     plain = key()
     assert plain == {"weights": {"accuracy": 1.0, "format": 0.2}, "protocol": "robust"}  # as before there were judges
@@ -383,19 +383,19 @@ def test_the_runs_key_holds_what_decides_the_grades():
 
 
 def test_rubrics_decide_a_reasoner_only_where_a_perspective_has_weight():
-    weighted, plain = (gba._key(composed(*arm), ["x"]) for arm in ([], ["gba=outcome_only"]))
+    weighted, plain = (reasoner_key(composed(*arm), ["x"]) for arm in ([], ["gba=outcome_only"]))
     assert "rubrics" in weighted["rules"] and set(weighted["guidelines"]) >= {"cues.yaml", "weights.yaml"}
     assert "rubrics" not in plain["rules"] and plain["guidelines"] is None
 
 
 def test_the_wording_of_the_prompt_is_part_of_the_key(monkeypatch):
-    before = gba._reward_key(composed(*JUDGED))
-    monkeypatch.setattr(gba, "VERSION", "other")
-    assert gba._reward_key(composed(*JUDGED)) != before
+    before = reward_key(composed(*JUDGED))
+    monkeypatch.setattr("mmedexpert.stages.reasoner_key.VERSION", "other")
+    assert reward_key(composed(*JUDGED)) != before
 
 
 @pytest.mark.parametrize("overrides", [["gba.weights=[0,0,0,0]"], ["gba.scale=0"]])
 def test_no_judge_is_paid_where_no_perspective_has_weight(overrides):
     config = composed(*JUDGED, *overrides)
-    assert gba._reward(config).grader == "rules" and gba._reward_key(config) == gba._reward_key(composed())
-    assert gba._reward(composed(*JUDGED)).grader == "judge"
+    assert acting_reward(config).grader == "rules" and reward_key(config) == reward_key(composed())
+    assert acting_reward(composed(*JUDGED)).grader == "judge"

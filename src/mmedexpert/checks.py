@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from mmedexpert.arms import with_arm
 from mmedexpert.checks_merge import check_merge
 from mmedexpert.curation.settings import MODELS, check_settings
 from mmedexpert.errors import UserError, suggestion
@@ -49,7 +50,7 @@ POSITIVE = (
     "model.min_pixels", "model.max_pixels", "model.max_new_tokens", "model.lora.r", "model.lora.alpha", "dsa.steps",
     "dsa.batch_size", "dsa.lr", "dsa.checkpoint_every", "dsa.max_grad_norm", "gba.steps", "gba.max_grad_norm",
     "gba.prompts_per_step", "gba.num_iterations", "gba.temperature", "gba.top_p", "gba.epsilon", "gba.lr",
-    "gba.checkpoint_every", "engine.batch_size", "eval.num_resamples", "trainer.num_nodes", 
+    "gba.checkpoint_every", "gba.keep_rollouts", "engine.batch_size", "eval.num_resamples", "trainer.num_nodes", 
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
     "pretrain.checkpoint_every", "engine.endpoint.concurrency", "engine.endpoint.timeout_s",
     "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s", "reward.judge.concurrency", "reward.judge.timeout_s",
@@ -85,7 +86,7 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         # anew, because Hydra lets `+key=` add to what is typed
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(with_arm(composed)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
@@ -182,6 +183,10 @@ def check(config: Config) -> None:
             "gba.grouping=perspective compares the completions of each perspective: it needs weights, and a "
             "gba.conditioning that asks for perspectives (prompted, prompted_weighted)"
         )
+    if gba.keep is not None and not (len(gba.keep) == 2 and 0 <= gba.keep[0] <= gba.keep[1] <= gba.keep_rollouts):
+        raise UserError(f"gba.keep={gba.keep} must be two numbers in order, 0 to gba.keep_rollouts={gba.keep_rollouts}")
+    if config.eval.specialties == []:
+        raise UserError("eval.specialties=[] asks nothing: name specialties, or null for those of specialty")
     if gba.dynamic_sampling and gba.scale_rewards == "batch":
         raise UserError(
             "gba.dynamic_sampling refills single groups, and gba.scale_rewards=batch would measure these against "
@@ -227,13 +232,22 @@ def check(config: Config) -> None:
 def _check_results(config: Config) -> None:
     """An experiment's table has a place, and the row that all are compared with is among the models asked."""
     results, asked = config.results, config.eval.models
+    if asked is not None:  # of every arm
+        asked = [
+            *asked,
+            *(name for arm in (config.arms or {}).values() for name in (arm or {}).get("eval.models") or ()),
+        ]
     if results.id is not None and not re.fullmatch(r"[\w-]+", results.id):
         raise UserError(f"results.id={results.id} is to name a folder: letters, digits, - and _")
     named = {"against": [results.against] if results.against is not None else [], "models": results.models or []}
     for key, names in named.items():
         for name in names:
-            if asked is not None and name not in asked:
-                raise UserError(f"results.{key}: {name} is none of eval.models{suggestion(name, asked)}")
+            model, _, arm = name.partition(" (")
+            if arm and arm.removesuffix(")") not in (config.arms or {}):
+                hint = suggestion(arm.removesuffix(")"), list(config.arms or {}))
+                raise UserError(f"results.{key}: {name} names no arm{hint}")
+            if asked is not None and model not in asked:
+                raise UserError(f"results.{key}: {model} is none of eval.models{suggestion(model, asked)}")
 
 
 def _check_prices(where: str, endpoint: EndpointConfig) -> None:

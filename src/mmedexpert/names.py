@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -33,9 +34,16 @@ def start_names(config: Config) -> list[str]:
 
 
 def known_names(config: Config) -> list[str]:
-    """Every name that `eval.models` knows."""
+    """Every name that `eval.models` knows, `sft_all@<steps>` where it gives one."""
     controls = [] if config.gba.init == "each" else [CONTROL]
-    return ["base", *start_names(config), *trained_names(config), MULTI_TASK, *controls, *BASELINES]
+    longer = [name for name in config.eval.models or [] if multi_task_steps(name)]
+    return ["base", *start_names(config), *trained_names(config), MULTI_TASK, *longer, *controls, *BASELINES]
+
+
+def multi_task_steps(name: str) -> int | None:
+    """The steps that `sft_all@480` is trained for; None for any other name."""
+    found = re.fullmatch(rf"{MULTI_TASK}@([1-9]\d*)", name)
+    return int(found[1]) if found else None
 
 
 def distinct_names(names: Sequence[str], paths: Sequence[Path | str], taken: Collection[str] = RESERVED) -> list[str]:

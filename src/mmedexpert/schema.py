@@ -247,6 +247,8 @@ class GbaConfig:
     num_generations: int = MISSING
     num_iterations: int = MISSING
     dynamic_sampling: int = 0
+    keep: list[int] | None = None
+    keep_rollouts: int = 16
     temperature: float = MISSING
     top_p: float = MISSING
     top_k: int = MISSING
@@ -318,6 +320,7 @@ class EvalConfig:
     perspectives: str = MISSING
     num_resamples: int = MISSING
     models: list[str] | None = None
+    specialties: list[str] | None = None
     contamination: bool = True
     llm_judge: EndpointConfig = field(default_factory=EndpointConfig)
 
@@ -401,6 +404,8 @@ class Config:
     debug: DebugConfig = field(default_factory=DebugConfig)
     runs: RunsConfig = field(default_factory=RunsConfig)
     results: ResultsConfig = field(default_factory=ResultsConfig)
+    arm: str | None = None
+    arms: Any = None  # a dictionary or null, as merge.search
     protocol: str = "auto"
     seed: int = 0
 

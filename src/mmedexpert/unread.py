@@ -50,6 +50,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "protocol": ("eval", "search"),
     "eval": ("eval",),
     "eval.perspectives": ("eval", "search"),
+    "eval.specialties": ("own",),
     "eval.num_resamples": ("eval", "search", "report"),
     "engine": ("eval", "search"),
     "benchmark": ("eval",),
@@ -65,6 +66,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "logger.log_completions_every": ("gba",),
     "logger.log_images": ("gba",),
     "runs": (),
+    "arm": (),
+    "arms": (),
     "results": ("eval",),
     "results.id": (),
     "runs.delete": ("clean",),
@@ -184,6 +187,10 @@ RULES = (
         "gba.weights={config.gba.weights} give no perspective any weight", ("gba.weights", "gba"),
     ),
     Rule(("gba.gate",), lambda c, _: c.gba.scale == 0, "gba.scale=0 leaves nothing to gate", ("gba.scale", "gba")),
+    Rule(
+        ("gba.keep_rollouts",), lambda c, _: c.gba.keep is None,
+        "gba.keep=null keeps every question: give a range, gba.keep=[1,15]", ("gba.keep",),
+    ),
     Rule(
         ("merge.gram_records",), lambda c, _: c.merge.grams is None,
         "merge.grams=null measures no inputs: add merge.grams=full or span", ("merge.grams", "merge"),

@@ -87,9 +87,14 @@ def best_first(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def named(arms: Sequence[Arm], name: str | None) -> Arm | None:
-    """The arm with this label, else the first one of a model so called; None where there is none."""
+    """The arm with this label, else the first one of a model so called; None where there is none.
+
+    `caci (default)` may be the only one of its model, whose label then says no more than that.
+    """
     by_label = [arm for arm in arms if arm.label == name]
-    return next(iter(by_label or [arm for arm in arms if next(iter(arm.runs.values())).model == name]), None)
+    model, _, said = (name or "").partition(" (")
+    by_model = [arm for arm in arms if next(iter(arm.runs.values())).model == model]
+    return next(iter(by_label or (by_model if not said or len(by_model) == 1 else [])), None)
 
 
 def paired(arm: Arm, reference: Arm, *, seed: int = 0) -> Paired | None:
@@ -117,10 +122,14 @@ def paired(arm: Arm, reference: Arm, *, seed: int = 0) -> Paired | None:
             if group == "specialty" and name in summary["per_specialty"]
         ]
         _, low, high = macro_bootstrap_ci(*zip(*rows, strict=True), num_resamples=PAIRED_RESAMPLES, seed=seed)
-    mean, half = float(over.mean()), None
-    if len(seeds) > 1:
-        half = float(t.ppf(0.975, len(seeds) - 1) * over.std(ddof=1) / len(seeds) ** 0.5)
-    return Paired(seeds, mean, half, 100 * low, 100 * high)
+    return Paired(seeds, float(over.mean()), half_width(over), 100 * low, 100 * high)
+
+
+def half_width(values: Sequence[float] | np.ndarray) -> float | None:
+    """Half the 95% interval of a mean by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def _public(summary: Mapping[str, Any]) -> bool:

@@ -14,7 +14,20 @@ from mmedexpert.runtime.identity import folder_of
 from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.privacy import redacted, without_places
 
-ORDER = ("data", "benchmark", "overlap", "pretrain", "dsa", "start", "gba", "grams", "caci", "distil", "eval")
+ORDER = (
+    "data",
+    "benchmark",
+    "overlap",
+    "pretrain",
+    "dsa",
+    "start",
+    "difficulty",
+    "gba",
+    "grams",
+    "caci",
+    "distil",
+    "eval",
+)
 NOT_TOLD = "not recorded"
 
 

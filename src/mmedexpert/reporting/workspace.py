@@ -1,4 +1,4 @@
-"""`python -m mmedexpert.reporting.workspace --experiment ablation_gba`: W&B's workspace and report of an experiment.
+"""`python -m mmedexpert.reporting.workspace --experiment ablation_init`: W&B's workspace and report of an experiment.
 
 The panels are data, so that a test compares them with what runs log; `wandb-workspaces` draws them, and saving needs a
 login. Runs are grouped by arm over seeds, and curves stand over the trainer's step.
@@ -114,11 +114,14 @@ def panels(stage: str, split: str = "test") -> dict[str, list[Panel]]:
 
 
 STAGES = ("pipeline", "gba", "caci", "dsa")  # of a report, in this order
+# whose runs an experiment compares; else pipeline
 UNITS = {
-    "ablation_gba": "gba",
-    "ablation_merge": "caci",
-    "merge_search": "caci",
-}  # whose runs are compared; else pipeline
+    **dict.fromkeys(("ablation_gba_weights", "ablation_init", "data_filtering"), "gba"),
+    **dict.fromkeys(
+        ("table_main", "ablation_components", "ablation_merge", "ablation_specialties", "scaling", "perspectives",
+         "merge_search"), "caci",
+    ),
+}  # fmt: skip
 
 
 def workspace(entity: str, project: str, experiment: str | None, stage: str, split: str = "test") -> Any:
@@ -220,7 +223,8 @@ def _drawn(wr: Any, panel: Panel) -> Any:
 
 
 def _filter(experiment: str | None, stage: str) -> str:
-    found = f"Config('{STAGE}') = '{stage}'"
+    # a merge that its experts taught is the run of stage distil
+    found = f"Config('{STAGE}') in ['caci', 'distil']" if stage == "caci" else f"Config('{STAGE}') = '{stage}'"
     return found + (f" and Config('{EXPERIMENT}') = '{experiment}'" if experiment else "")
 
 

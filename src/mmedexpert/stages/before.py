@@ -158,6 +158,12 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
     """
     records, _ = load_records(data.folder)
     names, asked = config.specialty.names, config.eval.split
+    for name in (config.eval.specialties or []) if "own" in work else []:
+        if _lacking(records, name, [asked]):
+            known = sorted({other for record in records if record.split == asked for other in record.specialties})
+            raise UserError(
+                f"eval.specialties: {name!r} has no {asked} record in data {data.name}{suggestion(name, known)}"
+            )
     searched = ["val"] if config.merge.search is not None else []
     lacks = {name: _lacking(records, name, ["train", asked, *searched]) for name in names}
     if config.specialty.on_missing == "error":

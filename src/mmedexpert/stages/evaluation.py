@@ -87,7 +87,7 @@ def evaluations_of(config: Config) -> dict[str, partial[Run]]:
 
 
 def _own(config: Config) -> QuestionSource:
-    data, names = dataset(config), config.specialty.names
+    data, names = dataset(config), config.eval.specialties or config.specialty.names
     records, image_root = records_of(data, config.eval.split, names)
     name = f"{data.name}-{config.eval.split}"
     questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)

@@ -3,56 +3,160 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mmedexpert.evaluation.comparison import aligned, by_benchmark, read_runs
-from mmedexpert.evaluation.seeds import arms_of, best_first, named, paired
-from mmedexpert.reporting.arms import SAID, as_json, figure, kind_rows, resolution, rows_of
+from mmedexpert.evaluation.comparison import EvalRun, aligned, by_benchmark, read_runs
+from mmedexpert.evaluation.seeds import Arm, arms_of, best_first, named, paired
+from mmedexpert.reporting.arms import (
+    SAID,
+    as_json,
+    figure,
+    kind_rows,
+    matrix_rows,
+    resolution,
+    rows_of,
+    together_rows,
+)  # fmt: skip
 from mmedexpert.reporting.tables import latex, markdown, print_table
+from mmedexpert.runtime.identity import folder_of
+from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.runs import Run, console, git_sha, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages.report import compare
 
 
-def conclude(config: Config, runs: Iterable[Run], failed: Sequence[str] = ()) -> Path | None:
-    """Print and write the table of the evaluations among `runs`, to `<outputs>/experiments/<results.id>`: table.md,
-    results.json, a .tex and a figure of each set of questions, and the whole comparison with its page; None without
-    any. `failed`: jobs that are missing in it."""
-    wanted, found, first = config.results.models, {}, None
-    for run in runs:
-        if run.stage == "eval" and run.done:
-            found[run.folder.resolve()] = run
-    evaluations, notes = aligned(read_runs(list(found)), common=True) if found else ([], [])
-    folder = Path(config.paths.outputs) / "experiments" / str(config.results.id)
+def conclude(
+    config: Config, jobs: Sequence[tuple[Config, Iterable[Run]]], failed: Sequence[str] = ()
+) -> Path | None:  # fmt: skip
+    """Print and write the table of the evaluations among the runs of `jobs`, to `<outputs>/experiments/<results.id>`:
+    table.md, results.json, a .tex and a figure of each set of questions, and the whole comparison with its page; None
+    without any. `failed`: jobs that are missing in it.
+
+    A table over some of the runs of one that is there leaves it, and goes to `<results.id>-part`.
+    """
+    results, outputs = config.results, Path(config.paths.outputs)
+    arms_with = _arms_with(jobs)
+    if not arms_with:
+        return None
+    evaluations, notes = aligned(read_runs(list(arms_with)), common=True)
+    evaluations = _by_arm(evaluations, arms_with)
     notes = [note for note in notes if "settings differ" not in note]  # they are what the arms vary
     notes += [f"failed, so not in it: {name}" for name in failed]
-    text, numbers = [f"# {config.results.id}\n\n{config.results.claim}\n".replace("\n\n\n", "\n")], {}
+    folder = _place(outputs / "experiments" / str(results.id), evaluations)
+    folder.mkdir(parents=True, exist_ok=True)
+    text, first = [f"# {results.id}\n\n{results.claim}\n".replace("\n\n\n", "\n")], None
+    numbers: dict[str, Any] = {}
     for benchmark, members in by_benchmark(evaluations):
         arms = arms_of(members)
-        reference = named(arms, config.results.against)
-        name, arms = reference.label if reference else "", best_first(arms)
+        reference = named(arms, results.against)
         first = first or (next(iter(reference.runs.values())) if reference else None)
-        if wanted is not None:
-            shown = [arm for arm in arms if arm is reference or next(iter(arm.runs.values())).model in wanted]
-            arms = shown or arms
-        against = {arm.label: paired(arm, reference, seed=config.seed) if reference else None for arm in arms}
-        rows, kinds = rows_of(arms, against, name), kind_rows(arms)
-        folder.mkdir(parents=True, exist_ok=True)
-        place = re.sub(r"\W+", "_", benchmark)
-        said = [SAID, resolution(against), *notes]
-        print_table(rows, f"{config.results.id} on {benchmark}", "\n".join([*filter(None, said), f"{folder}"]))
-        if kinds:
-            print_table(kinds, f"{config.results.id} on {benchmark}, by kind of question")
-        text += [f"## {benchmark}\n", markdown(rows), markdown(kinds) if kinds else "", "\n\n".join(filter(None, said))]
-        (folder / f"{place}.tex").write_text(latex(rows), encoding="utf-8")
-        numbers[benchmark] = as_json(arms, against, name)
-        for kind in ("png", "svg"):
-            figure(arms, against, name, f"{config.results.id} on {benchmark}", folder / f"{place}.{kind}")
-    if not numbers:
-        return None
-    (folder / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    write_json(folder / "results.json", {"id": config.results.id, "git_sha": git_sha(), "sets": numbers})
+        if results.models is not None:
+            arms = [arm for arm in arms if arm is reference or next(iter(arm.runs.values())).model in results.models]
+        text += _tell(config, benchmark, best_first(arms or arms_of(members)), reference, notes, folder, numbers)
+    cost = _cost([run.path.parent for run in evaluations], outputs)
+    (folder / "table.md").write_text("\n".join([*text, _told(cost), ""]), encoding="utf-8")
+    told = {"id": results.id, "git_sha": git_sha(), "made_of": cost, "sets": numbers}
     compare(config, evaluations, first, notes, folder)
+    write_json(folder / "results.json", told)
     console.print(f"{folder}/report.html", highlight=False, soft_wrap=True)
     return folder
+
+
+def _tell(
+    config: Config, benchmark: str, arms: Sequence[Arm], reference: Arm | None, notes: Sequence[str], folder: Path,
+    numbers: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    """One set of questions: its tables printed, drawn and as text, its numbers in `numbers`."""
+    name, title = reference.label if reference else "", f"{config.results.id} on {benchmark}"
+    against = {arm.label: paired(arm, reference, seed=config.seed) if reference else None for arm in arms}
+    rows, place = rows_of(arms, against, name), re.sub(r"\W+", "_", benchmark)
+    said = [*filter(None, [SAID, resolution(against), *notes])]
+    print_table(rows, title, "\n".join([*said, f"{folder}"]))
+    text = [f"## {benchmark}\n", markdown(rows), "\n\n".join(said) + "\n"]
+    more = {
+        "by kind of question": kind_rows(arms),
+        "asked under every perspective": together_rows(arms),
+        "what a question needs, and what it is asked under": matrix_rows(arms),
+    }
+    for what, found in more.items():
+        if found:
+            print_table(found, f"{title}: {what}")
+            text += [f"### {what[0].upper()}{what[1:]}\n", markdown(found)]
+    (folder / f"{place}.tex").write_text(latex(rows), encoding="utf-8")
+    numbers[benchmark] = as_json(arms, against, name)
+    for kind in ("png", "svg"):
+        figure(arms, against, name, title, folder / f"{place}.{kind}")
+    return text
+
+
+def _place(folder: Path, evaluations: Sequence[EvalRun]) -> Path:
+    """The folder, or beside it where it holds a table over these runs and more."""
+    found = read_object(folder / "results.json").get("sets", {})
+    there = {
+        seed["run"] for one in found.values() for arm in one["arms"].values() for seed in arm["seeds"].values()
+    }  # fmt: skip
+    if not {run.path.parent.name for run in evaluations} < there:
+        return folder
+    part = folder.with_name(f"{folder.name}-part")
+    line = f"{folder} holds a table over these runs and more: this one is {part}"
+    console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
+    return part
+
+
+def _arms_with(jobs: Sequence[tuple[Config, Iterable[Run]]]) -> dict[Path, set[str]]:
+    """The folder of each finished evaluation, with the arms (`arm=`) that have it."""
+    found: dict[Path, set[str]] = {}
+    for config, runs in jobs:
+        for run in runs:
+            if run.stage == "eval" and run.done:
+                found.setdefault(run.folder.resolve(), set()).update([config.arm] if config.arm else [])
+    return found
+
+
+def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]]) -> list[EvalRun]:
+    """A model that arms have in several kinds is called by its arms: `reasoner (rank_4)`."""
+    every = set().union(*arms_with.values())
+    of_recipe: dict[str, set[str]] = {}  # over all seeds: a job that failed takes no arm from a name
+    for run in evaluations:
+        of_recipe.setdefault(run.recipe, set()).update(arms_with[run.path.parent])
+    named = []
+    for run in evaluations:
+        own, kinds = of_recipe[run.recipe], {r.recipe for r in evaluations if r.model == run.model}
+        family = run.model if own == every or len(kinds) == 1 else f"{run.model} ({', '.join(sorted(own))})"
+        label = f"{family} (seed {run.seed})" if run.seed_of else family
+        named.append(replace(run, family=family, label=label, seed_of=run.seed_of and family))
+    return named if len(every) > 1 and _apart(named) else list(evaluations)
+
+
+def _cost(folders: Sequence[Path], outputs: Path) -> dict[str, Any]:
+    """How many runs the evaluations and all that they were made of are, the minutes that each of them took, added up,
+    their commits and machines."""
+    waiting, seen = list(folders), dict[Path, Mapping[str, Any]]()
+    while waiting:
+        folder = waiting.pop().resolve()
+        if folder not in seen:
+            seen[folder] = read_object(folder / "manifest.json")
+            inner = (folder_of(outputs, str(one)) for one in seen[folder].get("inputs", {}).values())
+            waiting += [one for one in inner if one is not None]
+    told = [manifest for manifest in seen.values() if manifest]
+    return {
+        "runs": len(told),
+        "minutes": round(sum(manifest.get("wall_seconds", 0.0) for manifest in told) / 60, 1),
+        "commits": sorted({str(manifest.get("git_sha")) for manifest in told}),
+        "devices": sorted({str(manifest.get("device")) for manifest in told}),
+    }
+
+
+def _told(cost: Mapping[str, Any]) -> str:
+    commits = ", ".join(one[:7] for one in cost["commits"])
+    minutes = f"{cost['minutes']:.0f} minutes one after the other"
+    return f"Made of {cost['runs']} runs, {minutes} on {' and '.join(cost['devices'])}; code at {commits}."
+
+
+def _apart(runs: Sequence[EvalRun]) -> bool:
+    """Whether no two runs of one benchmark share a label."""
+    names = [(run.benchmark, run.label) for run in runs]
+    return len(set(names)) == len(names)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,10 +14,8 @@ from peft import PeftModel
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.guidelines import PERSPECTIVES, instructions
-from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.models.adapters import LoraAdapter
-from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start_from_
+from mmedexpert.models.backbone import load_encoder
 from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.models.encode import Encoder
 from mmedexpert.reporting.cards import write_card
@@ -25,37 +23,23 @@ from mmedexpert.reporting.finals import ends
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
-from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import gather, rank
 from mmedexpert.runtime.runs import Run
-from mmedexpert.runtime.versions import digest, text_of, versions
-from mmedexpert.schema import Config, LoggerConfig, RewardConfig
-from mmedexpert.scoring import Protocol
+from mmedexpert.runtime.versions import versions
+from mmedexpert.schema import Config, LoggerConfig
 from mmedexpert.stages import dsa, merge
-from mmedexpert.stages.common import (
-    Base,
-    content_of,
-    fit_options,
-    ledger_of,
-    loading,
-    model_key,
-    records_of,
-    stage_run,
-    training_key,
-)
+from mmedexpert.stages.common import Base, content_of, fit_options, ledger_of, loading, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.distil import distilled
+from mmedexpert.stages.policy import DIFFICULTY, difficulty, guidance_of, passed, policy_of, sampler_of, within
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.training.advantages import RewardScale
-from mmedexpert.training.grading import Grader, grader_of
-from mmedexpert.training.judge import VERSION
+from mmedexpert.stages.reasoner_key import acting, acting_reward, reasoner_key
+from mmedexpert.training.grading import grader_of
 from mmedexpert.training.losses import LossType
-from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, report, roll_out
+from mmedexpert.training.rollouts import Guidance, Rollout, advantages, completion_rows, report
 
 if TYPE_CHECKING:  # Lightning, which takes seconds
     from mmedexpert.training.gba import GbaModule
-
-RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
 
 
 def run(config: Config) -> dict[str, Run]:
@@ -121,22 +105,27 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
     inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
     if start:
         inputs["start"] = start.run_id
+    hardness = difficulty(config, name, specialties, start) if settings.keep is not None else None
+    if hardness:
+        inputs["difficulty"] = hardness.run_id
 
     def work(run: Run) -> dict[str, float]:
         from mmedexpert.training.fit import fit
         from mmedexpert.training.gba import rollout_stream
 
         records, image_root = records_of(data, "train", specialties)
+        if hardness and settings.keep is not None:
+            records = within(records, passed(hardness.folder / DIFFICULTY), settings.keep)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
-        grader = grader_of(_reward(config), ledger_of(config))
-        encoder, policy = load_encoder(base.folder, loading(config)), _policy(config, base, starts)
+        grader = grader_of(acting_reward(config), ledger_of(config))
+        encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
         with run.phase("train"):
             stream = rollout_stream(
-                records, _sampler(config, policy, encoder, image_root, grader),
+                records, sampler_of(config, policy, encoder, image_root, grader, settings.num_generations),
                 prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
                 dynamic_sampling=settings.dynamic_sampling,
-                settle=partial(_scale_by_batch, _guidance(config)) if settings.scale_rewards == "batch" else None,
+                settle=partial(_scale_by_batch, guidance_of(config)) if settings.scale_rewards == "batch" else None,
                 watch=_Watch(curve, image_root, run.logger, config.logger),
             )  # fmt: skip
             metrics = fit(
@@ -151,70 +140,10 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         _write_cards(
             config, run, base, {f"{data.name} ({len(records)} training records)": dsa.licences(records)}, starts
         )
-        return {**metrics, **_gain(curve)}
+        return {"train_records": float(len(records)), **metrics, **_gain(curve)}
 
-    key, sources = _key(config, specialties), {"data": data}
+    key, sources = reasoner_key(config, specialties), {"data": data}
     return stage_run(config, "gba", name, key, work, inputs, sources=sources, every_rank=True)
-
-
-def _key(config: Config, specialties: list[str]) -> dict[str, Any]:
-    """The settings and rules that decide a reasoner."""
-    return {
-        "specialties": specialties,
-        "gba": _settings(config),
-        "lora": asdict(config.model.lora),
-        "reward": _reward_key(config),
-        "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "trainer": training_key(config),
-        "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if _weighted(config) else ())),
-        "instructions": digest(instructions(config.model.instructions)),
-        "guidelines": {name: text_of(name) for name in DATA} if _weighted(config) else None,
-    }
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings of GBA that act: where no perspective's term has weight, scale and gate act on nothing, and weights
-    on the outcomes alone that are compared by perspective."""
-    settings = {k: v for k, v in asdict(config.gba).items() if k not in ("name", "checkpoint_every")}
-    if not _weighted(config):
-        settings |= {"scale": 0.0, "gate": "none"}
-        if config.gba.grouping == "question":
-            settings["weights"] = [0.0] * len(PERSPECTIVES)
-    return settings
-
-
-def _weighted(config: Config) -> bool:
-    """Whether any perspective has weight."""
-    return bool(config.gba.scale and any(config.gba.weights))
-
-
-def _reward(config: Config) -> RewardConfig:
-    """The reward that acts: where no perspective has weight no judge is paid, and the rules measure adherence."""
-    return config.reward if _weighted(config) else replace(config.reward, grader="rules")  # ours
-
-
-def _reward_key(config: Config) -> dict[str, Any]:
-    """What of the reward decides a reasoner; of a judge's server not its speed, nor how it is logged in to."""
-    reward, judge = _reward(config), config.reward.judge
-    key: dict[str, Any] = {"weights": reward.weights, "protocol": reward.protocol}
-    if reward.grader == "rules":
-        return key
-    address = without_password(judge.base_url or "").rstrip("/")
-    sees = {"images": judge.shows_images, "answer": judge.shows_answer}
-    told = {"server": [address, judge.model, judge.revision], "prompt": VERSION, "sees": sees}
-    return key | {"grader": reward.grader, "judge": {**told, "max_new_tokens": judge.max_new_tokens}}
-
-
-def _policy(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> PeftModel:
-    """The base with the start inside it, frozen, and a fresh LoRA on top."""
-    model, lora = load_model(base.folder, loading(config)), config.model.lora
-    for adapter in starts:
-        start_from_(model, adapter)
-    return add_lora(
-        model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        seed=config.seed,
-    )  # fmt: skip
 
 
 def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:
@@ -232,39 +161,9 @@ def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:
     )  # fmt: skip
 
 
-def _guidance(config: Config) -> Guidance:
-    settings = config.gba
-    scale_rewards = cast(RewardScale, settings.scale_rewards)
-    return Guidance(
-        tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, scale_rewards, settings.grouping
-    )
-
-
-def _sampler(
-    config: Config, policy: PeftModel, encoder: Encoder, image_root: Path, grader: Grader
-) -> Callable[[list[Record], list[int]], Rollout]:
-    """What samples and scores a group for each record, by the record's seed."""
-    from mmedexpert.training.fit import gathered
-
-    settings, guidance = config.gba, _guidance(config)
-    sampling = Sampling(
-        settings.num_generations, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k
-    )
-
-    def sample(records: list[Record], seeds: list[int]) -> Rollout:
-        with gathered(policy):
-            return roll_out(
-                policy, encoder, records, image_root, sampling=sampling, guidance=guidance,
-                reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol),
-                grader=grader, seeds=seeds,
-            )  # fmt: skip
-
-    return sample
-
-
 def _write_cards(config: Config, run: Run, base: Base, data: Mapping[str, Any], starts: Sequence[LoraAdapter]) -> None:
-    told = "GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in _settings(config).items())
-    if (reward := _reward(config)).grader != "rules":
+    told = "GRPO with guideline-based advantages, " + ", ".join(f"{k}={v}" for k, v in acting(config).items())
+    if (reward := acting_reward(config)).grader != "rules":
         told += f", graded by {reward.grader} ({reward.judge.model})"
     titles = {"adapter": "reasoner (GBA)", "update": "reasoner's RL update alone (GBA)"}
     for part, title in titles.items():

@@ -18,6 +18,7 @@ from mmedexpert.names import (
     START,
     distinct_names,
     known_names,
+    multi_task_steps,
     reasoner_names,
     start_names,
 )
@@ -77,8 +78,10 @@ def subjects_of(config: Config) -> list[Subject]:
             known |= {name: _adapted(name, r, base) for name, r in make().items()}
     if wanted is None or config.merge.name in wanted:
         known |= {name: Subject(name, r.run_id, r.folder / "model", made_by=r) for name, r in caci.run(config).items()}
-    if MULTI_TASK in (wanted or []):
-        known[MULTI_TASK] = _adapted(MULTI_TASK, dsa.expert(config, "all", config.specialty.names), base)
+    for name in wanted or []:
+        if steps := config.dsa.steps if name == MULTI_TASK else multi_task_steps(name):
+            trained = replace(config, dsa=replace(config.dsa, steps=steps))
+            known[name] = _adapted(name, dsa.expert(trained, "all", config.specialty.names), base)
     if CONTROL in (wanted or []):
         known[CONTROL] = _adapted(CONTROL, gba.control(config), base)
     subjects = [known[name] for name in wanted or known if name not in BASELINES]
@@ -93,7 +96,8 @@ def subjects_of(config: Config) -> list[Subject]:
 def _needing_experts(config: Config) -> set[str]:
     """The names of the models for which experts are trained."""
     if config.gba.init == "base":
-        return {*config.specialty.names, config.merge.name, MULTI_TASK}
+        longer = [name for name in config.eval.models or [] if multi_task_steps(name)]
+        return {*config.specialty.names, config.merge.name, MULTI_TASK, *longer}
     return set(known_names(config)) - {"base", *BASELINES}
 
 

@@ -1,0 +1,65 @@
+"""What decides a reasoner: the settings of GBA and its reward that act, and the rules that they follow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.guidelines.rubrics import DATA
+from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.versions import digest, text_of, versions
+from mmedexpert.schema import Config, RewardConfig
+from mmedexpert.stages.common import model_key, training_key
+from mmedexpert.training.judge import VERSION
+
+RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
+
+
+def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
+    """The settings and rules that decide a reasoner."""
+    return {
+        "specialties": specialties,
+        "gba": acting(config),
+        "lora": asdict(config.model.lora),
+        "reward": reward_key(config),
+        "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
+        "trainer": training_key(config),
+        "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if weighted(config) else ())),
+        "instructions": digest(instructions(config.model.instructions)),
+        "guidelines": {name: text_of(name) for name in DATA} if weighted(config) else None,
+    }
+
+
+def acting(config: Config) -> dict[str, Any]:
+    """The settings of GBA that act: where no perspective's term has weight, scale and gate act on nothing, and weights
+    on the outcomes alone that are compared by perspective."""
+    unused = ("name", "checkpoint_every", "keep_rollouts", *(() if config.gba.keep is not None else ("keep",)))
+    settings = {k: v for k, v in asdict(config.gba).items() if k not in unused}
+    if not weighted(config):
+        settings |= {"scale": 0.0, "gate": "none"}
+        if config.gba.grouping == "question":
+            settings["weights"] = [0.0] * len(PERSPECTIVES)
+    return settings
+
+
+def weighted(config: Config) -> bool:
+    """Whether any perspective has weight."""
+    return bool(config.gba.scale and any(config.gba.weights))
+
+
+def acting_reward(config: Config) -> RewardConfig:
+    """The reward that acts: where no perspective has weight no judge is paid, and the rules measure adherence."""
+    return config.reward if weighted(config) else replace(config.reward, grader="rules")  # ours
+
+
+def reward_key(config: Config) -> dict[str, Any]:
+    """What of the reward decides a reasoner; of a judge's server not its speed, nor how it is logged in to."""
+    reward, judge = acting_reward(config), config.reward.judge
+    key: dict[str, Any] = {"weights": reward.weights, "protocol": reward.protocol}
+    if reward.grader == "rules":
+        return key
+    address = without_password(judge.base_url or "").rstrip("/")
+    sees = {"images": judge.shows_images, "answer": judge.shows_answer}
+    told = {"server": [address, judge.model, judge.revision], "prompt": VERSION, "sees": sees}
+    return key | {"grader": reward.grader, "judge": {**told, "max_new_tokens": judge.max_new_tokens}}
