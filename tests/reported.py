@@ -195,7 +195,10 @@ def whole_report(outputs: Path) -> Path:
         for k, p in enumerate(PERSPECTIVES)
     ]
     plain = [reply(r, None, right=i < 4, text=f"the base says zebra{i}") for i, r in enumerate(asked)]
-    merged = [reply(r, None, right=i < 9, text="the merge says so") for i, r in enumerate(asked)]
+    merged = [
+        reply(r, None, right=i < 9, text="the merge says so") | {"image_tokens": 16 * (i % 3)}
+        for i, r in enumerate(asked)
+    ]  # fmt: skip
     grey = [reply(r, None, right=i < 2, text="it is grey") | {"image_sha256": ["0"]} for i, r in enumerate(asked)]
     base, reasoner, caci, blank = (
         eval_run(outputs, name, model, data, rows)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,19 @@ def test_an_experiment_has_a_folder_a_claim_and_arms_that_fit(name):
     assert not names or not arms  # the row that all are compared with is asked by an arm
     whole = {arm: OmegaConf.to_yaml(with_arm(OmegaConf.merge(given, {"arm": arm}))) for arm in arms}
     assert len({text.replace(f"arm: {arm}\n", "") for arm, text in whole.items()}) == len(arms)
+
+
+def test_a_shell_completes_groups_choices_and_keys():
+    """Hydra's completion, which is asked at every press of a key: nothing heavy may be imported before it answers."""
+    cases = {"merge=reg": "merge=regmean", "gba.keep": "gba.keep_rollouts=", "experi": "experiment="}
+    for typed_so_far, wanted in cases.items():
+        done = subprocess.run(
+            [sys.executable, "run.py", "-sc", "query=bash"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+            env={**os.environ, "COMP_LINE": f"python run.py {typed_so_far}"},
+        )  # fmt: skip
+        assert wanted in done.stdout.split(), done
+    done = subprocess.run([sys.executable, "run.py", "-sc", "install=bash"], cwd=ROOT, capture_output=True, text=True)
+    assert "hydra_bash_completion" in done.stdout
 
 
 def test_every_arm_is_a_job_and_a_command_may_choose(tmp_path):

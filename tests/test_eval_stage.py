@@ -54,7 +54,7 @@ def asked(answering) -> Asked:
     """The base, an expert with dropout, and both baselines, on the test questions of two of four specialties."""
     config = answering(
         "stage=eval", f"specialty.names=[{','.join(NAMES)}]", "data.source.test=12", "data.source.train=16",
-        "eval.models=[base,oncology_surgery,majority,blank_image]", "engine.batch_size=5", "dsa.steps=6",
+        "eval.models=[base,oncology_surgery,majority,blank_image,swapped_image]", "engine.batch_size=5", "dsa.steps=6",
         "dsa.lr=0.02", "model.lora.dropout=0.5", "model.max_new_tokens=15",
     )  # fmt: skip
     generated: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ def told(record: Record) -> str:
 
 
 def test_the_test_questions_of_the_specialties_are_asked_each_once(asked):
-    assert list(asked.runs) == ["base", "oncology_surgery", "majority", "blank_image"]
+    assert list(asked.runs) == ["base", "oncology_surgery", "majority", "blank_image", "swapped_image"]
     wanted = sorted(f"{name}-test-{i:03d}" for name in NAMES for i in range(12))
     for name in asked.runs:
         assert sorted(row["id"] for row in asked.rows(name)) == wanted
@@ -141,6 +141,24 @@ def test_the_pictures_are_the_questions_own_and_blank_ones_are_grey(asked):
     assert sum(same) >= len(same) - 1
 
 
+def test_a_swapped_image_is_another_questions_and_the_model_sees_it(asked):
+    own = {row["id"]: row["image_sha256"] for row in asked.rows("base")}
+    shown = {row["id"]: row["image_sha256"] for row in asked.rows("swapped_image")}
+    assert all(shown[name] != own[name] and shown[name] in own.values() for name in own)
+    modality = {tuple(own[record.id]): record.modality for record in asked.records}
+    assert all(modality[tuple(shown[record.id])] == record.modality for record in asked.records)
+    said = [{row["id"]: row["response"] for row in asked.rows(name)} for name in ("oncology_surgery", "swapped_image")]
+    assert said[0] != said[1]
+
+
+def test_the_places_of_an_image_are_counted(asked):
+    """One for each square of two patches of 14 pixels a side, of the image as the model gets it."""
+    for row in asked.rows("base"):
+        record = next(one for one in asked.records if one.id == row["id"])
+        width, height = Image.open(asked.image_root / record.images[0]).size
+        assert row["image_tokens"] == round(width / 28) * round(height / 28)
+
+
 def by_hand(asked: Asked, name: str) -> dict[str, bool]:
     """Whether each answer is right, read from the file with one regular expression."""
     gold = {record.id: record.answer for record in asked.records}
@@ -148,7 +166,7 @@ def by_hand(asked: Asked, name: str) -> dict[str, bool]:
     return {i: bool(match) and match[1] == gold[i] for i, match in answers.items()}
 
 
-@pytest.mark.parametrize("name", ["base", "oncology_surgery", "majority", "blank_image"])
+@pytest.mark.parametrize("name", ["base", "oncology_surgery", "majority", "blank_image", "swapped_image"])
 def test_accuracies_are_those_counted_by_hand(asked, name):
     right, summary = by_hand(asked, name), asked.runs[name].summary
     assert all(row["robust"]["correct"] == right[row["id"]] for row in asked.rows(name))

@@ -302,7 +302,7 @@ def test_blank_images_replace_every_image(tmp_path):
     engine = Scripted(lambda ask: "B")
     grey = tmp_path / "grey.png"
     Image.new("RGB", (28, 28)).save(grey)
-    ask(engine, asked, tmp_path / "p.jsonl", blank=grey)
+    ask(engine, asked, tmp_path / "p.jsonl", shown={asked.records[0].id: (grey, grey)})
     assert engine.asked[0].images == (grey, grey)
 
 

@@ -125,7 +125,9 @@ def test_conflicts_and_liveness_and_provenance(whole):
     assert "of the 12 answers on this page 7 picks (robust) and 12 texts change" in texts["liveness"]
     assert "largest mean 0.005, largest of a token 0.05" in texts["liveness"]
     assert "6 different images with 12 questions" in texts["liveness"] and "1 different images" in texts["liveness"]
-    assert "not run: runs do not note how many tokens an image had" in texts["liveness"]
+    assert "0 to 32 a question, 16 on average, 3 different numbers, over the 12 answers" in texts["liveness"]
+    assert "answers on this page; 4 had none" in texts["liveness"]
+    assert "not run: no swapped_image run among those compared" in texts["liveness"]
     for stage, name in (
         ("data", "drawn"),
         ("dsa", "cardiology"),

@@ -33,6 +33,7 @@ from mmedexpert.engines.asking import Ask, Reply
 from mmedexpert.evaluation import stats
 from mmedexpert.evaluation.predict import QuestionSet, majority_engine, perspectives_of, predict
 from mmedexpert.evaluation.summary import Summary
+from mmedexpert.evaluation.swap import swapped
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
@@ -566,6 +567,9 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "distil": distil,
     "rotate": lambda _: [[perspectives_of(record(0, id=f"q{i}"), way) for way in ("rotate", "vote")] for i in range(6)],
     "majority": majority,
+    "swap": lambda _: swapped(
+        [record(i, images=(f"{i}.png",), image_group=str(i // 2), modality="CT" if i < 5 else "MRI") for i in range(7)]
+    ),
     "robust": partial(judged, robust.judge),
     "medevalkit": partial(judged, medevalkit.judge),
     "metrics": lambda _: [metrics.open_scores(text, gold, "en") for gold, text in OPEN],

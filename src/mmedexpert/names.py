@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mmedexpert.schema import Config
 
-MAJORITY, BLANK_IMAGE = BASELINES = ("majority", "blank_image")  # who never looks; who is shown a grey image
+# who never looks; who is shown a grey image; who is shown another question's (asked by name alone)
+MAJORITY, BLANK_IMAGE, SWAPPED_IMAGE = BASELINES = ("majority", "blank_image", "swapped_image")
 START = "start"  # what the reasoner was trained from
 # asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
 # the same prompts without perspectives, what GBA must pass

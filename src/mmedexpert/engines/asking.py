@@ -30,9 +30,9 @@ class Reply:
     """An answer. `finish_reason` stop or length; `seconds` of its batch, divided among the batch's questions.
 
     `mean_logp` is the mean log-probability of its tokens, None where the engine does not tell; `prompt_tokens` are
-    those of the question, 0 likewise. A question that cannot be answered for good (`refusal`) has no text, the
-    finish_reason refused, and the reason in `refused`. `kept`: it came out of a ledger (`engines.ledger`), and cost
-    nothing.
+    those of the question, 0 likewise, and `image_tokens` the places of its images among them, None likewise. A
+    question that cannot be answered for good (`refusal`) has no text, the finish_reason refused, and the reason in
+    `refused`. `kept`: it came out of a ledger (`engines.ledger`), and cost nothing.
     """
 
     text: str
@@ -43,6 +43,7 @@ class Reply:
     refused: str = ""
     prompt_tokens: int = 0
     kept: bool = False
+    image_tokens: int | None = None
 
 
 def refusal(reason: str) -> Reply:

@@ -77,8 +77,16 @@ class TransformersEngine:
         means = ((out.logps * out.mask).sum(1) / lengths.clamp(min=1)).tolist()
         seconds = (time.perf_counter() - start) / len(prompts)
         return [
-            Reply(self.encoder.decode(ids), len(ids), "stop" if finished else "length", seconds, mean)
-            for ids, finished, mean in zip(out.rows(), out.finished.tolist(), means, strict=True)
+            Reply(
+                self.encoder.decode(ids),
+                len(ids),
+                "stop" if finished else "length",
+                seconds,
+                mean,
+                prompt_tokens=len(prompt.input_ids),
+                image_tokens=prompt.input_ids.count(self.encoder.image_token_id),
+            )
+            for prompt, ids, finished, mean in zip(prompts, out.rows(), out.finished.tolist(), means, strict=True)
         ]
 
 

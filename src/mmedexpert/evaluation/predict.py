@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -63,13 +63,18 @@ def perspectives_of(record: Record, setting: str) -> tuple[str | None, ...]:
 
 
 def asks_of(
-    questions: QuestionSet, *, protocol: str, perspectives: str, style: str, blank: Path | None = None
+    questions: QuestionSet,
+    *,
+    protocol: str,
+    perspectives: str,
+    style: str,
+    shown: Mapping[str, tuple[Path, ...]] | None = None,
 ) -> list[tuple[Record, str | None, Ask]]:
     """What a model is asked: each record under each of its perspectives, in order (see `predict`)."""
     told = instructions(style)
     asked: list[tuple[Record, str | None, Ask]] = []
     for record in questions.records:
-        images = tuple(blank or questions.image_root / name for name in record.images)
+        images = shown[record.id] if shown else tuple(questions.image_root / name for name in record.images)
         for perspective in (None,) if protocol == "medevalkit" else perspectives_of(record, perspectives):
             if protocol == "medevalkit":
                 text = questions.ask(record)
@@ -88,17 +93,17 @@ def predict(
     perspectives: str,
     style: str,
     title: str,
-    blank: Path | None = None,
+    shown: Mapping[str, tuple[Path, ...]] | None = None,
 ) -> list[Prediction]:
     """Greedy answers to all questions, one JSON line each in `path`, on disk as soon as it is there.
 
     Questions already answered in `path` are not asked again but judged by today's rules; those refused are asked. A
     refused question is a row like the others, wrong and unparsed, with the reason in `refused`; UserError where most
     are refused, which is a setting's fault. Protocol medevalkit asks in MedEvalKit's words and without perspectives,
-    robust in those of training, with the perspectives' instructions of `style` (small, full). `blank` is shown in place
-    of every image (a baseline: what the text alone gives away).
+    robust in those of training, with the perspectives' instructions of `style` (small, full). `shown` are the images
+    of each question in place of its own (a baseline: what the text alone gives away).
     """
-    asked = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style, blank=blank)
+    asked = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style, shown=shown)
     record_of = {record.id: record for record in questions.records}
     kept = {
         _key(row): _judged_again(questions, record_of[row["id"]], row) if row["id"] in record_of else row
@@ -157,6 +162,7 @@ def _row(questions: QuestionSet, record: Record, perspective: str | None, ask: A
         "finish_reason": reply.finish_reason,
         "seconds": round(reply.seconds, 4),
         "mean_logp": reply.mean_logp,
+        **({} if reply.image_tokens is None else {"image_tokens": reply.image_tokens}),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedexpert.evaluation.comparison import EvalRun, by_benchmark, paired
-from mmedexpert.names import BLANK_IMAGE
+from mmedexpert.names import BASELINES, BLANK_IMAGE, SWAPPED_IMAGE
 from mmedexpert.reporting.answers import Answers
 from mmedexpert.reporting.lineage import Made
 from mmedexpert.reporting.tables import Row
@@ -17,7 +17,8 @@ from mmedexpert.runtime.jsonl import read_object
 
 NOT_RUN = "not run"
 GAP = "sampling/sampling_logp_difference"
-BLANK, READ, TOKENS, SAMPLER = "a grey image", "images given", "image tokens", "sampler and trainer"
+BLANK, SWAPPED = "a grey image", "another question's image"
+READ, TOKENS, SAMPLER = "images given", "image tokens", "sampler and trainer"
 
 
 def liveness_rows(
@@ -25,9 +26,9 @@ def liveness_rows(
 ) -> list[Row]:
     """A row for each check and run; `not run` where no compared run has the data for it."""
     return [
-        *(_blank(runs, answers, seed) or [_row(BLANK, "-", f"{NOT_RUN}: no {BLANK_IMAGE} run among those compared")]),
+        *_others(runs, answers, seed),
         *(_read(runs, answers) or [_row(READ, "-", f"{NOT_RUN}: no run notes which images it was given")]),
-        _row(TOKENS, "-", f"{NOT_RUN}: runs do not note how many tokens an image had"),
+        *(_tokens(answers, runs) or [_row(TOKENS, "-", f"{NOT_RUN}: no run notes how many tokens its images had")]),
         *(_sampler(made) or [_row(SAMPLER, "-", f"{NOT_RUN}: no GBA run behind these models, or without its metrics")]),
     ]
 
@@ -36,15 +37,19 @@ def _row(check: str, run: str, found: str) -> Row:
     return {"check": check, "run": run, "found": found}
 
 
-def _blank(runs: Sequence[EvalRun], answers: Mapping[Path, Answers], seed: int) -> list[Row]:
+def _others(runs: Sequence[EvalRun], answers: Mapping[Path, Answers], seed: int) -> list[Row]:
+    """Each model against itself shown a grey image, and another question's."""
     rows = []
-    for _, members in by_benchmark(runs):
-        for blank in (run for run in members if run.model == BLANK_IMAGE):
-            whose = _model_of(blank)
-            seeing = [run for run in members if whose and run.model != BLANK_IMAGE and _model_of(run) == whose]
-            if not seeing:
-                rows.append(_row(BLANK, blank.title, "the model that was shown it is not among those compared"))
-            rows += [_row(BLANK, run.title, _against(run, blank, answers, seed)) for run in seeing]
+    for check, baseline in ((BLANK, BLANK_IMAGE), (SWAPPED, SWAPPED_IMAGE)):
+        found = []
+        for _, members in by_benchmark(runs):
+            for other in (run for run in members if run.model == baseline):
+                whose = _model_of(other)
+                seeing = [run for run in members if whose and run.model not in BASELINES and _model_of(run) == whose]
+                if not seeing:
+                    found.append(_row(check, other.title, "the model that was shown it is not among those compared"))
+                found += [_row(check, run.title, _against(run, other, check, answers, seed)) for run in seeing]
+        rows += found or [_row(check, "-", f"{NOT_RUN}: no {baseline} run among those compared")]
     return rows
 
 
@@ -52,8 +57,8 @@ def _model_of(run: EvalRun) -> str:
     return str((read_object(run.path.parent / "manifest.json").get("inputs") or {}).get("model") or "")
 
 
-def _against(run: EvalRun, blank: EvalRun, answers: Mapping[Path, Answers], seed: int) -> str:
-    """The model's accuracy minus its own on a grey image, under each protocol, and how many answers change."""
+def _against(run: EvalRun, blank: EvalRun, what: str, answers: Mapping[Path, Answers], seed: int) -> str:
+    """The model's accuracy minus its own on other images, under each protocol, and how many answers change."""
     numbers, _ = paired([run, blank], blank, seed=seed)
     points = ", ".join(
         f"{100 * n['difference']:+.1f} [{100 * n['ci_low']:+.1f}, {100 * n['ci_high']:+.1f}] ({n['protocol']})"
@@ -62,7 +67,7 @@ def _against(run: EvalRun, blank: EvalRun, answers: Mapping[Path, Answers], seed
     seen, unseen = _said(answers[run.path]), _said(answers[blank.path])
     both = [(seen[key], unseen[key]) for key in seen if key in unseen]
     picks, texts = (sum(one[part] != other[part] for one, other in both) for part in (0, 1))
-    told = f"accuracy in points, with the images minus with a grey one: {points}"
+    told = f"accuracy in points, with the images minus with {what}: {points}"
     return f"{told}; of the {len(both)} answers on this page {picks} picks (robust) and {texts} texts change"
 
 
@@ -83,6 +88,19 @@ def _read(runs: Sequence[EvalRun], answers: Mapping[Path, Answers]) -> list[Row]
             lost = sum(sha is None for sha in files)
             told = f"{len({*files} - {None})} different images with {len(run.questions)} questions"
             rows.append(_row(READ, run.title, told + (f"; {lost} could not be read" if lost else "")))
+    return rows
+
+
+def _tokens(answers: Mapping[Path, Answers], runs: Sequence[EvalRun]) -> list[Row]:
+    """How many places of the prompt a question's images had: 0 where the model got none of them."""
+    rows = []
+    for run in runs:
+        told = [row["image_tokens"] for of in answers[run.path].shown.values() for row in of if "image_tokens" in row]
+        if told:
+            lost = told.count(0)
+            text = f"{min(told)} to {max(told)} a question, {sum(told) / len(told):.0f} on average, "
+            text += f"{len({*told})} different numbers, over the {len(told)} answers on this page"
+            rows.append(_row(TOKENS, run.title, text + (f"; {lost} had none" if lost else "")))
     return rows
 
 

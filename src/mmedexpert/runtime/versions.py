@@ -86,6 +86,7 @@ VERSIONS: dict[str, int] = {
     "metrics": 1,
     "stats": 1,
     "summary": 3,  # 1: of the perspectives, single accuracies and the vote's gain alone
+    "swap": 1,  # whose image stands in for a question's own
     "overlap": 1,  # which test questions count as seen in training
 }
 PACKAGE = "mmedexpert."

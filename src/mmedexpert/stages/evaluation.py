@@ -18,9 +18,10 @@ from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
 from mmedexpert.evaluation.summary import Summary
+from mmedexpert.evaluation.swap import swapped
 from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.models.backbone import load_encoder, load_model, streamline
-from mmedexpert.names import BLANK_IMAGE, MAJORITY
+from mmedexpert.names import BLANK_IMAGE, MAJORITY, SWAPPED_IMAGE
 from mmedexpert.reporting.cards import record_evaluation
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
@@ -86,6 +87,18 @@ def evaluations_of(config: Config) -> dict[str, partial[Run]]:
     }  # fmt: skip
 
 
+def _shown(subject: Subject, questions: QuestionSet, folder: Path) -> dict[str, tuple[Path, ...]] | None:
+    """The images of each question in place of its own, for the baselines that see others."""
+    if subject.baseline == BLANK_IMAGE:
+        blank = folder / "blank.png"
+        Image.new("RGB", (112, 112), (128, 128, 128)).save(blank)
+        return {record.id: (blank,) * len(record.images) for record in questions.records}
+    if subject.baseline == SWAPPED_IMAGE:
+        images = swapped(questions.records)
+        return {name: tuple(questions.image_root / one for one in images[name]) for name in images}
+    return None
+
+
 def _own(config: Config) -> QuestionSource:
     data, names = dataset(config), config.eval.specialties or config.specialty.names
     records, image_root = records_of(data, config.eval.split, names)
@@ -107,6 +120,8 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         "engine": config.engine.name,
         "blank": subject.baseline == BLANK_IMAGE,
     }
+    if subject.baseline == SWAPPED_IMAGE:
+        key["swapped"] = versions("swap")
     inputs = {"questions": asked.identity, "model": subject.identity}
     if subject.baseline == MAJORITY:
         key["rules"] = versions("majority")
@@ -139,14 +154,12 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         return flatten(found)
 
     def work(run: Run) -> dict[str, float]:
-        blank = run.folder / "blank.png" if subject.baseline == BLANK_IMAGE else None
-        if blank is not None:
-            Image.new("RGB", (112, 112), (128, 128, 128)).save(blank)
+        shown = _shown(subject, questions, run.folder)
         with run.phase("ask"):
             rows = predict(
                 _engine(config, subject, questions, protocol), questions, run.folder / "predictions.jsonl",
                 protocol=protocol, title=f"{subject.name} {questions.name}",
-                perspectives=perspectives, style=config.model.instructions, blank=blank,
+                perspectives=perspectives, style=config.model.instructions, shown=shown,
             )  # fmt: skip
         with run.phase("summarise"):
             return summarise(run, rows)

@@ -78,7 +78,8 @@ def difficulty(config: Config, name: str, specialties: list[str], start: Run | N
     """How many of `gba.keep_rollouts` completions of each training question are right, sampled from the start under
     RL's prompts: a line each in `<folder>/difficulty.jsonl`.
 
-    MedVLThinker filters its RL data so (UCSC-VLAA/MedVLThinker@a3163b1), by a base model without perspectives.
+    MedVLThinker filters its RL data so (UCSC-VLAA/MedVLThinker@a3163b1), by a base model without perspectives: ours is
+    the policy itself.  # ours
     Questions that a killed run has written are not sampled again.
     """
     base, data, settings = base_of(config), dataset(config), config.gba

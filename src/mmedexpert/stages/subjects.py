@@ -16,6 +16,7 @@ from mmedexpert.names import (
     MAJORITY,
     MULTI_TASK,
     START,
+    SWAPPED_IMAGE,
     distinct_names,
     known_names,
     multi_task_steps,
@@ -88,8 +89,9 @@ def subjects_of(config: Config) -> list[Subject]:
     last = (subjects or [known["base"]])[-1]
     if wanted is None or MAJORITY in wanted:
         subjects.append(Subject(MAJORITY, MAJORITY, baseline=MAJORITY))
-    if wanted is None or BLANK_IMAGE in wanted:
-        subjects.append(replace(last, name=BLANK_IMAGE, baseline=BLANK_IMAGE))
+    for name in (BLANK_IMAGE, SWAPPED_IMAGE):
+        if name in (wanted if wanted is not None else (BLANK_IMAGE,)):
+            subjects.append(replace(last, name=name, baseline=name))
     return subjects
 
 
