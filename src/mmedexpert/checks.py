@@ -33,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
     "reward.grader": ("rules", "judge", "hybrid"),
-    "protocol": ("auto", "robust", "medevalkit"),
+    "protocol": ("auto", "robust", "medevalkit", "pairwise", "med_rewardbench"),
     "engine.name": ("transformers", "openai"),
     "eval.split": ("val", "test"),
     "eval.perspectives": ("needed", "rotate", "vote", "none", *PERSPECTIVES),
@@ -46,6 +46,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
 }
+PAIR_PROTOCOLS = ("pairwise", "med_rewardbench")
 POSITIVE = (
     "model.min_pixels", "model.max_pixels", "model.max_new_tokens", "model.lora.r", "model.lora.alpha", "dsa.steps",
     "dsa.batch_size", "dsa.lr", "dsa.checkpoint_every", "dsa.max_grad_norm", "gba.steps", "gba.max_grad_norm",
@@ -205,6 +206,12 @@ def check(config: Config) -> None:
     if config.model.name_or_path is None and config.model.architecture is None:
         raise UserError("model.name_or_path is empty: give a hub id or a folder, or use model=tiny")
     for name, one in config.benchmark.items():
+        wanted = PAIR_PROTOCOLS if one.pairs else ("robust", "medevalkit")
+        if config.protocol not in ("auto", *wanted):
+            what = "pairs of answers" if one.pairs else "questions"
+            raise UserError(
+                f"protocol={config.protocol}: benchmark {name} holds {what}; use {', '.join(wanted)} or auto"
+            )
         if one.root is not None and not Path(one.root).is_dir():
             raise UserError(f"benchmark.{name}.root={one.root} is not a folder: give the folder of the published files")
     if config.engine.name == "openai" and not (config.engine.endpoint.base_url and config.engine.endpoint.model):

@@ -308,8 +308,9 @@ class BenchmarkConfig:
     patterns: list[str] = field(default_factory=list)
     root: str | None = None
     load: dict[str, Any] = field(default_factory=dict)
-    ask: dict[str, Any] = MISSING
-    judge: dict[str, Any] = MISSING
+    pairs: bool = False
+    ask: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
     breakdowns: list[str] = field(default_factory=list)
     train_split: str | None = None
 
@@ -322,6 +323,7 @@ class EvalConfig:
     models: list[str] | None = None
     specialties: list[str] | None = None
     contamination: bool = True
+    image_blind: bool = False
     llm_judge: EndpointConfig = field(default_factory=EndpointConfig)
 
 

@@ -226,6 +226,7 @@ def parts(config: Config) -> set[str]:
     if stage in READING:
         return {stage}
     asks, served = stage in ("eval", "pipeline"), config.engine.name == "openai"
+    pairs_alone = bool(config.benchmark) and all(one.pairs for one in config.benchmark.values())
     found = {"eval"} if asks else set()
     if asks and config.benchmark:
         found.add("benchmark")
@@ -247,7 +248,7 @@ def parts(config: Config) -> set[str]:
         found.add("base")
     if "base" in found and (config.model.taught_here or (stage == "pretrain" and config.model.name_or_path is None)):
         found.add("pretrain")
-    if stage == "data" or found & {"dsa", "gba", "own"} or (asks and config.eval.contamination):
+    if stage == "data" or found & {"dsa", "gba", "own"} or (asks and config.eval.contamination and not pairs_alone):
         found.add("data")
     return found
 

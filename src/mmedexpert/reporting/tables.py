@@ -144,8 +144,8 @@ def print_result(runs: Mapping[str, Run], note: str = "") -> None:
         return
     rows = [
         {"stage": run.stage, "name": name, **_main_numbers(run), "folder": str(run.folder)}
-        for name, run in runs.items()
-    ]
+        for name, run in runs.items() if run.stage != "verdicts"  # whose table stages/judging.py has printed
+    ]  # fmt: skip
     if rows:
         print_table(rows, "Runs")
 

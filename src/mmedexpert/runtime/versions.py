@@ -86,6 +86,11 @@ VERSIONS: dict[str, int] = {
     "metrics": 1,
     "stats": 1,
     "summary": 3,  # 1: of the perspectives, single accuracies and the vote's gain alone
+    "pairwise": 1,  # what a judge is asked of a pair, and how its reply is read
+    "med_rewardbench": 1,
+    "judge_controls": 1,
+    "pair_numbers": 1,
+    "preference_pairs": 1,
     "swap": 1,  # whose image stands in for a question's own
     "overlap": 1,  # which test questions count as seen in training
 }

@@ -84,7 +84,7 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
     if "benchmark" in work:
         for name, one in config.benchmark.items():
             yield f"benchmark.{name}.load", one.load, ("root", "out_dir")
-            for part, call in {"ask": one.ask, "judge": one.judge}.items():
+            for part, call in {"ask": one.ask, "judge": one.judge}.items() if not one.pairs else ():
                 yield f"benchmark.{name}.{part}", {**call, "_partial_": True}, ()
 
 

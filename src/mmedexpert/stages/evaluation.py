@@ -9,18 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from PIL import Image
 
 from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.asking import Engine
-from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.evaluation.swap import swapped
 from mmedexpert.guidelines.rubrics import DATA
-from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.names import BLANK_IMAGE, MAJORITY, SWAPPED_IMAGE
 from mmedexpert.reporting.cards import record_evaluation
 from mmedexpert.runtime.privacy import without_password
@@ -29,11 +26,10 @@ from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.scoring import medevalkit
-from mmedexpert.stages import benchmark
+from mmedexpert.stages import benchmark, judging
 from mmedexpert.stages.common import (
     content_of,
     ledger_of,
-    loading,
     model_key,
     records_of,
     stage_run,
@@ -42,7 +38,7 @@ from mmedexpert.stages.common import (
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.logged import tell_evaluated
 from mmedexpert.stages.overlap import clean_part
-from mmedexpert.stages.subjects import Subject, subjects_of
+from mmedexpert.stages.subjects import Subject, engine_of, subjects_of
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,10 @@ def run(config: Config) -> dict[str, Run]:
     evaluations = evaluations_of(config)
     together(config, list(evaluations.values()))
     done = {name: evaluate(config) for name, evaluate in evaluations.items()}
+    judging.compare(config, {name: run for name, run in done.items() if run.stage == judging.STAGE})
     for name, evaluate in evaluations.items():
         subject: Subject = evaluate.keywords["subject"]
-        if subject.made_by is not None and subject.baseline is None:
+        if done[name].stage == "eval" and subject.made_by is not None and subject.baseline is None:
             tell_evaluated(config, subject.made_by, done[name])
     return done
 
@@ -75,13 +72,16 @@ def evaluations_of(config: Config) -> dict[str, partial[Run]]:
     if not config.benchmark:
         own = _own(config)
         return {subject.name: partial(_evaluate, subject=subject, asked=own) for subject in subjects}
-    sets = []
+    sets, found = [], dict[str, partial[Run]]()
     for one in config.benchmark.values():  # every benchmark is read before the first question is asked
         source = benchmark.prepared(config, one)
+        if one.pairs:
+            found |= judging.evaluations_of(config, one, source, subjects)
+            continue
         questions, left_out = benchmark.question_set(one, source), len(source.manifest["left_out"])
         identity = fingerprint(questions.records, questions.image_root)
         sets.append(QuestionSource(questions, source, identity, left_out, ["all"], public=True))
-    return {
+    return found | {
         f"{asked.questions.name}/{subject.name}": partial(_evaluate, subject=subject, asked=asked)
         for asked in sets for subject in subjects
     }  # fmt: skip
@@ -191,33 +191,17 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
     if subject.baseline == MAJORITY:
         train, _ = records_of(dataset(config), "train", config.specialty.names)
         return majority_engine(train, questions.records)
-    system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
-    if subject.served:
-        from mmedexpert.engines.openai import engine_of  # its library takes two seconds to import
-
-        return engine_of(
-            config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
-            max_new_tokens=config.model.max_new_tokens,
-        )  # fmt: skip
-    assert subject.folder is not None
-    encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
-    encoder.system_prompt = system_prompt
-    answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
-    streamline(answering)
-    return TransformersEngine(
-        answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
-        max_new_tokens=config.model.max_new_tokens,
-    )  # fmt: skip
+    return engine_of(config, subject, None if protocol == "medevalkit" else config.model.system_prompt)
 
 
 def _second_opinion(
     config: Config, questions: QuestionSet, rows: list[Prediction], numbers: Summary
 ) -> tuple[dict[str, float], dict[str, str]]:
     """An LLM judge's accuracy on the open answers, and why it did not judge some of them, by id."""
-    from mmedexpert.engines.openai import engine_of
+    from mmedexpert.engines.openai import engine_of as server
 
     record_of = {record.id: record for record in questions.records}
-    judge = LLMJudge(engine_of(config.eval.llm_judge, "eval.llm_judge", max_new_tokens=256, ledger=ledger_of(config)))
+    judge = LLMJudge(server(config.eval.llm_judge, "eval.llm_judge", max_new_tokens=256, ledger=ledger_of(config)))
     open_rows = [row for row in rows if row["kind"] == "open"]
     right = judge.judge([(record_of[row["id"]], row["response"]) for row in open_rows])
     judged = [row for row in open_rows if row["id"] in right]

@@ -6,8 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peft import PeftModel
+
+from mmedexpert.engines.asking import Engine
+from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
 from mmedexpert.models.adapters import LoraAdapter, check_compatible
+from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.models.checkpoint import fingerprint_model
 from mmedexpert.names import (
     BASELINES,
@@ -27,7 +32,7 @@ from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, dsa, gba
-from mmedexpert.stages.common import Base
+from mmedexpert.stages.common import Base, loading
 from mmedexpert.stages.pretrain import base_of
 
 
@@ -129,3 +134,23 @@ def _from_folder(folder: Path, base: Base) -> Subject:
     adapter = LoraAdapter.load(inner)
     check_compatible([adapter], base.folder)
     return Subject(name, f"{adapter.fingerprint}@{base.identity}", base.folder, inner)
+
+
+def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> Engine:
+    """What answers for a subject: its server, or the model loaded here. It answers greedily."""
+    if subject.served:
+        from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
+
+        return server(
+            config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
+            max_new_tokens=config.model.max_new_tokens,
+        )  # fmt: skip
+    assert subject.folder is not None
+    encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
+    encoder.system_prompt = system_prompt
+    answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
+    streamline(answering)
+    return TransformersEngine(
+        answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
+        max_new_tokens=config.model.max_new_tokens,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Preference pairs of one's own: a line of JSON each, with several images, ties and missing dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmedexpert.data.pairs import folded, record_of
+from mmedexpert.data.record import Record
+from mmedexpert.data.validation import Bad
+from mmedexpert.errors import UserError
+from mmedexpert.sources.parquet import text_of
+from mmedexpert.sources.unpack import read_objects
+
+NEEDED = ("id", "question", "answer_a", "answer_b", "labels")
+
+
+def load(root: Path, out_dir: Path, *, file: str = "pairs.jsonl") -> tuple[list[Record], Path, Bad]:
+    """Records (`judging.pairs`), image root (`root`) and what was left out, of `<root>/<file>`.
+
+    Each line: `id`, `question`, `answer_a`, `answer_b`, `labels` (dimension to A, B or tie; a missing one was not
+    judged); optional `images` (paths below `root`, or one text), `organ`, `specialty`, `group` (what is drawn together
+    in the bootstrap: a patient; else the first image), `source`, `license`. # ours
+
+    Raises UserError where the file is missing or damaged.
+    """
+    path = root / file
+    if not path.is_file():
+        raise UserError(f"{path} is not there: give the folder that holds it, or its name in load.file")
+    records: list[Record] = []
+    bad: Bad = []
+    ids: set[str] = set()
+    for where, row in read_objects(path, NEEDED):
+        try:
+            record = _parse(row)
+            if record.id in ids:
+                raise ValueError("its id stands twice")
+        except ValueError as error:
+            bad.append((where, str(error)))
+            continue
+        ids.add(record.id)
+        records.append(record)
+    kept, copies = folded(records)
+    return kept, root, bad + copies
+
+
+def _parse(row: Any) -> Record:
+    if not isinstance(row, dict) or not isinstance(row.get("labels"), dict):
+        raise ValueError("the row is no object with labels")
+    identity = text_of(row["id"]).strip()
+    if not identity:
+        raise ValueError("it has no id")
+    images = row.get("images") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, Sequence) or not all(isinstance(one, str) for one in images):
+        raise ValueError("images is neither a path nor a list of paths")
+    told = {key: text_of(row.get(key)).strip() for key in ("organ", "specialty", "group", "source", "license")}
+    return record_of(
+        identity=identity, images=images, question=row["question"],
+        answers={"A": row["answer_a"], "B": row["answer_b"]}, labels=row["labels"],
+        source=told["source"] or "preference pairs", license=told["license"] or "not stated", group=told["group"],
+        organ=told["organ"], specialty=told["specialty"],
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""`stage=eval benchmark=med_rewardbench` and other pairs of answers: models as judges, beside those without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmedexpert.data.pairs import Pair, pair_of
+from mmedexpert.data.records import fingerprint, load_records
+from mmedexpert.evaluation.stats import holm, paired_cluster_bootstrap
+from mmedexpert.guidelines.rubrics import DATA
+from mmedexpert.judging.ask import FILE, Judgement, asks_of, controlled, judge, with_verdicts
+from mmedexpert.judging.controls import CONTROLS
+from mmedexpert.judging.numbers import flat, numbers_of, per_pair
+from mmedexpert.names import BASELINES
+from mmedexpert.reporting.judges import (
+    HEADS,
+    dimension_rows,
+    heat_map,
+    judge_rows,
+    lead_of,
+    organ_rows,
+    paired_rows,
+    rate_rows,
+)  # fmt: skip
+from mmedexpert.reporting.tables import markdown, print_table
+from mmedexpert.runtime.jsonl import read_lines
+from mmedexpert.runtime.ranks import rank
+from mmedexpert.runtime.runs import Run, console, write_json
+from mmedexpert.runtime.versions import text_of, versions
+from mmedexpert.schema import BenchmarkConfig, Config
+from mmedexpert.stages.common import model_key, stage_run
+from mmedexpert.stages.subjects import Subject, engine_of
+
+STAGE = "verdicts"
+BLIND = "-image_blind"
+RESAMPLES = 10_000  # ours: of the paired tests
+
+
+def evaluations_of(
+    config: Config, benchmark: BenchmarkConfig, source: Run, subjects: Sequence[Subject]
+) -> dict[str, partial[Run]]:
+    """A run for each model as a judge, with `eval.image_blind` also without the images, and for each control."""
+    judges = [subject for subject in subjects if subject.baseline is None]
+    blind = [replace(one, name=f"{one.name}{BLIND}") for one in judges] if config.eval.image_blind else []
+    controls = [Subject(name, name, baseline=name) for name in CONTROLS]
+    return {
+        f"{benchmark.name}/{one.name}": partial(_judged, name=benchmark.name, source=source, subject=one)
+        for one in [*judges, *blind, *controls]
+    }
+
+
+def protocol_of(config: Config) -> str:
+    """`protocol`; pairwise where it is auto."""
+    return config.protocol if config.protocol != "auto" else "pairwise"
+
+
+def pairs_in(source: Run) -> tuple[list[Pair], Path]:
+    """The pairs of a prepared benchmark, and the root of their images."""
+    records, image_root = load_records(source.folder)
+    return [pair_of(record) for record in records], image_root
+
+
+def _judged(config: Config, name: str, source: Run, subject: Subject) -> Run:
+    """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
+    pairs, image_root = pairs_in(source)
+    protocol, control = protocol_of(config), subject.baseline
+    blind = subject.name.endswith(BLIND)
+    asked = asks_of(pairs, image_root, protocol=protocol, seed=config.seed, blind=blind)
+    key: dict[str, Any] = {"protocol": protocol, "blind": blind, "engine": config.engine.name}
+    if control is None:
+        words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asked])
+        key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
+        key["model"] = {"system_prompt": _system_prompt(config), "max_new_tokens": config.model.max_new_tokens}
+        if not subject.served:
+            key["model"] = {**model_key(config), **key["model"]}
+            key["rules"] = versions("prompts", "sampling", "images")
+    records, _ = load_records(source.folder)
+    inputs = {"questions": fingerprint(records, image_root), "model": subject.identity}
+
+    def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
+        found = numbers_of(pairs, rows, num_resamples=config.eval.num_resamples, seed=config.seed)
+        found |= {"protocol": protocol, "judged_by": _rules(config), "left_out": len(source.manifest["left_out"])}
+        found["rules"] = {rule: sum(row["rule"] == rule for row in rows) for rule in sorted({r["rule"] for r in rows})}
+        write_json(run.folder / "summary.json", found)
+        scores = {score: per_pair(pairs, rows, score) for score in found["micro"]}
+        write_json(run.folder / "per_pair.json", {"groups": [pair.group for pair in pairs], **scores})
+        if table := organ_rows(found):
+            (run.folder / "table.md").write_text(markdown(table), encoding="utf-8")
+            heat_map(found, f"{subject.name} on {name}", run.folder / "table.png")
+        return flat(found)
+
+    def work(run: Run) -> dict[str, float]:
+        with run.phase("ask"):
+            if control is not None:
+                rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
+            else:
+                engine = engine_of(config, subject, _system_prompt(config))
+                rows = judge(engine, asked, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
+        with run.phase("summarise"):
+            return summarise(run, rows)
+
+    if control is not None:
+        key["rules"] = {**versions("judge_controls", "rubrics"), "guidelines": {one: text_of(one) for one in DATA}}
+    done = stage_run(config, STAGE, f"{subject.name}-{name}", key, work, inputs, sources={"questions": source})
+    if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config):
+        if control is not None:
+            rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
+        else:
+            kept = {(r["id"], r["order"]): r for r in read_lines(done.folder / FILE, ("id", "order"))}
+            rows = [with_verdicts(kept[pair.id, order], protocol) for pair, order, _, _ in asked]
+        write_json(done.folder / "metrics.json", summarise(done, rows))
+    return done
+
+
+def _system_prompt(config: Config) -> str | None:
+    return None if protocol_of(config) == "med_rewardbench" else config.model.system_prompt
+
+
+def _rules(config: Config) -> str:
+    """What verdicts and numbers depend on beside the replies."""
+    told = [versions(protocol_of(config), "pair_numbers", "stats"), config.eval.num_resamples, config.seed]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compare(config: Config, runs: Mapping[str, Run]) -> None:
+    """The table of all judges of each set, and each against the first by pairs: printed, and beside the runs.
+
+    p by bootstrap over images of the pairs' means over dimensions, adjusted by Holm over the judges of the set. # ours
+    """
+    if config.runs.explain or rank() > 0:
+        return
+    for name in dict.fromkeys(key.partition("/")[0] for key in runs):
+        judges = {key.partition("/")[2]: run for key, run in runs.items() if key.startswith(f"{name}/")}
+        summaries = {one: run.summary for one, run in judges.items()}
+        first = next(one for one in judges if one not in (*CONTROLS, *BASELINES))
+        score = lead_of(summaries[first])
+        left = summaries[first]["left_out"]
+        said = f"protocol {protocol_of(config)}; {summaries[first]['n']} pairs" + (f"; {left} left out" if left else "")
+        tables = {
+            f"Judges on {name}: percent right": judge_rows(summaries),
+            f"By dimension: {HEADS[score]}": dimension_rows(summaries),
+            "Place, length and ties": rate_rows(summaries),
+            f"Against {first}": paired_rows(_paired(judges, first, score, config.seed), first, score),
+        }
+        path = judges[first].folder.parent / f"{name}-{protocol_of(config)}.md"
+        text = "".join(f"## {title}\n\n{markdown(rows)}\n" for title, rows in tables.items())
+        path.write_text(f"{said}\n\n{text}", encoding="utf-8")
+        for title, rows in tables.items():
+            print_table(rows, title, f"{said}\n{path}" if title.startswith("Judges") else "")
+        if left:
+            line = f"{name}: {left} pairs left out, see manifest.json in {judges[first].folder.parent.parent}/benchmark"
+            console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def _paired(
+    judges: Mapping[str, Run], first: str, score: str, seed: int
+) -> dict[str, tuple[float, float, float, float]]:
+    """Judge to its mean minus the first one's, interval and adjusted p."""
+    read = {one: json.loads((run.folder / "per_pair.json").read_text(encoding="utf-8")) for one, run in judges.items()}
+    values, groups = {one: told[score] for one, told in read.items()}, read[first]["groups"]
+    found = {
+        one: paired_cluster_bootstrap(values[one], values[first], groups, num_resamples=RESAMPLES, seed=seed)
+        for one in judges if one != first
+    }  # fmt: skip
+    adjusted = holm([p for *_, p in found.values()])
+    return {one: (*numbers[:3], p) for (one, numbers), p in zip(found.items(), adjusted, strict=True)}
