@@ -22,6 +22,7 @@ import test_benchmarks_open as open_
 import torch
 import yaml
 from curation_rules import CURATION
+from judging_rules import JUDGING
 from PIL import Image
 
 from mmedexpert.data import overlap
@@ -579,6 +580,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
     **{rule: partial(merge_rule, rule) for rule in MERGING},
     **BENCHMARKS,
     **CURATION,
+    **JUDGING,
 }
 
 
