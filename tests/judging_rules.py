@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from preferring import pair, rows_of, verdict, write
+import pyarrow as pa
+import pyarrow.parquet as pq
+from preferring import pair, png, rows_of, verdict, write
 
 from mmedexpert.data.pairs import DIMENSIONS
 from mmedexpert.data.records import plain
@@ -16,7 +18,7 @@ from mmedexpert.judging.ask import controlled
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import numbers_of
 from mmedexpert.judging.prompts import ask_of
-from mmedexpert.sources import med_rewardbench, preference_pairs
+from mmedexpert.sources import med_rewardbench, multimodal_rewardbench, preference_pairs, vl_rewardbench
 
 REPLIES = [
     verdict("A"), f"So: {verdict('b')}!", verdict("tie"), json.dumps({"accuracy": "A"}), "[[B]]", "a better one", "",
@@ -59,7 +61,7 @@ def chosen(_: Path) -> Any:
 
 def counted(_: Path) -> Any:
     pairs = [
-        pair(n, organ="eye" if n % 2 else "heart", labels=dict.fromkeys(DIMENSIONS, "ABA"[n % 3])) for n in range(7)
+        pair(n, part="eye" if n % 2 else "heart", labels=dict.fromkeys(DIMENSIONS, "ABA"[n % 3])) for n in range(7)
     ]
     return [
         numbers_of(pairs, controlled(name, pairs, protocol=protocol, seed=1), num_resamples=100, seed=0)
@@ -68,7 +70,37 @@ def counted(_: Path) -> Any:
     ]
 
 
+def vl(folder: Path) -> Any:
+    row = {"query": "What?", "image": {"bytes": png(1), "path": None}, "response": ["one", "two"]}
+    rows = [
+        {**row, "id": "a", "human_ranking": [0, 1], "query_source": "WildVision"},
+        {**row, "id": "b", "human_ranking": [1, 0], "query_source": "RLAIF-V", "query": "Which?"},
+        {**row, "id": "c", "human_ranking": [0, 0], "query_source": "MathVerse"},
+    ]
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    return read(vl_rewardbench.load, folder)
+
+
+def multimodal(folder: Path) -> Any:
+    row = {"Image": "x.png", "Text": "What?", "Output1": "one", "Output2": "two", "Better": "Output2"}
+    rows = [
+        {**row, "ID": "pairs_1", "Category": "safety"}, {**row, "ID": "tox_1", "Category": "safety", "Text": "b"},
+        {**row, "ID": "math_1", "Category": "reasoning", "Text": "c", "Better": "Output1"},
+        {**row, "ID": "code_1", "Category": "reasoning", "Text": "d"},
+        {**row, "ID": "v", "Category": "vqa", "Better": "?"},
+        {**row, "ID": "w", "Category": "vqa", "Text": "e", "Output1": ""},
+    ]  # fmt: skip
+    (folder / "all_data.json").write_text(json.dumps(rows))
+    return read(multimodal_rewardbench.load, folder)
+
+
+def read(load: Callable[..., Any], folder: Path) -> Any:
+    records, _, bad = load(folder, folder / "out")
+    return [[json.loads(json.dumps(plain(one))) for one in records], sorted(bad)]
+
+
 JUDGING: dict[str, Callable[[Path], Any]] = {
     "pairwise": lambda _: asked("pairwise"), "med_rewardbench": published, "preference_pairs": own,
-    "judge_controls": chosen, "pair_numbers": counted,
+    "vl_rewardbench": vl, "multimodal_rewardbench": multimodal, "judge_controls": chosen, "pair_numbers": counted,
 }  # fmt: skip

@@ -22,7 +22,7 @@ def pair(number: int = 0, **changes) -> Pair:
     values = {
         "id": f"p{number}", "images": (f"{number}.png",), "question": f"What is shown in {number}?",
         "answers": {"A": f"A large heart {number}.", "B": f"A normal heart, ratio 0.4 of picture {number}."},
-        "labels": dict(LABELS), "group": f"{number}.png", "organ": "heart", "specialty": "adult_medicine",
+        "labels": dict(LABELS), "group": f"{number}.png", "part": "heart", "specialty": "adult_medicine",
     }  # fmt: skip
     return Pair(**{**values, **changes})
 

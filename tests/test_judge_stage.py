@@ -110,7 +110,7 @@ def test_the_published_layout_is_read(tmp_path):
     assert bad == [] and [one.id for one in pairs] == [f"brain-{i}" for i in range(4)] + [
         f"heart-{i}" for i in range(4, 9)
     ]
-    assert pairs[2].labels == dict(zip(DIMENSIONS, "AABBBB", strict=True)) and pairs[2].organ == "brain"
+    assert pairs[2].labels == dict(zip(DIMENSIONS, "AABBBB", strict=True)) and pairs[2].part == "brain"
     assert pairs[2].answers == {"A": "It shows a mass 2.", "B": "It shows no mass 2, and it is a long answer."}
     assert (image_root / pairs[2].images[0]).is_file() and pairs[2].specialty == "brain_sensory"
     inner = tmp_path / "files/data"
@@ -174,7 +174,7 @@ def test_pairs_of_ones_own_have_ties_several_images_and_missing_dimensions(tmp_p
     assert root == tmp_path and [record.id for record in records] == ["a", "b"]
     first, second = map(pair_of, records)
     assert first.images == ("1.png", "2.png") and first.labels == {"overall": "tie"}
-    assert second.group == "P1" and second.organ == "eye" and second.images == ()
+    assert second.group == "P1" and second.part == "eye" and second.images == ()
     reasons = dict(bad)
     assert "the label of overall is 'first'" in reasons["pairs.jsonl line 3"]
     assert "its id stands twice" in reasons["pairs.jsonl line 4"] and "folded" in reasons["d"]

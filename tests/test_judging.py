@@ -12,6 +12,7 @@ from preferring import LABELS, Judge, pair, verdict
 from mmedexpert.data.pairs import DIMENSIONS, INVALID, folded, pair_of, record_of
 from mmedexpert.engines.asking import refusal
 from mmedexpert.errors import UserError
+from mmedexpert.judging import theirs
 from mmedexpert.judging.ask import asks_of, controlled, judge
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import flat, numbers_of, per_pair
@@ -153,11 +154,11 @@ def test_length_counts_against_what_the_labels_prefer():
     assert "length_bias" not in flat(numbers(lambda *_: "A", same))
 
 
-def test_a_mean_over_organs_weighs_a_small_organ_like_a_large_one():
-    pairs = [pair(number, organ="heart" if number else "eye", specialty="x" if number else "y") for number in range(5)]
-    found = numbers(lambda one, *_: "A" if one.organ == "eye" else "B", pairs)
+def test_a_mean_over_parts_weighs_a_small_organ_like_a_large_one():
+    pairs = [pair(number, part="heart" if number else "eye", specialty="x" if number else "y") for number in range(5)]
+    found = numbers(lambda one, *_: "A" if one.part == "eye" else "B", pairs)
     assert found["micro"]["acc_avg"]["accuracy"]["value"] == 0.2
-    assert found["over_organs"]["acc_avg"]["accuracy"]["value"] == 0.5
+    assert found["over_parts"]["acc_avg"]["accuracy"]["value"] == 0.5
     assert found["over_specialties"]["acc_strict"]["mean"]["value"] == 0.5
     assert found["table"]["eye"]["acc_avg"]["accuracy"] == {"value": 1.0, "ci_low": 1.0, "ci_high": 1.0, "n": 1}
     assert found["table"]["heart"]["acc_avg"]["mean"]["n"] == 4
@@ -165,7 +166,7 @@ def test_a_mean_over_organs_weighs_a_small_organ_like_a_large_one():
     assert [key for key in metrics if key.endswith("acc_avg/accuracy")] == [
         "acc_avg/accuracy"
     ]  # the one an outsider reads
-    assert metrics["acc_avg/accuracy/over_organs"] == 0.5
+    assert metrics["acc_avg/accuracy/over_parts"] == 0.5
 
 
 def test_one_order_alone_says_nothing_of_both():
@@ -207,7 +208,7 @@ def record(number: int = 0, **changes):
 def test_a_pair_is_kept_as_a_record_and_found_again():
     one = pair_of(record(organ="brain", labels={"overall": "tie", "accuracy": "B", "creativity": None}))
     assert one.labels == {"accuracy": "B", "overall": "tie"} and list(one.labels) == ["accuracy", "overall"]
-    assert (one.organ, one.specialty, one.group) == ("brain", "brain_sensory", "x.png")
+    assert (one.part, one.specialty, one.group) == ("brain", "brain_sensory", "x.png")
     assert pair_of(record(images=[], group="patient 3")).group == "patient 3"
 
 
@@ -234,3 +235,22 @@ def test_swapped_copies_are_folded_before_anything_is_counted():
     assert "folded into it" in bad[0][1] and kept[0] == record(0)
     kept, bad = folded([record(0), record(1, answers={"A": "two", "B": "one"})])  # prefers the other answer
     assert kept == [] and {name for name, _ in bad} == {"p0", "p1"}
+
+
+def test_their_sums_are_of_the_first_order_alone():
+    parts = ["general", "general", "general", "hallucination", "reasoning"]
+    pairs = [pair(n, part=part, labels={"overall": "A"}) for n, part in enumerate(parts)]
+    said = ["A", "B", INVALID, "B", "A"]  # in the first order; the second is always right
+    rows = rows_by(lambda one, order, _: said[int(one.id[1:])] if order == "ab" else "A", pairs)
+    found = theirs.vl_rewardbench(pairs, rows)
+    assert found["overall"] == 0.5 and found["macro"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert found["part/general"] == 0.5  # of two valid ones
+    found = theirs.multimodal_rewardbench(pairs, rows)
+    assert found == {
+        "overall": 0.5, "part/general": 0.5, "part/hallucination": 0.0, "part/reasoning": 1.0,
+    }  # fmt: skip
+    whole = [pair(n, part="eye", labels=LABELS) for n in range(3)]
+    rows = rows_by(lambda one, order, name: "A" if one.id == "p0" or name == "overall" else INVALID, whole)
+    found = theirs.med_rewardbench(whole, rows)
+    assert found["eye/accuracy"] == 0.3333 and found["eye/overall"] == 1.0 and len(found) == 6
+    assert theirs.vl_rewardbench(pairs, rows_by(lambda *_: INVALID, pairs)) == {}

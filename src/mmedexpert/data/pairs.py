@@ -24,7 +24,8 @@ class Pair:
     """Two answers to a question about `images` (paths relative to the set's image root).
 
     `labels`: dimension to A, B or tie; a dimension that nobody labelled is absent. `group`, the image, is the unit of
-    the bootstrap; `organ` is empty where not told; `specialty` follows from the rules of `data/specialties.py`.
+    the bootstrap; `part` (of the set: an organ, a category) is empty where not told; `specialty` follows from the rules
+    of `data/specialties.py`.
     """
 
     id: str
@@ -33,18 +34,17 @@ class Pair:
     answers: Mapping[str, str]
     labels: Mapping[str, str]
     group: str
-    organ: str = ""
+    part: str = ""
     specialty: str = ""
 
 
-def pair_of(record: Record) -> Pair:
-    """The pair that a record keeps (see `record_of`)."""
+def pair_of(record: Record, part: str = "organ") -> Pair:
+    """The pair that a record keeps (see `record_of`); `part` names the group of the record that is its part."""
     labels: dict[str, str] = record.latent["labels"]
     assert record.options is not None
-    organ = record.groups.get("organ", "")
     return Pair(
-        record.id, record.images, record.question, record.options, labels, record.image_group, organ,
-        record.specialties[0],
+        record.id, record.images, record.question, record.options, labels, record.image_group,
+        record.groups.get(part, ""), record.specialties[0],
     )  # fmt: skip
 
 

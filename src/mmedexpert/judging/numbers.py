@@ -50,7 +50,8 @@ def numbers_of(pairs: Sequence[Pair], rows: Sequence[Judgement], *, num_resample
     """All numbers of a judge, each a value with n and a 95% interval by bootstrap over images.
 
     acc_single: right in the published order; acc_strict: right in both orders; acc_avg: the mean over both. Each by
-    dimension and as `mean`, over pairs (`micro`), over organs and over specialties; `table`: organ to dimension.
+    dimension and as `mean`, over pairs (`micro`), over parts (organs, categories) and over specialties;
+    `table`: part to dimension.
     consistency: the same answer in both orders, where both are valid; position_bias: the share of decided verdicts for
     the answer that stands first, minus 0.5; first_minus_second: the share of valid verdicts for the answer that stands
     first minus that for the second; length_bias: the share of decided verdicts for the longer answer, minus
@@ -86,12 +87,12 @@ def numbers_of(pairs: Sequence[Pair], rows: Sequence[Judgement], *, num_resample
         means = [float(np.mean([cell.score(score) for cell in part])) for part in of_pair.values()]
         return {**found, MEAN: mean(means, [cell.pair.group for cell in whole], _strata(whole, by))}
 
-    organs = sorted({pair.organ for pair in pairs if pair.organ})
+    parts = sorted({pair.part for pair in pairs if pair.part})
     found: dict[str, Any] = {"n": len(pairs), "orders": 2 if both else 1, "micro": {s: of(cells, s) for s in scores}}
-    if organs:
-        inside = [cell for cell in cells if cell.pair.organ]
-        found["over_organs"] = {s: of(inside, s, lambda pair: pair.organ) for s in scores}
-        found["table"] = {o: {s: of([c for c in cells if c.pair.organ == o], s) for s in scores} for o in organs}
+    if parts:
+        inside = [cell for cell in cells if cell.pair.part]
+        found["over_parts"] = {s: of(inside, s, lambda pair: pair.part) for s in scores}
+        found["table"] = {o: {s: of([c for c in cells if c.pair.part == o], s) for s in scores} for o in parts}
     found["over_specialties"] = {s: of(cells, s, lambda pair: pair.specialty) for s in scores}
     for name in RATES if both else RATES[1:]:
         values = _RATES[name](cells)
@@ -156,13 +157,14 @@ _RATES: dict[str, Callable[[Sequence[Cell]], Values]] = {
 
 
 def flat(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """A run's metrics: `acc_single/accuracy` and so on over pairs, `.../over_organs`, and the rates, with intervals."""
+    """A run's metrics: `acc_single/accuracy` and so on over pairs, `.../over_parts`, and the rates, with intervals."""
     found: dict[str, float] = {"pairs": float(numbers["n"])}
-    for part in ("micro", "over_organs", "over_specialties"):
+    for part in ("micro", "over_parts", "over_specialties"):
         for score, by in numbers.get(part, {}).items():
             for name, one in by.items():
                 key = f"{score}/{name}" + ("" if part == "micro" else f"/{part}")
                 found |= {key + ("" if k == "value" else f"/{k}"): float(v) for k, v in one.items()}
+    found |= {f"theirs/{name}": float(value) for name, value in numbers.get("theirs", {}).items()}
     for name in RATES:
         for k, v in numbers.get(name, {}).items():
             found[name + ("" if k == "value" else f"/{k}")] = float(v)

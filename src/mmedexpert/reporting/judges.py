@@ -1,4 +1,4 @@
-"""Judges of pairs of answers as people read them: one row a judge, the organs by dimensions, and a picture of that."""
+"""Judges of pairs of answers as people read them: one row a judge, the parts by dimensions, and a picture of that."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def judge_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         for score in ("acc_strict", "acc_avg", "acc_single"):
             found = one["micro"].get(score)
             row[HEADS[score]] = _percent(found[MEAN]) if found else "-"
-        for over, head in (("over_organs", "mean of organs"), ("over_specialties", "mean of specialties")):
+        for over, head in (("over_parts", "mean of parts"), ("over_specialties", "mean of specialties")):
             row[head] = _percent(one[over][lead][MEAN]) if over in one else "-"
+        row |= {
+            f"{name} (theirs)": f"{100 * value:.1f}" for name, value in one.get("theirs", {}).items() if "/" not in name
+        }
         rows.append(row)
     return rows
 
@@ -57,12 +60,12 @@ def lead_of(summary: Mapping[str, Any]) -> str:
     return "acc_avg" if "acc_avg" in summary["micro"] else "acc_single"
 
 
-def organ_rows(summary: Mapping[str, Any]) -> list[Row]:
-    """Organ by dimension: percent right on average over the orders asked, with its interval and n."""
+def part_rows(summary: Mapping[str, Any]) -> list[Row]:
+    """Organ or category by dimension: percent right on average over the orders asked, with its interval and n."""
     rows = []
-    for organ, scores in summary.get("table", {}).items():
+    for part, scores in summary.get("table", {}).items():
         found = scores.get("acc_avg") or scores["acc_single"]
-        row = {"organ": organ, "n": str(found[MEAN]["n"])}
+        row = {"part": part, "n": str(found[MEAN]["n"])}
         rows.append(row | {name: _percent(found[name]) if name in found else "-" for name in (*DIMENSIONS, MEAN)})
     return rows
 
@@ -77,14 +80,14 @@ def paired_rows(found: Mapping[str, tuple[float, float, float, float]], first: s
 
 
 def heat_map(summary: Mapping[str, Any], title: str, path: Path) -> None:
-    """The organs by dimensions, from 0 to 100 percent around chance, with each number written in its cell."""
+    """The parts by dimensions, from 0 to 100 percent around chance, with each number written in its cell."""
     from matplotlib.figure import Figure  # lazily: half a second
 
-    organs = list(summary["table"])
+    parts = list(summary["table"])
     columns = [*DIMENSIONS, MEAN]
-    scores = [summary["table"][organ].get("acc_avg") or summary["table"][organ]["acc_single"] for organ in organs]
+    scores = [summary["table"][part].get("acc_avg") or summary["table"][part]["acc_single"] for part in parts]
     values = [[100 * one[name]["value"] if name in one else float("nan") for name in columns] for one in scores]
-    drawn = Figure(figsize=(9, 1.4 + 0.36 * len(organs)), layout="constrained")
+    drawn = Figure(figsize=(9, 1.4 + 0.36 * len(parts)), layout="constrained")
     axes = drawn.subplots()
     image = axes.imshow(values, cmap="PuOr", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(values):
@@ -92,9 +95,7 @@ def heat_map(summary: Mapping[str, Any], title: str, path: Path) -> None:
             told, colour = ("-", "0.2") if value != value else (f"{value:.0f}", "w" if abs(value - 50) > 35 else "0.1")
             axes.text(j, i, told, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(
-        range(len(organs)), [f"{name} ({one[MEAN]['n']})" for name, one in zip(organs, scores, strict=True)]
-    )
+    axes.set_yticks(range(len(parts)), [f"{name} ({one[MEAN]['n']})" for name, one in zip(parts, scores, strict=True)])
     drawn.colorbar(image, label="percent right (50: chance)")
     drawn.suptitle(title)
     drawn.savefig(path, dpi=150)

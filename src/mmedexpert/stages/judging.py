@@ -24,11 +24,12 @@ from mmedexpert.reporting.judges import (
     heat_map,
     judge_rows,
     lead_of,
-    organ_rows,
     paired_rows,
+    part_rows,
     rate_rows,
 )  # fmt: skip
 from mmedexpert.reporting.tables import markdown, print_table
+from mmedexpert.runtime.build import function
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
@@ -50,7 +51,7 @@ def evaluations_of(
     blind = [replace(one, name=f"{one.name}{BLIND}") for one in judges] if config.eval.image_blind else []
     controls = [Subject(name, name, baseline=name) for name in CONTROLS]
     return {
-        f"{benchmark.name}/{one.name}": partial(_judged, name=benchmark.name, source=source, subject=one)
+        f"{benchmark.name}/{one.name}": partial(_judged, benchmark=benchmark, source=source, subject=one)
         for one in [*judges, *blind, *controls]
     }
 
@@ -60,15 +61,17 @@ def protocol_of(config: Config) -> str:
     return config.protocol if config.protocol != "auto" else "pairwise"
 
 
-def pairs_in(source: Run) -> tuple[list[Pair], Path]:
-    """The pairs of a prepared benchmark, and the root of their images."""
+def pairs_in(benchmark: BenchmarkConfig, source: Run) -> tuple[list[Pair], Path]:
+    """The pairs of a prepared benchmark, in the parts of its first breakdown, and the root of their images."""
     records, image_root = load_records(source.folder)
-    return [pair_of(record) for record in records], image_root
+    part = next(iter(benchmark.breakdowns), "organ")
+    return [pair_of(record, part) for record in records], image_root
 
 
-def _judged(config: Config, name: str, source: Run, subject: Subject) -> Run:
+def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Subject) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
-    pairs, image_root = pairs_in(source)
+    name = benchmark.name
+    pairs, image_root = pairs_in(benchmark, source)
     protocol, control = protocol_of(config), subject.baseline
     blind = subject.name.endswith(BLIND)
     asked = asks_of(pairs, image_root, protocol=protocol, seed=config.seed, blind=blind)
@@ -86,11 +89,13 @@ def _judged(config: Config, name: str, source: Run, subject: Subject) -> Run:
     def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
         found = numbers_of(pairs, rows, num_resamples=config.eval.num_resamples, seed=config.seed)
         found |= {"protocol": protocol, "judged_by": _rules(config), "left_out": len(source.manifest["left_out"])}
+        if benchmark.judge:
+            found["theirs"] = function(benchmark.judge, f"benchmark.{name}.judge")(pairs, rows)
         found["rules"] = {rule: sum(row["rule"] == rule for row in rows) for rule in sorted({r["rule"] for r in rows})}
         write_json(run.folder / "summary.json", found)
         scores = {score: per_pair(pairs, rows, score) for score in found["micro"]}
         write_json(run.folder / "per_pair.json", {"groups": [pair.group for pair in pairs], **scores})
-        if table := organ_rows(found):
+        if table := part_rows(found):
             (run.folder / "table.md").write_text(markdown(table), encoding="utf-8")
             heat_map(found, f"{subject.name} on {name}", run.folder / "table.png")
         return flat(found)
