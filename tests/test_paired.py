@@ -15,6 +15,7 @@ from mmedexpert.evaluation import stats as ours
 from mmedexpert.evaluation.stats import (
     across_seeds,
     cluster_bootstrap_ci,
+    half_width,
     holm,
     mcnemar_exact,
     paired_cluster_bootstrap,
@@ -187,6 +188,12 @@ def test_holm_leaves_out_tests_that_were_not_made():
     assert (first, last) == pytest.approx((0.04, 0.04)) and math.isnan(missing)
     with pytest.raises(ValueError, match="0, 1"):
         holm([0.1, 1.2])
+
+
+def test_the_interval_over_seeds_is_students():
+    """Of 1, 2, 3, 4: standard error 1.29 / 2, t of three degrees of freedom 3.182."""
+    assert half_width([1, 2, 3, 4]) == pytest.approx(3.182446 * (5 / 3) ** 0.5 / 2)
+    assert half_width([5.0]) is None and half_width([]) is None and half_width([2.0, 2.0]) == 0
 
 
 def test_across_seeds():

@@ -250,7 +250,7 @@ def test_a_lone_file_of_predictions_gives_a_page_that_says_what_is_missing(tmp_p
     texts = Reader(path.read_text()).texts
     assert "Not run: report.against" in texts["paired"] and "No training run was found" in texts["curves"]
     assert "one specialty" in texts["specialties"] and "Not run: no compared run" in texts["perspectives"]
-    assert "No merge is behind" in texts["conflicts"] and texts["liveness"].count("not run") == 3
+    assert "No merge is behind" in texts["conflicts"] and texts["liveness"].count("not run") == 4
     assert "not recorded" in texts["provenance"] and "no question texts and images" in texts["browser"]
     assert data_of(path)["items"][0]["question"] == ""
 

@@ -17,6 +17,7 @@ from mmedexpert.evaluation.predict import PROTOCOLS, Prediction, vote
 from mmedexpert.evaluation.stats import (
     across_seeds,
     cluster_bootstrap_ci,
+    half_width,
     holm,
     mcnemar_exact,
     paired_cluster_bootstrap,
@@ -332,7 +333,8 @@ def paired_over_seeds(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -
     """Each family that ran under two or more of the reference's seeds, minus the reference: of every question the mean
     over the seeds is compared, and the spread of the difference over seeds stands beside it.  # ours
 
-    The interval (95%, paired bootstrap clustered on images) says how much the questions matter, `std` the training.
+    `half` is half the 95% interval over seeds (Student's t: what training does), as in an experiment's table; the other
+    interval (95%, paired bootstrap clustered on images) says what questions do.
     """
     numbers: list[Number] = []
     for benchmark, members in by_benchmark(runs):
@@ -350,10 +352,12 @@ def paired_over_seeds(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -
                 difference, low, high, p = paired_cluster_bootstrap(
                     ours.mean(0), theirs.mean(0), clusters, num_resamples=PAIRED_RESAMPLES, seed=seed
                 )
-                _, std, count = across_seeds((ours - theirs).mean(1))
+                each = (ours - theirs).mean(1)
+                _, std, count = across_seeds(each)
                 numbers.append({
                     "table": "paired_seeds", "benchmark": benchmark, "model": family, "against": against.family,
                     "protocol": protocol, "n": len(clusters), "seeds": count, "difference": difference,
-                    "ci_low": low, "ci_high": high, "std": std, "p_bootstrap": None if math.isnan(p) else p,
+                    "ci_low": low, "ci_high": high, "std": std, "half": half_width(each),
+                    "p_bootstrap": None if math.isnan(p) else p,
                 })  # fmt: skip
     return numbers

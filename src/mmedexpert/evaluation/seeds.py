@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.comparison import PAIRED_RESAMPLES, EvalRun
-from mmedexpert.evaluation.stats import macro_bootstrap_ci, paired_cluster_bootstrap
+from mmedexpert.evaluation.stats import half_width, macro_bootstrap_ci, paired_cluster_bootstrap
 
 KIND = "needs"  # the breakdown of drawn questions by the perspective that decides them
 
@@ -123,13 +122,6 @@ def paired(arm: Arm, reference: Arm, *, seed: int = 0) -> Paired | None:
         ]
         _, low, high = macro_bootstrap_ci(*zip(*rows, strict=True), num_resamples=PAIRED_RESAMPLES, seed=seed)
     return Paired(seeds, float(over.mean()), half_width(over), 100 * low, 100 * high)
-
-
-def half_width(values: Sequence[float] | np.ndarray) -> float | None:
-    """Half the 95% interval of a mean by Student's t; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def _public(summary: Mapping[str, Any]) -> bool:

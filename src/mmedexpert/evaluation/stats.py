@@ -196,6 +196,19 @@ def across_seeds(values: ArrayLike) -> tuple[float, float, int]:
     return mean, float(scores.std(ddof=1)) if scores.size > 1 else np.nan, int(scores.size)
 
 
+def half_width(values: ArrayLike) -> float | None:
+    """Half the 95% interval of a mean over training seeds, by Student's t; None for fewer than two values.
+
+    Source: Student, Biometrika 6 (1908).
+    """
+    scores = np.asarray(values, dtype=float)
+    if scores.size < 2:
+        return None
+    from scipy.stats import t  # a second that only reports need
+
+    return float(t.ppf(0.975, scores.size - 1) * scores.std(ddof=1) / scores.size**0.5)
+
+
 def _resampled_sums(rows: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Column sums of `num_resamples` draws of C rows with replacement from `[C, k]`: `[num_resamples, k]`.
 

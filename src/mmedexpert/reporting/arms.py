@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mmedexpert.evaluation.seeds import KIND, Arm, Paired, half_width
+from mmedexpert.evaluation.seeds import KIND, Arm, Paired
+from mmedexpert.evaluation.stats import half_width
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting.tables import Row, short_names
 
