@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import numbers_of
 from mmedexpert.judging.prompts import ask_of
 from mmedexpert.sources import med_rewardbench, multimodal_rewardbench, preference_pairs, vl_rewardbench
+from mmedexpert.sources.phantom import phantom_pairs
 
 REPLIES = [
     verdict("A"), f"So: {verdict('b')}!", verdict("tie"), json.dumps({"accuracy": "A"}), "[[B]]", "a better one", "",
@@ -102,5 +104,6 @@ def read(load: Callable[..., Any], folder: Path) -> Any:
 
 JUDGING: dict[str, Callable[[Path], Any]] = {
     "pairwise": lambda _: asked("pairwise"), "med_rewardbench": published, "preference_pairs": own,
-    "vl_rewardbench": vl, "multimodal_rewardbench": multimodal, "judge_controls": chosen, "pair_numbers": counted,
+    "phantom_pairs": partial(read, partial(phantom_pairs.load, count=20)), "vl_rewardbench": vl,
+    "multimodal_rewardbench": multimodal, "judge_controls": chosen, "pair_numbers": counted,
 }  # fmt: skip

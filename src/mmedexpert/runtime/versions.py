@@ -91,6 +91,7 @@ VERSIONS: dict[str, int] = {
     "judge_controls": 1,
     "pair_numbers": 1,
     "preference_pairs": 1,
+    "phantom_pairs": 1,
     "vl_rewardbench": 1,
     "multimodal_rewardbench": 1,
     "swap": 1,  # whose image stands in for a question's own

@@ -15,7 +15,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.evaluation.predict import QuestionSet
 from mmedexpert.runtime.build import build, function, values_of
 from mmedexpert.runtime.runs import Run
-from mmedexpert.runtime.versions import rule_of, versions
+from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
 from mmedexpert.stages.common import stage_run
 from mmedexpert.stages.data import root_fingerprint
@@ -33,7 +33,10 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
     Raises UserError where the folder is not this benchmark's, or nothing of it can be asked.
     """
     name = benchmark.name
-    if benchmark.root is not None:
+    root: Path | None = None
+    if benchmark.load.get("_needs_root_") is False:
+        key: dict[str, str | None] = {"root": "drawn", "guidelines": text_of("guidelines.yaml")}
+    elif benchmark.root is not None:
         root = Path(benchmark.root)
         key = {"root": root_fingerprint(root, Path(config.paths.outputs))}
     else:
@@ -42,14 +45,15 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("load"):
-            records, image_root, bad = build(benchmark.load, f"benchmark.{name}.load", root=root, out_dir=run.folder)
+            load = {key: value for key, value in benchmark.load.items() if key != "_needs_root_"}
+            records, image_root, bad = build(load, f"benchmark.{name}.load", root=root, out_dir=run.folder)
         with run.phase("check images"):
             records, broken = askable(records, image_root)
         if not records:
             reasons = "; ".join(reason for _, reason in [*bad, *broken][:1])
             raise UserError(f"benchmark {benchmark.name}: no question in {root} can be asked ({reasons})")
         save_records(records, run.folder, image_root, skipped=[*bad, *broken], source_root=root)
-        own, missed = _own_training_part(config, benchmark, root, run, records, image_root)
+        own, missed = _own_training_part(config, benchmark, root, run, records, image_root) if root else (None, None)
         run.notes |= {
             "own_training_part": own,
             "own_training_part_left_out": missed,

@@ -1,0 +1,124 @@
+"""`benchmark=phantom_pairs`: pairs of answers about drawn images, of which one is better by construction. # ours
+
+Five kinds, each with labels in the dimensions that it decides and in no other:
+
+    finding        the answer that says what is seen, against one as sound about what is not
+    contradiction  the same reasoning with its own conclusion, against the other one
+    partial        reasoning and conclusion, against the conclusion alone
+    padded         the answer, against the same with sentences that have nothing to do with the question
+    insight        the answer and what would change it, against the answer and its first sentence again
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mmedexpert.data.pairs import record_of
+from mmedexpert.data.record import Record
+from mmedexpert.data.validation import Bad
+from mmedexpert.guidelines import PERSPECTIVES
+from mmedexpert.sources.phantom.cases import Case, draw_case
+from mmedexpert.sources.phantom.families import rules_of
+from mmedexpert.sources.phantom.source import TOP
+from mmedexpert.sources.phantom.text import measured, options, question, trace, upper
+
+KINDS = {
+    "finding": ("accuracy", "overall"),
+    "contradiction": ("accuracy", "overall"),
+    "partial": ("comprehensiveness", "overall"),
+    "padded": ("relevance", "responsiveness", "overall"),
+    "insight": ("creativity", "overall"),
+}
+PADDING = (
+    "The picture was taken with care.", "Many patients ask about this.", "Imaging has a long history.",
+    "The report was typed in the evening.", "Colleagues often discuss such pictures.", "It is a common examination.",
+)  # fmt: skip
+SPLITS = ("train", "val", "test")
+
+
+def load(
+    root: Path | None, out_dir: Path, *, split: str = "test", count: int = 60, seed: int = 0
+) -> tuple[list[Record], Path, Bad]:
+    """Draw `count` pairs of each specialty, one image each, kinds and what questions need in turn; half of the better
+    answers stand first. `root` is not used. The three splits share no draw. ValueError for another split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    images = out_dir / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    records = []
+    for place, specialty in enumerate(TOP):
+        rules = rules_of(specialty)
+        rng = np.random.default_rng([seed, place, SPLITS.index(split), 2_000])  # apart from the questions' own
+        for index in range(count):
+            kind = list(KINDS)[index % len(KINDS)]
+            rule = rules[index // len(KINDS) % len(rules)]
+            case = draw_case(rule, PERSPECTIVES[index // (len(KINDS) * len(rules)) % 4], rng)
+            identity = f"{specialty}-pairs-{split}-{index:04d}"
+            case.paint(rng).save(images / f"{identity}.png", compress_level=1)
+            better, worse = _answers(case, kind, rng)
+            first = bool(rng.integers(2))
+            answers = {"A": better if first else worse, "B": worse if first else better}
+            record = record_of(
+                identity=identity, images=[f"{identity}.png"], question=question(case, rng), answers=answers,
+                labels=dict.fromkeys(KINDS[kind], "A" if first else "B"), source="phantom pairs", license="Apache-2.0",
+                specialty=specialty, groups={"kind": kind},
+            )  # fmt: skip
+            records.append(replace(record, split=split))
+    return records, images, []
+
+
+def _answers(case: Case, kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    """The better answer and the worse one."""
+    steps, label = _told(case, rng)
+    whole = " ".join([*steps, _so(label)])
+    if kind == "finding":
+        other_steps, other = _told(_otherwise(case), rng)
+        return whole, " ".join([*other_steps, _so(other)])
+    if kind == "contradiction":
+        return whole, " ".join([*steps, _so(next(one for one in case.labels if one != label))])
+    if kind == "partial":
+        return whole, _so(label)
+    if kind == "padded":
+        chosen = rng.permutation(len(PADDING))[:4]
+        return whole, " ".join([PADDING[chosen[0]], PADDING[chosen[1]], whole, PADDING[chosen[2]], PADDING[chosen[3]]])
+    return f"{whole} {_would_change(case, label)}", f"{whole} {steps[0]}"
+
+
+def _told(case: Case, rng: np.random.Generator) -> tuple[list[str], str]:
+    """The steps of the perspective that decides the case, and the label that they come to."""
+    steps = list(trace(case, options(case, rng), case.needs).steps[:-1])
+    return steps, case.gold
+
+
+def _otherwise(case: Case) -> Case:
+    """The case whose picture would show the contrary of what decides this one, and whose answer is the other label."""
+    cut, family = case.rule.cuts[case.pair], case.family
+    if case.needs == "differential":
+        return replace(case, sign=not case.sign)
+    if case.needs == "intuitive":
+        return replace(case, look=1 - case.look)
+    if case.needs == "analytical":
+        return replace(case, value=round(2 * cut - case.value, family.decimals))
+    # a weak finding does not overcome what is stated: it takes one of another strength, or on the other side
+    middles = [sum(family.far) / 2, sum(family.near) / 2]
+    values = [round(cut + side * middle, family.decimals) for middle in middles for side in (1, -1)]
+    return next(other for value in values if (other := replace(case, value=value)).likely != case.likely)
+
+
+def _so(label: str) -> str:
+    return f"So {label}."
+
+
+def _would_change(case: Case, label: str) -> str:
+    """What would have to be seen for the other label."""
+    other = next(one for one in case.labels if one != label)
+    if case.needs == "differential":
+        return f"{upper(other)} if it had {'no ' if case.sign else ''}{case.family.sign}."
+    if case.needs == "intuitive":
+        looks = case.family.looks
+        return f"{upper(other)} if it showed {looks[bool(1 - case.look) == case.brighter_below]}."
+    cut = measured(case.family, case.rule, case.rule.cuts[case.pair])
+    return f"{upper(other)} on the other side of {cut[0].lower()}{cut[1:]}."
