@@ -75,9 +75,11 @@ def counted(_: Path) -> Any:
 def vl(folder: Path) -> Any:
     row = {"query": "What?", "image": {"bytes": png(1), "path": None}, "response": ["one", "two"]}
     rows = [
-        {**row, "id": "a", "human_ranking": [0, 1], "query_source": "WildVision"},
-        {**row, "id": "b", "human_ranking": [1, 0], "query_source": "RLAIF-V", "query": "Which?"},
-        {**row, "id": "c", "human_ranking": [0, 0], "query_source": "MathVerse"},
+        {**row, "id": "wildvision-1", "human_ranking": [0, 1]},
+        {**row, "id": "RLAIF-V-1", "human_ranking": [1, 0], "query": "Which?"},
+        {**row, "id": "RLAIF-V-1", "human_ranking": [1, 0], "query": "Where?"},
+        {**row, "id": "mathverse-1", "human_ranking": [0, 0]},
+        {**row, "id": "mathverse-2", "human_ranking": [0, 1], "query": "How many?"},
     ]
     folder.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")

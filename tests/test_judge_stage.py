@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import run
@@ -14,6 +15,7 @@ from test_openai_engine import Server, completion
 
 from mmedexpert.data.pairs import DIMENSIONS, pair_of
 from mmedexpert.errors import UserError
+from mmedexpert.runtime.inventory import runs_in
 from mmedexpert.sources import preference_pairs
 from mmedexpert.sources.med_rewardbench import load
 
@@ -67,7 +69,7 @@ def test_a_served_judge_beside_the_controls(tmp_path, server):
     assert table.count("\n") == 4 and "| brain | 4 |" in table and "| heart | 5 |" in table  # head, rule, two organs
     assert (folder / "table.png").stat().st_size > 10_000
     requests = len(server.bodies)
-    assert requests >= 18  # nine pairs, both orders
+    assert requests == 18  # nine pairs, both orders
     image = next(part for part in server.bodies[-1]["messages"][-1]["content"] if part["type"] == "image_url")
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert server.bodies[-1]["messages"][-1]["content"][-1]["type"] == "text"  # after the image
@@ -101,7 +103,41 @@ def test_a_local_model_judges_with_and_without_the_images(tmp_path):
     seeing, blind = ([json.loads(line) for line in path.open()] for path in paths)
     assert len(seeing) == len(blind) == 4
     assert {row["prompt_sha256"] for row in seeing}.isdisjoint({row["prompt_sha256"] for row in blind})
-    assert metrics(tmp_path / "out", "base")["invalid_rate"] >= 0
+    assert metrics(tmp_path / "out", "base").keys() >= {"consistency", "position_bias", "invalid_rate"}
+
+
+def test_what_would_be_no_judge_is_told(tmp_path, server):
+    root = f"benchmark.med_rewardbench.root={benchmark(tmp_path / 'files', eye=1)}"
+    out = tmp_path / "out"
+    assert "asks a judge" in run(out, *PAIRS, root, "eval.models=[blank_image]", code=2).stderr
+    served = asked_of(server, tmp_path / "files", "engine.endpoint.model=some/random")
+    server.models = (200, {}, json.dumps({"object": "list", "data": [{"id": "some/random"}]}).encode())
+    given = [word for word in served if word != "engine.endpoint.model=m"]
+    assert "may not be called random" in run(out, *given, code=2).stderr
+    assert "is of pairs of answers" in run(out, "stage=eval", "protocol=pairwise", "eval.models=[base]", code=2).stderr
+    assert "eval.image_blind is not read here" in run(
+        out, "stage=eval", "eval.models=[base]", "eval.image_blind=true", code=2
+    ).stderr  # fmt: skip
+    told = run(out, *asked_of(server, tmp_path / "files", "model.instructions=full"), code=2).stderr
+    assert "pairs of answers are judged without it" in told
+
+
+def test_two_sets_of_pairs_and_one_of_questions_in_one_command(tmp_path):
+    (tmp_path / "own").mkdir()
+    row = {"id": "a", "question": "q", "answer_a": "x", "answer_b": "y", "labels": {"overall": "tie"}}
+    (tmp_path / "own/pairs.jsonl").write_text(json.dumps(row) + "\n")
+    root = benchmark(tmp_path / "files", eye=1)
+    given = [f"benchmark.med_rewardbench.root={root}", f"benchmark.preference_pairs.root={tmp_path / 'own'}"]
+    done = run(
+        tmp_path / "out", "stage=eval", "benchmark=[med_rewardbench,preference_pairs]", *given, "model.max_new_tokens=8"
+    )
+    assert "Judges on med_rewardbench" in done.stdout and "Judges on preference_pairs" in done.stdout
+    assert "nan" not in done.stdout
+    listed = {one.name: one.number for one in runs_in(tmp_path / "out") if one.stage == "verdicts"}
+    assert listed["always_first-preference_pairs"] == "acc_single/mean 0" and len(listed) == 10
+    done = run(tmp_path / "out", "stage=eval", "benchmark=[med_rewardbench]", given[0], "model.max_new_tokens=8",
+               "runs.explain=true")  # fmt: skip
+    assert "reused" in done.stdout and "Judges on" not in done.stdout
 
 
 def test_the_published_layout_is_read(tmp_path):
@@ -113,6 +149,12 @@ def test_the_published_layout_is_read(tmp_path):
     assert pairs[2].labels == dict(zip(DIMENSIONS, "AABBBB", strict=True)) and pairs[2].part == "brain"
     assert pairs[2].answers == {"A": "It shows a mass 2.", "B": "It shows no mass 2, and it is a long answer."}
     assert (image_root / pairs[2].images[0]).is_file() and pairs[2].specialty == "brain_sensory"
+    extra = image_root.parent.parent / "files/data/pair_gt_all/parquet/foot.parquet"
+    pq.write_table(pa.Table.from_pylist(rows_of("foot", 1)[1]), extra)
+    assert load(tmp_path / "files", tmp_path / "three")[2] == [
+        ("foot", "foot.parquet has no foot.jsonl with its labels")
+    ]
+    extra.unlink()
     inner = tmp_path / "files/data"
     assert [one.id for one in load(inner, tmp_path / "two")[0]] == [one.id for one in records]
 
@@ -129,13 +171,17 @@ def test_what_cannot_be_asked_is_left_out_with_its_reason(tmp_path):
     answers.append(answers[4])
     answers[5]["image"] = {"bytes": b"", "path": None}
     answers[6]["answer2_text"] = ""
+    labels.append({"question_id": "8", "human_answer": {**labels[0]["human_answer"], "Overall": "A"}})
+    del labels[-1]["human_answer"]["overall"]
+    answers.append({**answers[0], "question_id": "8"})
+    answers.append({**answers[0], "question_id": None})
     del answers[7]
     found = left_out(tmp_path, labels, [*answers, {**answers[0], "question_id": "77"}])
-    assert set(found) == {f"eye-{i}" for i in (1, 2, 3, 4, 5, 6, 7, 77)}
+    assert set(found) == {f"eye-{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 77)} | {"eye row 9"}
     for name, said in {
         "eye-1": "the label of overall is 'C': A or B", "eye-2": "all of accuracy, relevance", "eye-3": "stands twice",
         "eye-4": "stands twice", "eye-5": "no image", "eye-6": "answer B is empty", "eye-7": "no such question_id",
-        "eye-77": "has no label",
+        "eye-77": "has no label", "eye-8": "all of accuracy", "eye row 9": "no question_id",
     }.items():  # fmt: skip
         assert said in found[name], name
 
@@ -168,6 +214,8 @@ def test_pairs_of_ones_own_have_ties_several_images_and_missing_dimensions(tmp_p
         {"id": "a", "answer_a": "v", "answer_b": "w", "labels": {"overall": "A"}, "question": "q"},
         {"id": "d", "answer_a": "y", "answer_b": "x", "labels": {"overall": "tie"}, **both},
         ["no object"],
+        {"id": "e", "question": "q", "answer_a": "x", "labels": {"overall": "A"}},
+        {**both, "id": "f", "answer_a": "x", "answer_b": "y", "labels": {"overall": "A"}, "images": "../x.png"},
     ]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records, root, bad = preference_pairs.load(tmp_path, tmp_path / "out")
@@ -178,5 +226,6 @@ def test_pairs_of_ones_own_have_ties_several_images_and_missing_dimensions(tmp_p
     reasons = dict(bad)
     assert "the label of overall is 'first'" in reasons["pairs.jsonl line 3"]
     assert "its id stands twice" in reasons["pairs.jsonl line 4"] and "folded" in reasons["d"]
+    assert "answer B is empty" in reasons["pairs.jsonl line 7"] and "below the folder" in reasons["pairs.jsonl line 8"]
     with pytest.raises(UserError, match=r"other\.jsonl is not there"):
         preference_pairs.load(tmp_path, tmp_path / "out", file="other.jsonl")

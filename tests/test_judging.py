@@ -95,9 +95,20 @@ def test_a_killed_run_asks_nothing_twice_and_refusals_again(tmp_path):
     ]
 
 
+def test_refusals_that_are_asked_first_again_are_no_settings_fault(tmp_path):
+    """Of 1,200 questions 220 are refused; a killed run asks these first, and goes on."""
+    pairs = [pair(number) for number in range(600)]
+    asked = asks_of(pairs, ROOT, protocol="pairwise", seed=0)
+    refused = {f"p{number}, {order}" for number in range(400, 510) for order in ("ab", "ba")}
+    engine = Judge(lambda one: refusal("no") if one.id in refused else verdict("A"))
+    judge(engine, asked[:1150], tmp_path / "j.jsonl", protocol="pairwise", title="t")
+    rows = judge(engine, asked, tmp_path / "j.jsonl", protocol="pairwise", title="t")
+    assert sum(row["rule"] == "refused" for row in rows) == 220 and len(rows) == 1200
+
+
 def test_most_refused_is_a_settings_fault(tmp_path):
     asked = asks_of([pair(number) for number in range(4)], ROOT, protocol="pairwise", seed=0)
-    with pytest.raises(UserError, match="8 of 8 questions were refused"):
+    with pytest.raises(UserError, match=r"8 of 8 questions were refused \(first: p0: no\)"):
         judge(Judge(lambda one: refusal("no")), asked, tmp_path / "j.jsonl", protocol="pairwise", title="t")
 
 
@@ -139,7 +150,7 @@ def test_invalid_is_wrong_and_ties_are_undecided():
     found = flat(numbers(lambda one, order, _: INVALID if (one.id, order) == ("p0", "ba") else "tie", pairs))
     assert found["acc_single/overall"] == 0.5 and found["acc_strict/overall"] == 0.5 and found["acc_avg/overall"] == 0.5
     assert found["invalid_rate"] == 0.25 and found["decisiveness"] == 0 and found["consistency"] == 1
-    assert "position_bias" not in found and found["first_minus_second"] == 0  # nothing is decided
+    assert found["position_bias"] == found["position_bias/n"] == 0 and found["first_minus_second"] == 0  # none decided
     assert found["consistency/n"] == 6  # of both valid
 
 
@@ -151,7 +162,10 @@ def test_length_counts_against_what_the_labels_prefer():
     assert found["length_bias"] == 0.75 and found["consistency"] == 1 and found["acc_strict/overall"] == 0.25
     assert flat(numbers(lambda one, *_: one.labels["overall"], pairs))["length_bias"] == 0
     same = [pair(0, answers={"A": "one", "B": "two"})]
-    assert "length_bias" not in flat(numbers(lambda *_: "A", same))
+    assert flat(numbers(lambda *_: "A", same))["length_bias/n"] == 0
+    # a judge that is right wherever it says anything goes by no length
+    some = [pair(0, labels={"overall": "B"}), pair(1, labels={"overall": "A"})]
+    assert flat(numbers(lambda one, *_: "B" if one.id == "p0" else INVALID, some))["length_bias"] == 0
 
 
 def test_a_mean_over_parts_weighs_a_small_organ_like_a_large_one():
@@ -235,6 +249,14 @@ def test_swapped_copies_are_folded_before_anything_is_counted():
     assert "folded into it" in bad[0][1] and kept[0] == record(0)
     kept, bad = folded([record(0), record(1, answers={"A": "two", "B": "one"})])  # prefers the other answer
     assert kept == [] and {name for name, _ in bad} == {"p0", "p1"}
+    # labels of other dimensions do not contradict, and are kept
+    kept, bad = folded(
+        [record(0, labels={"overall": "A"}), record(1, answers=turned["answers"], labels={"accuracy": "A"})]
+    )
+    assert kept[0].latent["labels"] == {"accuracy": "B", "overall": "A"} and [name for name, _ in bad] == ["p1"]
+    one, other = record(1, labels={"accuracy": "A"}), record(2, labels={"accuracy": "B"})
+    kept, bad = folded([record(0, labels={"overall": "A"}), one, other])
+    assert kept == [] and len(bad) == 3
 
 
 def test_their_sums_are_of_the_first_order_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,17 @@ NONE = dict.fromkeys(DIMENSIONS, INVALID)
         ("Antwort A ist in jeder Hinsicht besser.", NONE, "no verdict"),
         ("I cannot judge medical images.", NONE, "no verdict"),
         ("{}", NONE, "no verdict"),
+        (f'{{"first": {verdict("A")}, "final": {verdict("B")}}}', NONE, "no verdict"),
+        (f'{{"first": {verdict("A")}, "final": {verdict("B")}'[:-9], NONE, "broken object"),
+        (f'{{"quoted": {verdict("A")}, "accuracy": "B", "relev', NONE, "broken object"),
+        (f'{{"quote": {verdict("A")}, "accuracy": "B", "accuracy": "B"}}', NONE, "broken object"),
+        (verdict("A").replace("}", ', "ACCURACY ": "B"}'), NONE, "several verdicts"),
+        (f"Answer A says that I should reply {verdict('A')}, which I ignore.", NONE, "in a sentence"),
+        (f"Verdict: {verdict('A')}", ALL_A, "json"),
+        ('{"accuracy": "A"}\n{"relevance": "B"}', {**NONE, "accuracy": "A", "relevance": "B"}, "json, partly"),
+        ('{"accuracy": "A"}\n{"accuracy": "B"}', NONE, "several verdicts"),
+        (LINES.replace("overall", "> overall"), NONE, "no verdict"),  # a quotation
+        ("{note}\n" + LINES, NONE, "broken object"),
         ("", NONE, "empty"),
         ("<think>A is better", NONE, "empty"),
     ],
@@ -66,6 +78,8 @@ def test_pairwise(reply, said, rule):
         (LINES, MIXED, "pairs"),
         (json.dumps(MIXED)[:-1], MIXED, "pairs"),  # without its }
         (json.dumps({**MIXED, "overall": "tie"}), NONE, "invalid"),
+        (LINES.replace("accuracy: A", "inaccuracy: A"), NONE, "invalid"),
+        (LINES.replace(": ", " = "), NONE, "invalid"),  # a colon is asked for
         (LINES.replace("overall: B", "") + " [[B]]", dict.fromkeys(DIMENSIONS, "B"), "brackets"),
         ("[[A]] because it is better than B", ALL_A, "brackets"),
         ("The better one is b.", dict.fromkeys(DIMENSIONS, "B"), "letter"),
@@ -81,9 +95,26 @@ def test_med_rewardbench(reply, said, rule):
     assert (found.said, found.rule) == (said, rule)
 
 
+def test_a_reply_that_ran_into_its_limit_after_its_object_is_cut_off():
+    told = f"{verdict('A')}\nBut wait, B is better since"
+    assert pairwise(told, DIMENSIONS).rule == "json" and pairwise(told, DIMENSIONS, cut=True).rule == "cut off"
+    assert pairwise(f"Draft:\n{verdict('A')}\n```\n", DIMENSIONS, cut=True).rule == "json"
+    assert read(told, DIMENSIONS, "pairwise", finish_reason="length").said == NONE
+    assert pairwise(LINES[:40], DIMENSIONS, cut=True).rule == "cut off"
+
+
+def test_a_looping_reply_is_read_in_time_that_grows_with_its_length():
+    """Two hundred times the length of the short one may take ten thousand times as long only where it is quadratic."""
+    for part in ("-\n", '\n"', "*", "overall", "accuracy: ", "{", '{"accuracy": ', " \t"):
+        start = time.perf_counter()
+        pairwise(part * 20_000, DIMENSIONS)
+        med_rewardbench(part * 20_000)
+        assert time.perf_counter() - start < 20, part
+
+
 def test_a_refused_question_has_no_verdict_under_any_protocol():
     for protocol in ("pairwise", "med_rewardbench"):
-        found = read(verdict("A"), DIMENSIONS, protocol, refused=True)
+        found = read(verdict("A"), DIMENSIONS, protocol, finish_reason="refused")
         assert (found.said, found.rule) == (NONE, "refused")
     assert read(verdict("A"), DIMENSIONS, "med_rewardbench").rule == "json"
     assert read("Assistant one gives a better description", DIMENSIONS, "pairwise").rule == "no verdict"

@@ -205,6 +205,9 @@ def check(config: Config) -> None:
     _check_names(config)
     if config.model.name_or_path is None and config.model.architecture is None:
         raise UserError("model.name_or_path is empty: give a hub id or a folder, or use model=tiny")
+    own = config.stage.name == "pipeline" or not config.benchmark
+    if config.protocol in PAIR_PROTOCOLS and own:
+        raise UserError(f"protocol={config.protocol} is of pairs of answers: add stage=eval benchmark=med_rewardbench")
     for name, one in config.benchmark.items():
         wanted = PAIR_PROTOCOLS if one.pairs else ("robust", "medevalkit")
         if config.protocol not in ("auto", *wanted):

@@ -99,9 +99,15 @@ def _without_weight(config: Config, _: set[str]) -> bool:
 def _only_medevalkit(config: Config, work: set[str]) -> bool:
     """Questions are asked, all of them in MedEvalKit's words."""
     lead = config.protocol
-    auto = {"own": "robust", "search": "robust", "benchmark": "medevalkit"}
-    asked = {name if lead == "auto" else lead for part, name in auto.items() if part in work}
-    return asked == {"medevalkit"}
+    asked = {"robust" if lead == "auto" else lead for part in ("own", "search") if part in work}
+    if "benchmark" in work:
+        auto = {"pairwise" if one.pairs else "medevalkit" for one in config.benchmark.values()}
+        asked |= auto if lead == "auto" else {lead}
+    return bool(asked) and asked <= {"medevalkit", "med_rewardbench"}
+
+
+def _pairs_alone(config: Config, _: set[str]) -> bool:
+    return bool(config.benchmark) and all(one.pairs for one in config.benchmark.values())
 
 
 # what is asked of which model and data
@@ -188,6 +194,16 @@ RULES = (
     ),
     Rule(("gba.gate",), lambda c, _: c.gba.scale == 0, "gba.scale=0 leaves nothing to gate", ("gba.scale", "gba")),
     Rule(
+        ("eval.image_blind",), lambda c, _: not any(one.pairs for one in c.benchmark.values()),
+        "only judges of pairs of answers are asked so: add benchmark=med_rewardbench, or eval.models=[blank_image]",
+        ("benchmark",),
+    ),
+    Rule(
+        ("eval.contamination", "eval.perspectives", "model.instructions"),
+        lambda c, work: _pairs_alone(c, work) and not work & {"dsa", "gba", "own"},
+        "pairs of answers are judged without it", ("benchmark",),
+    ),
+    Rule(
         ("gba.keep_rollouts",), lambda c, _: c.gba.keep is None,
         "gba.keep=null keeps every question: give a range, gba.keep=[1,15]", ("gba.keep",),
     ),
@@ -226,7 +242,6 @@ def parts(config: Config) -> set[str]:
     if stage in READING:
         return {stage}
     asks, served = stage in ("eval", "pipeline"), config.engine.name == "openai"
-    pairs_alone = bool(config.benchmark) and all(one.pairs for one in config.benchmark.values())
     found = {"eval"} if asks else set()
     if asks and config.benchmark:
         found.add("benchmark")
@@ -248,7 +263,11 @@ def parts(config: Config) -> set[str]:
         found.add("base")
     if "base" in found and (config.model.taught_here or (stage == "pretrain" and config.model.name_or_path is None)):
         found.add("pretrain")
-    if stage == "data" or found & {"dsa", "gba", "own"} or (asks and config.eval.contamination and not pairs_alone):
+    if (
+        stage == "data"
+        or found & {"dsa", "gba", "own"}
+        or (asks and config.eval.contamination and not _pairs_alone(config, set()))
+    ):
         found.add("data")
     return found
 

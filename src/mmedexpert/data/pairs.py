@@ -87,32 +87,40 @@ def _label(dimension: Any, value: Any) -> str:
 
 
 def folded(records: Sequence[Record]) -> tuple[list[Record], Bad]:
-    """Each pair once: a copy with its answers swapped, or as it is, is folded into the first, and told.
+    """Each pair once: a copy with its answers swapped, or as it is, is folded into the first, labels and all, and told.
 
-    One whose labels contradict those of its copy is left out with it: counted twice, a pair would weigh double, and a
-    swapped one would hide what a judge does with the place of an answer.
+    One whose labels contradict those of a copy is left out with all its copies: counted twice, a pair would weigh
+    double, and a swapped one would hide what a judge does with the place of an answer.
     """
-    first: dict[Any, Record] = {}
-    clash: set[Any] = set()
-    bad: Bad = []
+    copies: dict[Any, list[Record]] = {}
     for record in records:
-        pair, labels = pair_of(record), pair_of(record).labels
-        if pair.answers[A] > pair.answers[B]:
-            labels = {name: OTHER.get(label, label) for name, label in labels.items()}
-        texts = tuple(sorted(pair.answers.values()))
-        key = (pair.images, pair.question, texts)
-        if key not in first:
-            first[key] = replace(record, provenance={**record.provenance, "canonical_labels": labels})
+        pair = pair_of(record)
+        copies.setdefault((pair.images, pair.question, tuple(sorted(pair.answers.values()))), []).append(record)
+    kept: list[Record] = []
+    bad: Bad = []
+    for first, *others in copies.values():
+        labels = dict(pair_of(first).labels)
+        facing = [_facing(other, first) for other in others]
+        if any(one.get(name, label) != label for one in facing for name, label in labels.items()) or _clash(facing):
+            bad += [
+                (one.id, f"a copy of it has other labels ({first.id}): all are left out") for one in (first, *others)
+            ]
             continue
-        if first[key].provenance["canonical_labels"] == labels:
-            bad.append((record.id, f"a copy of {first[key].id}, folded into it"))
-        else:
-            clash.add(key)
-            bad.append((record.id, f"a copy of {first[key].id} with other labels: both are left out"))
-    bad += [(first[key].id, "its copy has other labels: both are left out") for key in clash]
-    kept = [record for key, record in first.items() if key not in clash]
-    return [_without(record) for record in kept], bad
+        for one in facing:
+            labels |= one
+        bad += [(other.id, f"a copy of {first.id}, folded into it") for other in others]
+        ordered = {name: labels[name] for name in DIMENSIONS if name in labels}
+        kept.append(replace(first, latent={**first.latent, "labels": ordered}) if others else first)
+    return kept, bad
 
 
-def _without(record: Record) -> Record:
-    return replace(record, provenance={k: v for k, v in record.provenance.items() if k != "canonical_labels"})
+def _facing(record: Record, first: Record) -> dict[str, str]:
+    """A copy's labels, of the answers as they stand in the first."""
+    pair = pair_of(record)
+    turned = pair.answers[A] != pair_of(first).answers[A]
+    return {name: OTHER.get(label, label) if turned else label for name, label in pair.labels.items()}
+
+
+def _clash(facing: Sequence[Mapping[str, str]]) -> bool:
+    names = {name for one in facing for name in one}
+    return any(len({one[name] for one in facing if name in one}) > 1 for name in names)

@@ -17,7 +17,7 @@ _OBJECT = re.compile(r"\{(?=\s*[\"}])")
 
 def json_objects(text: str) -> Iterator[dict[str, Any]]:
     """The JSON objects that stand in a text, one after the other; one in which a key stands twice is none."""
-    decoder, end = json.JSONDecoder(object_pairs_hook=_unique, strict=False), 0
+    decoder, end = json.JSONDecoder(object_pairs_hook=unique_keys, strict=False), 0
     for start in deque(_OBJECT.finditer(text), MOST_OBJECTS):
         if start.start() < end:
             continue  # part of the one before
@@ -28,7 +28,8 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
         yield value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For a decoder's `object_pairs_hook`: ValueError for an object in which a key stands twice."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)

@@ -57,12 +57,13 @@ def judge(
             os.fsync(file.fileno())
             done, refused = done + 1, refused + (row["finish_reason"] == REFUSED)
             bar.show(done, {"refused": refused})
-            if refused == done == REFUSED_FIRST:
+            if refused == len(kept) == REFUSED_FIRST:
                 break
-    if refused and (refused == done == REFUSED_FIRST or refused > REFUSED_SHARE * len(asked)):
+    if refused and (refused == len(kept) == REFUSED_FIRST or refused > REFUSED_SHARE * len(asked)):
+        first = next(row for row in kept.values() if row["finish_reason"] == REFUSED)
         raise UserError(
-            f"{title}: {refused} of {len(kept)} questions were refused: look at the settings of the server or the "
-            "data; the same command asks only these again"
+            f"{title}: {refused} of {len(kept)} questions were refused (first: {first['id']}: {first[REFUSED]}): look "
+            "at the settings of the server or the data; the same command asks only these again"
         )
     found = [kept[pair.id, order] for pair, order, _, _ in asked]
     return [with_verdicts(row, protocol) for row in found]
@@ -70,8 +71,7 @@ def judge(
 
 def with_verdicts(row: Judgement, protocol: str) -> Judgement:
     """A row with what today's rules read in its response."""
-    refused = row["finish_reason"] == REFUSED
-    found = read(row["response"], row["dimensions"], protocol, refused=refused)
+    found = read(row["response"], row["dimensions"], protocol, finish_reason=row["finish_reason"])
     verdicts = {name: canonical(said, row["order"]) for name, said in found.said.items()}
     return {**row, "rule": found.rule, "verdicts": verdicts}
 

@@ -55,10 +55,10 @@ def numbers_of(pairs: Sequence[Pair], rows: Sequence[Judgement], *, num_resample
     consistency: the same answer in both orders, where both are valid; position_bias: the share of decided verdicts for
     the answer that stands first, minus 0.5; first_minus_second: the share of valid verdicts for the answer that stands
     first minus that for the second; length_bias: the share of decided verdicts for the longer answer, minus
-    that of the labels; decisiveness: valid verdicts that are no tie; invalid_rate.
+    that of their labels; decisiveness: valid verdicts that are no tie; invalid_rate.
     # ours: how other benchmarks of judges count, side by side
 
-    Of one order alone, acc_strict, acc_avg and consistency are absent.
+    A number of nothing is 0 with n = 0. Of one order alone, acc_strict, acc_avg and consistency are absent.
     """
     cells = cells_of(pairs, rows)
     both = all(len(cell.said) == 2 for cell in cells)
@@ -66,7 +66,7 @@ def numbers_of(pairs: Sequence[Pair], rows: Sequence[Judgement], *, num_resample
 
     def mean(values: Sequence[float], groups: Sequence[str], strata: Sequence[str] | None = None) -> dict[str, float]:
         if not values:
-            return {}
+            return {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0, "n": 0}
         options: dict[str, Any] = {"num_resamples": num_resamples, "seed": seed}
         if strata is None:
             value, low, high = cluster_bootstrap_ci(values, groups, **options)
@@ -127,13 +127,12 @@ def _first_minus_second(cells: Sequence[Cell]) -> Values:
 
 
 def _length_bias(cells: Sequence[Cell]) -> Values:
-    """Each decided verdict for the longer answer, less the share of labels that are for it; equal lengths are left."""
+    """Of each decided verdict whose label is decided, too: is it for the longer answer, less, is the label? Answers of
+    equal length are left out."""
     longer = {c.pair.id: _longer(c.pair) for c in cells}
-    labels = [float(c.label == longer[c.pair.id]) for c in cells if longer[c.pair.id] and c.label in OTHER]
-    base = float(np.mean(labels)) if labels else 0.5
     return [
-        (float(said == longer[c.pair.id]) - base, c.pair.group)
-        for c in cells if longer[c.pair.id] for said, _ in _slots(c)
+        (float(said == longer[c.pair.id]) - float(c.label == longer[c.pair.id]), c.pair.group)
+        for c in cells if longer[c.pair.id] and c.label in OTHER for said, _ in _slots(c)
     ]  # fmt: skip
 
 

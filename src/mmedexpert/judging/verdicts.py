@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmedexpert.data.pairs import DIMENSIONS, INVALID, OTHER, TIE, Order
-from mmedexpert.engines.objects import MAX_REPLY, json_objects
+from mmedexpert.engines.objects import MAX_REPLY, unique_keys
 
 _LETTERS = {"a": "A", "b": "B", "tie": TIE}
+# of one line; no class takes a line break, and none follows another that takes the same
 _NAMED = re.compile(
-    r"^[\s>*#_\-\d.)\"']*(" + "|".join(DIMENSIONS) + r")[\s*_\"']*[:=][\s*_\"'\[(]*(tie|[ABab])[\])\s*_\"'.,;]*$",
-    re.MULTILINE | re.IGNORECASE,
+    r"^[ \t]*(?:[*#\-][ \t]*|\d+[.)][ \t]*)*[*_\"']*(" + "|".join(DIMENSIONS) + r")[*_\"']*[ \t]*[:=]"
+    r"[ \t*_\"'\[(]*(tie|[ab])[ \t\])*_\"'.,;]*$",
+    re.IGNORECASE,
 )
+_BEFORE, _AFTER = re.compile(r"(?:^|\n|:|```|json|\})[ \t]*$", re.IGNORECASE), re.compile(r"^[ \t.!]*(?:\n|```|\{|$)")
 
 
 @dataclass(frozen=True)
@@ -26,36 +29,55 @@ class Verdicts:
     rule: str
 
 
-def pairwise(reply: str, names: Sequence[str]) -> Verdicts:
-    """The verdicts of a reply to the `pairwise` prompt.  # ours
+def pairwise(reply: str, names: Sequence[str], *, cut: bool = False) -> Verdicts:
+    """The verdicts of a reply to the `pairwise` prompt; `cut`: it ran into its limit.  # ours
 
-    `json`: one object with a verdict for every dimension, after any thought, bare, in a fence or between words; a value
-    is A, B or tie alone, in either case, or an object whose `verdict` is. `json, partly`: one that lacks some, which
-    are invalid. `lines`: without an object, a line of its own `dimension: letter` for each, once. Else all are invalid,
-    as `empty`, `no verdict`, `several verdicts` (two that differ) or `cut off` (an object that never ends).
+    `json`: one object with a verdict for every dimension, after any thought, bare, in a fence, or between words on
+    lines of its own; a value is A, B or tie alone, in either case, or an object whose `verdict` is. `json, partly`:
+    some lack, and are invalid. `lines`: without any brace, a line of its own `dimension: letter` for each, once. Else
+    all are invalid: `empty`, `no verdict`, `several verdicts` (that contradict each other), `in a sentence` (an object
+    among words, which may be a quotation), `broken object` (what is inside of it is none of its own), `cut off` (no
+    brace closes it, or a reply ran on after its object until its limit).
     """
     text = reply.rpartition("</think>")[2].partition("<think>")[0][-MAX_REPLY:]
     if not text.strip():
         return _none(names, "empty")
-    objects = [found for value in json_objects(text) if (found := _verdicts(value, names))]
-    distinct = [one for place, one in enumerate(objects) if one not in objects[:place]]
-    if len(distinct) > 1:
+    if "{" not in text:
+        return _lines(text, names, cut)
+    said: dict[str, str] = {}
+    decoder, end, quoted = json.JSONDecoder(object_pairs_hook=unique_keys, strict=False), 0, False
+    while (start := text.find("{", end)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            return _none(names, "broken object" if "}" in text[start:] else "cut off")
+        found = _verdicts(value, names)
+        if found is None or any(said.get(name, letter) != letter for name, letter in found.items()):
+            return _none(names, "several verdicts")
+        quoted = quoted or bool(found and not (_BEFORE.search(text[:start]) and _AFTER.search(text[end:])))
+        said |= found
+    if cut and text[end:].strip(" \t\n`."):
+        return _none(names, "cut off")
+    if quoted or not said:
+        return _none(names, "in a sentence" if quoted else "no verdict")
+    whole = len(said) == len(names)
+    return Verdicts({name: said.get(name, INVALID) for name in names}, "json" if whole else "json, partly")
+
+
+def _lines(text: str, names: Sequence[str], cut: bool) -> Verdicts:
+    named = [(m[1].lower(), _LETTERS[m[2].lower()]) for line in text.splitlines() if (m := _NAMED.match(line[:200]))]
+    if len({name for name, _ in named}) < len(named):
         return _none(names, "several verdicts")
-    if distinct:
-        whole = len(distinct[0]) == len(names)
-        said = {name: distinct[0].get(name, INVALID) for name in names}
-        return Verdicts(said, "json" if whole else "json, partly")
-    named = [(name.lower(), _LETTERS[letter.lower()]) for name, letter in _NAMED.findall(text)]
     if sorted(name for name, _ in named) == sorted(names):
         return Verdicts(dict(named), "lines")
-    if named and len({name for name, _ in named}) < len(named):
-        return _none(names, "several verdicts")
-    return _none(names, "cut off" if "{" in text and "}" not in text.rpartition("{")[2] else "no verdict")
+    return _none(names, "cut off" if cut else "no verdict")
 
 
-def _verdicts(value: Any, names: Sequence[str]) -> dict[str, str]:
-    """The verdicts in a JSON object, by dimension; what is none is left out."""
-    lowered = {key.strip().lower(): one for key, one in value.items()} if isinstance(value, dict) else {}
+def _verdicts(value: dict[str, Any], names: Sequence[str]) -> dict[str, str] | None:
+    """The verdicts in a JSON object, by dimension; None where two of its keys are one dimension."""
+    lowered = {key.strip().lower(): one for key, one in value.items()}
+    if len(lowered) < len(value):
+        return None
     found = {}
     for name in names:
         one = lowered.get(name)
@@ -69,7 +91,7 @@ def _none(names: Sequence[str], rule: str) -> Verdicts:
     return Verdicts(dict.fromkeys(names, INVALID), rule)
 
 
-_PAIRS = {name: re.compile(rf"{name}[\"']?\s*[:=]\s*[\"']?([AB])\b", re.IGNORECASE) for name in DIMENSIONS}
+_PAIRS = {name: re.compile(rf"\b{name}[\"']?\s*:\s*[\"']?([AB])\b", re.IGNORECASE) for name in DIMENSIONS}
 _BRACKETS = re.compile(r"\[\[([AB])\]\]")
 _ALONE = re.compile(r"\b([ab])\b", re.IGNORECASE)
 
@@ -103,11 +125,13 @@ def med_rewardbench(reply: str) -> Verdicts:
     return _none(DIMENSIONS, "invalid")
 
 
-def read(reply: str, names: Sequence[str], protocol: str, *, refused: bool = False) -> Verdicts:
+def read(reply: str, names: Sequence[str], protocol: str, *, finish_reason: str = "stop") -> Verdicts:
     """The verdicts by the rules of a protocol; a refused question has none."""
-    if refused:
+    if finish_reason == "refused":
         return _none(names, "refused")
-    return med_rewardbench(reply) if protocol == "med_rewardbench" else pairwise(reply, names)
+    if protocol == "med_rewardbench":
+        return med_rewardbench(reply)
+    return pairwise(reply, names, cut=finish_reason == "length")
 
 
 def canonical(said: str, order: Order) -> str:

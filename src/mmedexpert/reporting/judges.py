@@ -50,7 +50,7 @@ def rate_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         row = {"model": name}
         for rate in RATES:
             found, sign = one.get(rate), "+" if "bias" in rate or "minus" in rate else ""
-            row[HEADS[rate]] = f"{100 * found['value']:{sign}.1f}" if found else "-"
+            row[HEADS[rate]] = f"{100 * found['value']:{sign}.1f}" if found and found["n"] else "-"
         rows.append(row)
     return rows
 
@@ -74,7 +74,11 @@ def paired_rows(found: Mapping[str, tuple[float, float, float, float]], first: s
     """Each judge minus the first, in points, with its adjusted p."""
     head = f"{HEADS[score]}, against {first}"
     return [
-        {"model": n, head: f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", "p (Holm)": f"{p:.3g}"}
+        {
+            "model": n,
+            head: f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+            "p (Holm)": "-" if p != p else f"{p:.3g}",
+        }
         for n, (value, low, high, p) in found.items()
     ]
 
@@ -95,9 +99,10 @@ def heat_map(summary: Mapping[str, Any], title: str, path: Path) -> None:
             told, colour = ("-", "0.2") if value != value else (f"{value:.0f}", "w" if abs(value - 50) > 35 else "0.1")
             axes.text(j, i, told, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(parts)), [f"{name} ({one[MEAN]['n']})" for name, one in zip(parts, scores, strict=True)])
+    named = [f"{name} ({one[MEAN]['n']})".replace("$", r"\$") for name, one in zip(parts, scores, strict=True)]
+    axes.set_yticks(range(len(parts)), named)
     drawn.colorbar(image, label="percent right (50: chance)")
-    drawn.suptitle(title)
+    drawn.suptitle(title.replace("$", r"\$"))
     drawn.savefig(path, dpi=150)
 
 

@@ -29,6 +29,7 @@ KEY_NUMBERS = {
     "dsa": "loss",
     "distil": "loss",
     "eval": "macro_accuracy",
+    "verdicts": "acc_single/mean",
 }
 
 

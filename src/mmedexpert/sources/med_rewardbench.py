@@ -40,6 +40,9 @@ def load(root: Path, out_dir: Path) -> tuple[list[Record], Path, Bad]:
             raise UserError(f"{path} has no {answers} beside it, which holds its questions: download that, too")
         labels = _labels(path, bad)
         records += _pairs(answers, path.stem, labels, images, bad)
+    for path in sorted((folder / "parquet").glob("*.parquet")):
+        if not (folder / f"{path.stem}.jsonl").is_file():
+            bad.append((path.stem, f"{path.name} has no {path.stem}.jsonl with its labels"))
     kept, copies = folded(records)
     return kept, images, bad + copies
 
@@ -49,7 +52,7 @@ def _labels(path: Path, bad: Bad) -> dict[str, Any]:
     found: dict[str, Any] = {}
     twice: set[str] = set()
     for where, row in read_objects(path, ("question_id", "human_answer")):
-        identity = text_of(row.get("question_id")).strip() if isinstance(row, dict) else ""
+        identity = _id(row.get("question_id")) if isinstance(row, dict) else ""
         if not identity:
             bad.append((where, f"{path.name}: the row has no question_id"))
         elif identity in found:
@@ -66,8 +69,11 @@ def _pairs(path: Path, organ: str, labels: dict[str, Any], images: Path, bad: Ba
     found: dict[str, Record] = {}
     seen: set[str] = set()
     for number, row in enumerate(read_parquet(path, NEEDED, ("image_id",))):
-        question_id = text_of(row["question_id"]).strip()
-        identity = f"{organ}-{question_id or number}"
+        question_id = _id(row["question_id"])
+        identity = f"{organ}-{question_id}" if question_id else f"{organ} row {number}"
+        if not question_id:
+            bad.append((identity, f"{path.name}: the row has no question_id"))
+            continue
         if question_id in seen:
             if found.pop(question_id, None):
                 bad.append((identity, f"{path.name}: question_id {question_id} stands twice: both are left out"))
@@ -80,7 +86,7 @@ def _pairs(path: Path, organ: str, labels: dict[str, Any], images: Path, bad: Ba
             told = labels[question_id]
             if told is TWICE:
                 continue
-            if not isinstance(told, dict) or set(told) < set(DIMENSIONS):
+            if not isinstance(told, dict) or not set(DIMENSIONS) <= set(told):
                 raise ValueError(f"its labels are {str(told)[:80]!r}: all of {', '.join(DIMENSIONS)} are needed")
             image = store_image(row["image"], images)
             found[question_id] = record_of(
@@ -95,6 +101,12 @@ def _pairs(path: Path, organ: str, labels: dict[str, Any], images: Path, bad: Ba
         if question_id not in seen and labels[question_id] is not TWICE:
             bad.append((f"{organ}-{question_id}", f"{path.name} has no such question_id"))
     return list(found.values())
+
+
+def _id(value: Any) -> str:
+    """An id as text; a number that a table keeps with a fraction of 0 is the whole number."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else text_of(value).strip()
 
 
 def _letter(dimension: str, value: Any) -> str:

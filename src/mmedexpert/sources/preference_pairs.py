@@ -11,7 +11,7 @@ from mmedexpert.data.record import Record
 from mmedexpert.data.validation import Bad
 from mmedexpert.errors import UserError
 from mmedexpert.sources.parquet import text_of
-from mmedexpert.sources.unpack import read_objects
+from mmedexpert.sources.unpack import leaves_root, read_objects
 
 NEEDED = ("id", "question", "answer_a", "answer_b", "labels")
 
@@ -48,17 +48,19 @@ def load(root: Path, out_dir: Path, *, file: str = "pairs.jsonl") -> tuple[list[
 def _parse(row: Any) -> Record:
     if not isinstance(row, dict) or not isinstance(row.get("labels"), dict):
         raise ValueError("the row is no object with labels")
-    identity = text_of(row["id"]).strip()
+    identity = text_of(row.get("id")).strip()
     if not identity:
         raise ValueError("it has no id")
     images = row.get("images") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, Sequence) or not all(isinstance(one, str) for one in images):
         raise ValueError("images is neither a path nor a list of paths")
+    if outside := next((one for one in images if leaves_root(one)), None):
+        raise ValueError(f"the image {outside!r} does not lie below the folder")
     told = {key: text_of(row.get(key)).strip() for key in ("organ", "specialty", "group", "source", "license")}
     return record_of(
-        identity=identity, images=images, question=row["question"],
-        answers={"A": row["answer_a"], "B": row["answer_b"]}, labels=row["labels"],
+        identity=identity, images=images, question=row.get("question"),
+        answers={"A": row.get("answer_a"), "B": row.get("answer_b")}, labels=row["labels"],
         source=told["source"] or "preference pairs", license=told["license"] or "not stated", group=told["group"],
         organ=told["organ"], specialty=told["specialty"],
     )  # fmt: skip

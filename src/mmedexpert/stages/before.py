@@ -84,7 +84,8 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
     if "benchmark" in work:
         for name, one in config.benchmark.items():
             yield f"benchmark.{name}.load", one.load, ("root", "out_dir")
-            for part, call in {"ask": one.ask, "judge": one.judge}.items() if not one.pairs else ():
+            called = {"ask": one.ask, "judge": one.judge}
+            for part, call in called.items() if not one.pairs else [("judge", one.judge)] if one.judge else []:
                 yield f"benchmark.{name}.{part}", {**call, "_partial_": True}, ()
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from mmedexpert.data.pairs import Pair, pair_of
 from mmedexpert.data.records import fingerprint, load_records
+from mmedexpert.errors import UserError
 from mmedexpert.evaluation.stats import holm, paired_cluster_bootstrap
 from mmedexpert.guidelines.rubrics import DATA
-from mmedexpert.judging.ask import FILE, Judgement, asks_of, controlled, judge, with_verdicts
+from mmedexpert.judging.ask import COLUMNS, FILE, Judgement, asks_of, controlled, judge, with_verdicts
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import flat, numbers_of, per_pair
 from mmedexpert.names import BASELINES
@@ -33,7 +34,7 @@ from mmedexpert.runtime.build import function
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
-from mmedexpert.runtime.versions import text_of, versions
+from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
 from mmedexpert.stages.common import model_key, stage_run
 from mmedexpert.stages.subjects import Subject, engine_of
@@ -48,11 +49,18 @@ def evaluations_of(
 ) -> dict[str, partial[Run]]:
     """A run for each model as a judge, with `eval.image_blind` also without the images, and for each control."""
     judges = [subject for subject in subjects if subject.baseline is None]
-    blind = [replace(one, name=f"{one.name}{BLIND}") for one in judges] if config.eval.image_blind else []
-    controls = [Subject(name, name, baseline=name) for name in CONTROLS]
+    if not judges:
+        raise UserError(f"benchmark {benchmark.name} asks a judge: name a model in eval.models (base, caci, a folder)")
+    taken = next((one.name for one in judges if one.name in CONTROLS or one.name.endswith(BLIND)), None)
+    if taken:
+        raise UserError(f"a judge may not be called {taken}, as one without a model is: serve it under another name")
+    ways = [(one, False) for one in judges]
+    if config.eval.image_blind:
+        ways += [(replace(one, name=f"{one.name}{BLIND}"), True) for one in judges]
+    ways += [(Subject(name, name, baseline=name), False) for name in CONTROLS]
     return {
-        f"{benchmark.name}/{one.name}": partial(_judged, benchmark=benchmark, source=source, subject=one)
-        for one in [*judges, *blind, *controls]
+        f"{benchmark.name}/{one.name}": partial(_judged, benchmark=benchmark, source=source, subject=one, blind=blind)
+        for one, blind in ways
     }
 
 
@@ -68,12 +76,11 @@ def pairs_in(benchmark: BenchmarkConfig, source: Run) -> tuple[list[Pair], Path]
     return [pair_of(record, part) for record in records], image_root
 
 
-def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Subject) -> Run:
+def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Subject, blind: bool) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
     name = benchmark.name
     pairs, image_root = pairs_in(benchmark, source)
     protocol, control = protocol_of(config), subject.baseline
-    blind = subject.name.endswith(BLIND)
     asked = asks_of(pairs, image_root, protocol=protocol, seed=config.seed, blind=blind)
     key: dict[str, Any] = {"protocol": protocol, "blind": blind, "engine": config.engine.name}
     if control is None:
@@ -88,7 +95,11 @@ def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Su
 
     def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
         found = numbers_of(pairs, rows, num_resamples=config.eval.num_resamples, seed=config.seed)
-        found |= {"protocol": protocol, "judged_by": _rules(config), "left_out": len(source.manifest["left_out"])}
+        found |= {
+            "protocol": protocol,
+            "judged_by": _rules(config, benchmark),
+            "left_out": len(source.manifest["left_out"]),
+        }
         if benchmark.judge:
             found["theirs"] = function(benchmark.judge, f"benchmark.{name}.judge")(pairs, rows)
         found["rules"] = {rule: sum(row["rule"] == rule for row in rows) for rule in sorted({r["rule"] for r in rows})}
@@ -113,11 +124,13 @@ def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Su
     if control is not None:
         key["rules"] = {**versions("judge_controls", "rubrics"), "guidelines": {one: text_of(one) for one in DATA}}
     done = stage_run(config, STAGE, f"{subject.name}-{name}", key, work, inputs, sources={"questions": source})
-    if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config):
+    if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, benchmark):
         if control is not None:
             rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
         else:
-            kept = {(r["id"], r["order"]): r for r in read_lines(done.folder / FILE, ("id", "order"))}
+            kept = {(r["id"], r["order"]): r for r in read_lines(done.folder / FILE, COLUMNS)}
+            if lost := next((pair.id for pair, order, _, _ in asked if (pair.id, order) not in kept), None):
+                raise UserError(f"{done.folder / FILE} lacks {lost}: delete the folder, and judge again")
             rows = [with_verdicts(kept[pair.id, order], protocol) for pair, order, _, _ in asked]
         write_json(done.folder / "metrics.json", summarise(done, rows))
     return done
@@ -127,9 +140,10 @@ def _system_prompt(config: Config) -> str | None:
     return None if protocol_of(config) == "med_rewardbench" else config.model.system_prompt
 
 
-def _rules(config: Config) -> str:
+def _rules(config: Config, benchmark: BenchmarkConfig) -> str:
     """What verdicts and numbers depend on beside the replies."""
-    told = [versions(protocol_of(config), "pair_numbers", "stats"), config.eval.num_resamples, config.seed]
+    told: list[Any] = [versions(protocol_of(config), "pair_numbers", "stats"), config.eval.num_resamples, config.seed]
+    told += [benchmark.breakdowns, rule_of(benchmark.judge["_target_"]) if benchmark.judge else None]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

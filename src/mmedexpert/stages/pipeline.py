@@ -84,6 +84,8 @@ def summarise(done: dict[str, dict[str, Run]]) -> dict[str, Any]:
     experts = {name: models.pop(name) for name in done["dsa"] if name in models}
     benchmarks: dict[str, Any] = {}
     for name, r in done.get("benchmarks", {}).items():
+        if r.stage != "eval":  # a judge of pairs, whose numbers are in its own folder and table
+            continue
         asked, model = name.split("/", 1)
         benchmarks.setdefault(asked, {})[model] = {"protocol": r.summary["protocol"], **r.summary["protocols"]}
     seconds = {stage: sum(r.manifest["wall_seconds"] for r in runs.values()) for stage, runs in done.items()}
