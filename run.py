@@ -12,8 +12,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that leaves i
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
+import mmedexpert.resolvers
 import mmedexpert.schema  # noqa: F401  registers the base of conf/config.yaml
 from mmedexpert.runtime.privacy import redacted
 from mmedexpert.runtime.quiet import one_line, silence
@@ -23,9 +25,6 @@ finished: list = []  # (overrides, runs) of each job of this command
 experiments: list = []  # the config of each finished job
 failed: list[list[str]] = []
 noted: set[str] = set()
-# a sweep's folder is made by Hydra itself, before any key is checked
-OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
-OmegaConf.register_new_resolver("all", ",".join, replace=True)  # every arm of an experiment: "${all:${arms}}"
 
 
 def is_first_process() -> bool:
@@ -61,6 +60,8 @@ def job(composed: DictConfig) -> None:
         config = replace(config, logger=replace(config.logger, swept=swept))  # what an arm is called by
         unread = notes(config, given, swept)
         note(f"note: stage={config.stage.name} does not read {', '.join(unread)}" if unread else "")
+        if HydraConfig.get().mode == RunMode.RUN and HydraConfig.get().sweeper.get("params"):
+            note(f"note: this is one job of experiment {config.results.id}: -m does all its arms and seeds")
         import numpy
         import torch
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from commands import run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mmedexpert.arms import with_arm
 from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+SAME = ("experts_mean", "four")  # arms that name the default, so that the file says what it is
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 
 
@@ -44,18 +45,21 @@ def test_an_arm_sets_its_keys_and_what_follows_them():
         (["arms={short:{gba.stepz:7}}", "arm=short"], "arm short: .*gba.stepz.*gba.steps"),
         (["arms={short:{gba.steps:many}}", "arm=short"], "gba.steps"),
         (["arms={short:{gba.steps:0}}", "arm=short"], "gba.steps=0 must be"),
+        (
+            ["arms={short:{gba.steps:7}}", "arm=short", "gba.steps=9"],
+            "arm=short sets gba.steps, and so does the command",
+        ),
         (["results.id=x", "results.against='caci (shrt)'", "arms={short:{}}"], "names no arm.*short"),
     ],
 )
 def test_a_mistake_in_an_arm_is_told(overrides, said):
     with pytest.raises(UserError, match=said):
-        typed(config(*overrides))
+        typed(config(*overrides), overrides)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_has_a_folder_a_claim_and_arms_that_fit(name):
-    given = config(f"experiment={name}")
-    found = typed(given)
+    found = typed(config(f"experiment={name}"))
     if not found.results.claim:  # settings without a table over seeds
         return
     assert found.results.id == name
@@ -68,15 +72,19 @@ def test_an_experiment_has_a_folder_a_claim_and_arms_that_fit(name):
     assert found.results.claim.rstrip(".").lower() in " ".join(text.split()).lower()
     assert f"experiment={name}" in text and "7B" in text
     assert found.stage.name == "eval"  # nothing is made that no row needs
-    names = [found.results.against.partition(" (")[0]] if found.results.against else []
-    arms = found.arms or {}
-    for arm in arms:
-        with_it = typed(OmegaConf.merge(given, {"arm": arm}))
-        assert with_it.arm == arm
-        names = [one for one in names if one not in (with_it.eval.models or [])]
-    assert not names or not arms  # the row that all are compared with is asked by an arm
-    whole = {arm: OmegaConf.to_yaml(with_arm(OmegaConf.merge(given, {"arm": arm}))) for arm in arms}
-    assert len({text.replace(f"arm: {arm}\n", "") for arm, text in whole.items()}) == len(arms)
+    arms = list(found.arms or {})
+    for more in ([], ["model=lingshu_7b", "trainer=gpu"]):  # as at_7b, whose benchmarks are on the hub
+        base = typed(config(f"experiment={name}", *more))
+        whole = {arm: typed(OmegaConf.merge(config(f"experiment={name}", *more), {"arm": arm})) for arm in arms}
+        asked = [one for with_it in whole.values() for one in with_it.eval.models or []]
+        assert not arms or not found.results.against or found.results.against.partition(" (")[0] in [*asked, *arms]
+        plain = {arm: json.dumps(asdict(replace(one, arm=None, arms=None)), default=str) for arm, one in whole.items()}
+        for arm, text in plain.items():
+            others = [other for other in arms if other != arm and plain[other] == text]
+            assert not others, f"arms {arm} and {others[0]} are one"
+            told = (found.arms or {})[arm]
+            same = text == json.dumps(asdict(replace(base, arm=None, arms=None)), default=str)
+            assert same <= (not told or arm in SAME), f"arm {arm} sets what stands there already"
 
 
 def test_a_shell_completes_groups_choices_and_keys():

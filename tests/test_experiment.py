@@ -146,6 +146,73 @@ def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
     assert "claim on set" in capsys.readouterr().out
 
 
+def test_scores_and_differences_are_of_the_same_questions(folders, tmp_path):
+    """One run has asked more questions, of another specialty: over the common ones it equals the other."""
+    _, ours, _ = folders
+    evaluation(tmp_path, "plain", 0, ours[0])
+    more = evaluation(tmp_path, "more", 0, ours[0])
+    lines = (more / "predictions.jsonl").read_text().splitlines()
+    extra = {**json.loads(lines[0]), "id": "another", "specialties": ["oncology_surgery"]}
+    extra["robust"] = {**extra["robust"], "correct": True}
+    (more / "predictions.jsonl").write_text("\n".join([*lines, json.dumps(extra)]) + "\n")
+    summary = json.loads((more / "summary.json").read_text())
+    summary |= {"macro_accuracy": 0.99, "per_specialty": {**summary["per_specialty"], "oncology_surgery": {}}}
+    (more / "summary.json").write_text(json.dumps(summary))
+    found, _ = aligned(read_runs([more, tmp_path / "plain-set-0"]), common=True)
+    one, other = arms_of(found)
+    assert one.scores() == pytest.approx(other.scores()) and one.parts() == other.parts()
+    assert paired(one, other).difference == 0
+
+
+def test_a_finer_specialty_beside_the_four_is_no_column(tmp_path, folders):
+    _, ours, _ = folders
+    path = evaluation(tmp_path, "finer", 0, ours[0])
+    lines = [json.loads(line) for line in (path / "predictions.jsonl").read_text().splitlines()]
+    for line in lines[10:20]:
+        line["specialties"] = [*line["specialties"], "cardiology"]
+    (path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (one,) = arms([path])
+    assert {name for group, name in one.parts() if group == "specialty"} == {"pediatrics", "adult_medicine"}
+    values = [value for (group, _), value in one.parts().items() if group == "specialty"]
+    assert one.scores()[0] == pytest.approx(np.mean(values))
+
+
+def test_each_row_may_be_compared_with_its_own_model_in_an_arm(tmp_path):
+    """`results.against=plain`, an arm: the reasoner of each arm with the plain one, and so the merges."""
+    rng = np.random.default_rng(3)
+    right = {(model, arm): rng.random(QUESTIONS) < 0.5 for model in ("reasoner", "caci") for arm in ("plain", "more")}
+    jobs = []
+    for seed in (0, 1):
+        for arm in ("plain", "more"):
+            made = [
+                evaluation(tmp_path, model, seed, right[model, arm], recipe=f"{model}-{arm}")
+                for model in ("reasoner", "caci")
+            ]
+            config = composed(
+                "results.id=claim", "results.against=plain", "eval.num_resamples=100", "report.published=null",
+                f"paths.outputs={tmp_path / 'out'}", "arms={plain:{},more:{}}", f"arm={arm}",
+            )  # fmt: skip
+            jobs.append((config, [Run("eval", path.name, "x", path) for path in made]))
+    folder = conclude(jobs[0][0], jobs)
+    found = json.loads((folder / "results.json").read_text())["sets"]["set"]["arms"]
+    assert found["reasoner (plain)"]["against_reference"] is None is found["caci (plain)"]["against_reference"]
+    for model in ("reasoner", "caci"):
+        wanted = 100 * (macro(right[model, "more"][None]) - macro(right[model, "plain"][None]))[0]
+        assert found[f"{model} (more)"]["against_reference"]["difference"] == pytest.approx(wanted)
+    assert "against plain" in (folder / "table.md").read_text()
+
+
+def test_one_arm_alone_is_called_by_its_name_and_a_missing_reference_is_told(tmp_path):
+    right = np.random.default_rng(1).random(QUESTIONS) < 0.5
+    path = evaluation(tmp_path, "caci", 0, right)
+    config = composed(
+        "results.id=claim", "results.against='caci (plain)'", "eval.num_resamples=100", "report.published=null",
+        f"paths.outputs={tmp_path / 'out'}", "arms={plain:{},more:{}}", "arm=more",
+    )  # fmt: skip
+    table = (conclude(config, [(config, [Run("eval", path.name, "x", path)])]) / "table.md").read_text()
+    assert "| caci (more) |" in table and "nothing to compare with: caci (plain) is not among these runs" in table
+
+
 def test_only_the_models_asked_for_are_shown_beside_the_reference(folders, tmp_path):
     text = (concluded(folders, tmp_path, "results.against=theirs", "results.models=[third]") / "table.md").read_text()
     assert "| third |" in text and "| theirs |" in text and "| ours |" not in text
@@ -193,6 +260,9 @@ def test_a_part_of_a_table_does_not_take_its_place(folders, tmp_path):
     before = (whole / "table.md").read_text()
     part = concluded((paths[:2], ours, theirs), tmp_path)
     assert part.name == "claim-part" and (whole / "table.md").read_text() == before
+    other = evaluation(tmp_path / "new", "fourth", 0, ours[0])  # one more, without those that are there
+    assert concluded(([other], ours, theirs), tmp_path).name == "claim-part"
+    assert (whole / "table.md").read_text() == before and "Command: run.py" in before
     assert concluded(folders, tmp_path) == whole and (whole / "table.md").read_text() != before
 
 
@@ -214,7 +284,7 @@ def test_a_model_that_some_arms_have_is_called_by_them(tmp_path, capsys):
             jobs.append((config, [Run("eval", path.name, "x", path) for path in made]))
     folder = conclude(jobs[0][0], jobs, ["seed=1 arm=many"])
     table = (folder / "table.md").read_text()
-    for row in ("| start | 2 |", "| reasoner (few) | 2 |", "| reasoner (many) | 1 |", "| caci | 2 |"):
+    for row in ("| start | 2 |", "| reasoner (few) | 2 |", "| reasoner (many) | 1 |", "| caci (few) | 2 |"):
         assert row in table
     assert "against reasoner (few)" in table and "failed, so not in it: seed=1 arm=many" in table
 

@@ -22,6 +22,7 @@ def with_arm(composed: DictConfig) -> DictConfig:
         hint = suggestion(str(name), [str(one) for one in arms]) if arms else ": add experiment=<one with arms>"
         raise UserError(f"arm={name} is not known{hint}")
     found = composed.copy()
+    OmegaConf.update(found, "arms", OmegaConf.to_container(arms, resolve=True), merge=False)  # by the values before it
     for key, value in (arms[name] or {}).items():
         missing = object()
         if OmegaConf.select(found, str(key), default=missing) is missing:

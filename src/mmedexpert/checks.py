@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+import mmedexpert.resolvers  # noqa: F401  what conf/ may compute
 from mmedexpert.arms import with_arm
 from mmedexpert.checks_merge import check_merge
 from mmedexpert.curation.settings import MODELS, check_settings
@@ -96,6 +97,8 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"config key {key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     given = {word.partition("=")[0].lstrip("+") for word in overrides}
+    if twice := sorted(given & {str(key) for key in (config.arms or {}).get(config.arm) or {}}):
+        raise UserError(f"arm={config.arm} sets {twice[0]}, and so does the command: give one of them")
     if "specialty.names" in given and "specialty.on_missing" not in given:
         config.specialty.on_missing = "error"
     expand_homes(config)
@@ -252,6 +255,8 @@ def _check_results(config: Config) -> None:
     named = {"against": [results.against] if results.against is not None else [], "models": results.models or []}
     for key, names in named.items():
         for name in names:
+            if key == "against" and name in (config.arms or {}):
+                continue  # each row against the same model's in this arm
             model, _, arm = name.partition(" (")
             if arm and arm.removesuffix(")") not in (config.arms or {}):
                 hint = suggestion(arm.removesuffix(")"), list(config.arms or {}))

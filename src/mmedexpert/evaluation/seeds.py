@@ -25,11 +25,23 @@ class Arm:
     summaries: dict[int, Mapping[str, Any]]
 
     def scores(self) -> dict[int, float]:
-        """Percent right by seed: the mean over specialties on a set of ours, over questions on a public one."""
-        return {
-            seed: 100 * (one["protocols"][one["protocol"]]["accuracy"] if _public(one) else one["macro_accuracy"])
-            for seed, one in self.summaries.items()
-        }
+        """Percent right by seed, over the questions that all arms have: on a set of ours the mean over specialties, on
+        a public one over questions."""
+        found = {}
+        for seed, run in self.runs.items():
+            protocol, names = self.summaries[seed]["protocol"], self.specialties(seed)
+            rows: dict[str, list[bool]] = {}
+            for question in run.questions.values():
+                for name in [value for group, value in question.breakdowns if group == "specialty" and value in names]:
+                    rows.setdefault(name, []).append(question.correct[protocol])
+            if _public(self.summaries[seed]):
+                rows = {"": [question.correct[protocol] for question in run.questions.values()]}
+            found[seed] = 100 * float(np.mean([np.mean(right) for right in rows.values()]))
+        return found
+
+    def specialties(self, seed: int) -> set[str]:
+        """Those whose mean a set of ours is scored by; a finer one beside them is part of one of them."""
+        return set(self.summaries[seed].get("per_specialty") or ())
 
     def parts(self) -> dict[tuple[str, str], float]:
         """Percent right in each (breakdown, value) of specialties and kinds, as mean over seeds."""
@@ -39,7 +51,7 @@ class Arm:
             rows: dict[tuple[str, str], list[bool]] = {}
             for question in run.questions.values():
                 for part in set(question.breakdowns):
-                    if part[0] in ("specialty", KIND):
+                    if part[0] == KIND or (part[0] == "specialty" and part[1] in self.specialties(seed)):
                         rows.setdefault(part, []).append(question.correct[protocol])
             for part, right in rows.items():
                 found.setdefault(part, []).append(100 * float(np.mean(right)))
@@ -88,12 +100,12 @@ def best_first(arms: Sequence[Arm]) -> list[Arm]:
 def named(arms: Sequence[Arm], name: str | None) -> Arm | None:
     """The arm with this label, else the first one of a model so called; None where there is none.
 
-    `caci (default)` may be the only one of its model, whose label then says no more than that.
+    `start (plain)` is also a `start` that all arms share, whose label says no arm.
     """
-    by_label = [arm for arm in arms if arm.label == name]
     model, _, said = (name or "").partition(" (")
     by_model = [arm for arm in arms if next(iter(arm.runs.values())).model == model]
-    return next(iter(by_label or (by_model if not said or len(by_model) == 1 else [])), None)
+    found = [arm for arm in arms if arm.label == name] or [a for a in by_model if not said or a.label == model]
+    return next(iter(found), None)
 
 
 def paired(arm: Arm, reference: Arm, *, seed: int = 0) -> Paired | None:
@@ -118,10 +130,11 @@ def paired(arm: Arm, reference: Arm, *, seed: int = 0) -> Paired | None:
             (float(ours[place] - others[place]), question.image_group, name)
             for place, question in enumerate(questions)
             for group, name in question.breakdowns
-            if group == "specialty" and name in summary["per_specialty"]
+            if group == "specialty" and name in arm.specialties(seeds[0])
         ]
         _, low, high = macro_bootstrap_ci(*zip(*rows, strict=True), num_resamples=PAIRED_RESAMPLES, seed=seed)
-    return Paired(seeds, float(over.mean()), half_width(over), 100 * low, 100 * high)
+    mean = float(np.round(over.mean(), 9))  # no 1e-14 of two sums of one value
+    return Paired(seeds, mean, half_width(over), 100 * low, 100 * high)
 
 
 def _public(summary: Mapping[str, Any]) -> bool:

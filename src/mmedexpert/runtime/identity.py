@@ -64,6 +64,7 @@ def why_anew(folder: Path, tree: Mapping[str, Any]) -> str:
     told = [(differences(known, tree), path) for path, known in found if known is not None]
     if not told:
         return "nothing of this stage is finished here"
+    told = [([one for one in changed if one[0] != "recipe"], path) for changed, path in told]  # not part of the key
     changed, path = min(told, key=lambda item: (len(item[0]), item[1].name))
     shown = [f"{name}: {_short(before)} -> {_short(after)}" for name, before, after in changed[:4]]
     more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmedexpert.reporting.arms import (
 from mmedexpert.reporting.tables import latex, markdown, print_table
 from mmedexpert.runtime.identity import folder_of
 from mmedexpert.runtime.jsonl import read_object
+from mmedexpert.runtime.privacy import redacted
 from mmedexpert.runtime.runs import Run, console, git_sha, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages.report import compare
@@ -42,7 +44,8 @@ def conclude(
     if not arms_with:
         return None
     evaluations, notes = aligned(read_runs(list(arms_with)), common=True)
-    evaluations = _by_arm(evaluations, arms_with)
+    by_arm = " (" in (results.against or "") or (config.arms or {}).get(results.against) is not None
+    evaluations = _by_arm(evaluations, arms_with, always=by_arm)
     notes = [note for note in notes if "settings differ" not in note]  # they are what the arms vary
     notes += [f"failed, so not in it: {name}" for name in failed]
     folder = _place(outputs / "experiments" / str(results.id), evaluations)
@@ -50,28 +53,37 @@ def conclude(
     text, first = [f"# {results.id}\n\n{results.claim}\n".replace("\n\n\n", "\n")], None
     numbers: dict[str, Any] = {}
     for benchmark, members in by_benchmark(evaluations):
-        arms = arms_of(members)
+        arms = best_first(arms_of(members))
+        references = {arm.label: _reference(arms, arm, config) for arm in arms}
         reference = named(arms, results.against)
         first = first or (next(iter(reference.runs.values())) if reference else None)
         if results.models is not None:
-            arms = [arm for arm in arms if arm is reference or next(iter(arm.runs.values())).model in results.models]
-        text += _tell(config, benchmark, best_first(arms or arms_of(members)), reference, notes, folder, numbers)
+            kept = [arm for arm in arms if arm is reference or next(iter(arm.runs.values())).model in results.models]
+            arms = kept or arms
+        told = [*notes]
+        if results.against is not None and not any(references.values()):
+            told.append(f"nothing to compare with: {results.against} is not among these runs")
+        text += _tell(config, benchmark, arms, references, told, folder, numbers)
     cost = _cost([run.path.parent for run in evaluations], outputs)
-    (folder / "table.md").write_text("\n".join([*text, _told(cost), ""]), encoding="utf-8")
-    told = {"id": results.id, "git_sha": git_sha(), "made_of": cost, "sets": numbers}
+    (folder / "table.md").write_text("\n".join([*text, _told(cost), _given(config), ""]), encoding="utf-8")
+    made: dict[str, Any] = {"made_of": cost, "command": redacted(sys.argv[1:]), "debug": config.debug.name}
+    whole = {"id": results.id, "git_sha": git_sha(), **made, "sets": numbers}
     compare(config, evaluations, first, notes, folder)
-    write_json(folder / "results.json", told)
+    write_json(folder / "results.json", whole)
     console.print(f"{folder}/report.html", highlight=False, soft_wrap=True)
     return folder
 
 
 def _tell(
-    config: Config, benchmark: str, arms: Sequence[Arm], reference: Arm | None, notes: Sequence[str], folder: Path,
-    numbers: dict[str, Any],
+    config: Config, benchmark: str, arms: Sequence[Arm], references: Mapping[str, Arm | None], notes: Sequence[str],
+    folder: Path, numbers: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     """One set of questions: its tables printed, drawn and as text, its numbers in `numbers`."""
-    name, title = reference.label if reference else "", f"{config.results.id} on {benchmark}"
-    against = {arm.label: paired(arm, reference, seed=config.seed) if reference else None for arm in arms}
+    title, labels = f"{config.results.id} on {benchmark}", {one.label for one in references.values() if one}
+    name = next(iter(labels)) if len(labels) == 1 else str(config.results.against) if labels else ""
+    against = {
+        arm.label: paired(arm, one, seed=config.seed) if (one := references[arm.label]) else None for arm in arms
+    }
     rows, place = rows_of(arms, against, name), re.sub(r"\W+", "_", benchmark)
     said = [*filter(None, [SAID, resolution(against), *notes])]
     print_table(rows, title, "\n".join([*said, f"{folder}"]))
@@ -92,16 +104,32 @@ def _tell(
     return text
 
 
+def _reference(arms: Sequence[Arm], arm: Arm, config: Config) -> Arm | None:
+    """What an arm's row is compared with: `results.against`, or of an arm so called the same model's row."""
+    against = config.results.against
+    if against is not None and against in (config.arms or {}):
+        model = next(iter(arm.runs.values())).model
+        inside = [one for one in arms if against in one.label.removeprefix(f"{model} (").removesuffix(")").split(", ")]
+        return next((one for one in inside if next(iter(one.runs.values())).model == model), None)
+    return named(arms, against)
+
+
+def _given(config: Config) -> str:
+    """The command, and a warning where its numbers mean nothing."""
+    smoke = " debug=smoke: these numbers mean nothing." if config.debug.name == "smoke" else ""
+    return f"Command: run.py {' '.join(redacted(sys.argv[1:]))}.{smoke}"
+
+
 def _place(folder: Path, evaluations: Sequence[EvalRun]) -> Path:
-    """The folder, or beside it where it holds a table over these runs and more."""
+    """The folder; beside it where it holds a table over runs that these are without."""
     found = read_object(folder / "results.json").get("sets", {})
     there = {
         seed["run"] for one in found.values() for arm in one["arms"].values() for seed in arm["seeds"].values()
     }  # fmt: skip
-    if not {run.path.parent.name for run in evaluations} < there:
+    if there <= {run.path.parent.name for run in evaluations}:
         return folder
     part = folder.with_name(f"{folder.name}-part")
-    line = f"{folder} holds a table over these runs and more: this one is {part}"
+    line = f"{folder} holds a table over other runs, too: this one is {part}; move that away to have it there"
     console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
     return part
 
@@ -116,8 +144,9 @@ def _arms_with(jobs: Sequence[tuple[Config, Iterable[Run]]]) -> dict[Path, set[s
     return found
 
 
-def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]]) -> list[EvalRun]:
-    """A model that arms have in several kinds is called by its arms: `reasoner (rank_4)`."""
+def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]], *, always: bool) -> list[EvalRun]:
+    """A model that arms have in several kinds is called by its arms: `reasoner (rank_4)`; with `always` every one is,
+    that not all arms share."""
     every = set().union(*arms_with.values())
     of_recipe: dict[str, set[str]] = {}  # over all seeds: a job that failed takes no arm from a name
     for run in evaluations:
@@ -125,15 +154,16 @@ def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]]) 
     named = []
     for run in evaluations:
         own, kinds = of_recipe[run.recipe], {r.recipe for r in evaluations if r.model == run.model}
-        family = run.model if own == every or len(kinds) == 1 else f"{run.model} ({', '.join(sorted(own))})"
+        plain = (own == every and len(every) > 1) or (len(kinds) == 1 and not always)
+        family = run.model if plain or not own else f"{run.model} ({', '.join(sorted(own))})"
         label = f"{family} (seed {run.seed})" if run.seed_of else family
         named.append(replace(run, family=family, label=label, seed_of=run.seed_of and family))
-    return named if len(every) > 1 and _apart(named) else list(evaluations)
+    return named if every and (len(every) > 1 or always) and _apart(named) else list(evaluations)
 
 
 def _cost(folders: Sequence[Path], outputs: Path) -> dict[str, Any]:
-    """How many runs the evaluations and all that they were made of are, the minutes that each of them took, added up,
-    their commits and machines."""
+    """How many runs the evaluations and all that they were made of are (but data, which are known by content), the
+    minutes that each of them took, added up, their commits and machines."""
     waiting, seen = list(folders), dict[Path, Mapping[str, Any]]()
     while waiting:
         folder = waiting.pop().resolve()

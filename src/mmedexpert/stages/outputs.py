@@ -41,8 +41,8 @@ def clean(config: Config) -> dict[str, Run]:
     """Print the runs that nothing needs; with `runs.delete` remove them.
 
     Needed is what a finished pipeline, a report, an experiment's table, a run under way or one of `runs.keep` was made
-    of. Data (`inventory.PREPARED`) and what is younger than a day stay. UserError where no pipeline is finished and
-    nothing is kept, and for a `runs.keep` that is none.
+    of. Data (`inventory.PREPARED`) and what is younger than a day stay. UserError where no pipeline is finished,
+    nothing is compared and nothing kept, and for a `runs.keep` that is none.
     """
     outputs, keep = Path(config.paths.outputs), config.runs.keep
     found = runs_in(outputs)
@@ -53,12 +53,13 @@ def clean(config: Config) -> dict[str, Run]:
             fix = suggestion(given, list(known.values()))
             raise UserError(f"runs.keep: {given} is no run in {outputs}; name its folder, <name>-<run id>{fix}")
         roots.add(run_id)
+    roots |= _compared(outputs)
     if not roots:
         raise UserError(
-            f"{outputs} holds no finished pipeline, so nothing says which runs are needed: name what to keep in "
-            "runs.keep=[<run id>,...]"
+            f"{outputs} holds no finished pipeline and no comparison, so nothing says which runs are needed: name what "
+            "to keep in runs.keep=[<run id>,...]"
         )
-    roots |= {one.run_id for one in found if one.state in (RUNNING, UNFINISHED)} | _compared(outputs)
+    roots |= {one.run_id for one in found if one.state in (RUNNING, UNFINISHED)}
     reached = needed(found, roots)
     spare = [
         one for one in found

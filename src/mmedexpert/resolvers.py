@@ -1,0 +1,18 @@
+"""What conf/ may compute: `${home:path}`, `${all:${arms}}`, `${times:${dsa.steps},4}`."""
+
+from __future__ import annotations
+
+import os
+
+from omegaconf import OmegaConf
+
+
+def _times(value: float, factor: float) -> int:
+    """A whole number, at least 1."""
+    return max(1, round(value * factor))
+
+
+# a sweep's folder is made by Hydra itself, before any key is checked
+OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
+OmegaConf.register_new_resolver("all", ",".join, replace=True)  # every arm of an experiment, as values of a sweep
+OmegaConf.register_new_resolver("times", _times, replace=True)
