@@ -213,6 +213,20 @@ def test_one_arm_alone_is_called_by_its_name_and_a_missing_reference_is_told(tmp
     assert "| caci (more) |" in table and "nothing to compare with: caci (plain) is not among these runs" in table
 
 
+def test_the_command_stands_in_the_table_without_secrets_and_places(folders, tmp_path, monkeypatch):
+    words = [
+        "run.py",
+        "-m",
+        f"paths.outputs={tmp_path}",
+        "engine.endpoint.base_url=http://u:secret@host/v1",
+        "gba.steps=7",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    folder = concluded(folders, tmp_path)
+    for text in ((folder / "table.md").read_text(), json.loads((folder / "results.json").read_text())["command"]):
+        assert "gba.steps=7" in text and "secret" not in text and str(tmp_path) not in text
+
+
 def test_only_the_models_asked_for_are_shown_beside_the_reference(folders, tmp_path):
     text = (concluded(folders, tmp_path, "results.against=theirs", "results.models=[third]") / "table.md").read_text()
     assert "| third |" in text and "| theirs |" in text and "| ours |" not in text

@@ -24,7 +24,7 @@ from mmedexpert.reporting.arms import (
 from mmedexpert.reporting.tables import latex, markdown, print_table
 from mmedexpert.runtime.identity import folder_of
 from mmedexpert.runtime.jsonl import read_object
-from mmedexpert.runtime.privacy import redacted
+from mmedexpert.runtime.privacy import redacted, without_places
 from mmedexpert.runtime.runs import Run, console, git_sha, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages.report import compare
@@ -66,7 +66,7 @@ def conclude(
         text += _tell(config, benchmark, arms, references, told, folder, numbers)
     cost = _cost([run.path.parent for run in evaluations], outputs)
     (folder / "table.md").write_text("\n".join([*text, _told(cost), _given(config), ""]), encoding="utf-8")
-    made: dict[str, Any] = {"made_of": cost, "command": redacted(sys.argv[1:]), "debug": config.debug.name}
+    made: dict[str, Any] = {"made_of": cost, "command": _command(), "debug": config.debug.name}
     whole = {"id": results.id, "git_sha": git_sha(), **made, "sets": numbers}
     compare(config, evaluations, first, notes, folder)
     write_json(folder / "results.json", whole)
@@ -117,7 +117,12 @@ def _reference(arms: Sequence[Arm], arm: Arm, config: Config) -> Arm | None:
 def _given(config: Config) -> str:
     """The command, and a warning where its numbers mean nothing."""
     smoke = " debug=smoke: these numbers mean nothing." if config.debug.name == "smoke" else ""
-    return f"Command: run.py {' '.join(redacted(sys.argv[1:]))}.{smoke}"
+    return f"Command: {_command()}.{smoke}"
+
+
+def _command() -> str:
+    """As it was typed, without secrets and places of this machine."""
+    return "run.py " + " ".join(without_places(word) for word in redacted(sys.argv[1:]))
 
 
 def _place(folder: Path, evaluations: Sequence[EvalRun]) -> Path:
