@@ -332,7 +332,10 @@ def test_without_a_reference_or_evaluations_there_is_less(folders, tmp_path):
 def test_a_reference_that_is_not_asked_is_told_before_any_work():
     with pytest.raises(UserError, match=r"results\.against: grop .* did you mean 'grpo'"):
         composed("results.id=x", "results.against=grop", "eval.models=[start,grpo]")
-    composed("experiment=ablation_merge")
+    for merge in ("caci", "ties", "regmean"):  # the reference is another job's
+        composed("experiment=ablation_merge", f"merge={merge}")
+    with pytest.raises(UserError, match=r"results\.against: cacy .* did you mean 'caci'"):
+        composed("experiment=ablation_merge", "merge=ties", "results.against=cacy")
     composed("experiment=ablation_gba_weights")
 
 

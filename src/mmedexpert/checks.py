@@ -20,7 +20,7 @@ from mmedexpert.curation.settings import MODELS, check_settings
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import RESERVED, trained_names
-from mmedexpert.runtime.typos import no_such_key
+from mmedexpert.runtime.typos import no_such_key, options
 from mmedexpert.schema import Config, EndpointConfig, RewardConfig
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -261,7 +261,10 @@ def _check_results(config: Config) -> None:
             if arm and arm.removesuffix(")") not in (config.arms or {}):
                 hint = suggestion(arm.removesuffix(")"), list(config.arms or {}))
                 raise UserError(f"results.{key}: {name} names no arm{hint}")
-            if asked is not None and model not in asked:
+            other_merge = (
+                asked is not None and config.merge.name in asked and model in options("merge")
+            )  # of another job
+            if asked is not None and model not in asked and not other_merge:
                 raise UserError(f"results.{key}: {model} is none of eval.models{suggestion(model, asked)}")
 
 
