@@ -261,11 +261,12 @@ def _check_results(config: Config) -> None:
             if arm and arm.removesuffix(")") not in (config.arms or {}):
                 hint = suggestion(arm.removesuffix(")"), list(config.arms or {}))
                 raise UserError(f"results.{key}: {name} names no arm{hint}")
-            other_merge = (
-                asked is not None and config.merge.name in asked and model in options("merge")
-            )  # of another job
-            if asked is not None and model not in asked and not other_merge:
-                raise UserError(f"results.{key}: {model} is none of eval.models{suggestion(model, asked)}")
+            if asked is None:
+                continue
+            # the reference may be another job's, in a sweep over the merges
+            known = [*asked, *(options("merge") if config.merge.name in asked else [])]
+            if model not in known:
+                raise UserError(f"results.{key}: {model} is none of eval.models{suggestion(model, known)}")
 
 
 def _check_prices(where: str, endpoint: EndpointConfig) -> None:
