@@ -76,7 +76,7 @@ def differences(written: dict, reached: dict, at: str = "") -> list[str]:
 def test_every_experiment_composes_and_says_its_command_and_cost(path):
     composed(f"experiment={path.stem}")
     text = path.read_text()
-    assert re.search(rf"^# python run.py .*\bexperiment={path.stem}\b", text, re.M)
+    assert re.search(rf"^# python run.py .*\bexperiment=\S*{path.stem}\b", text, re.M)
     assert "cost: " in text and "expected: " in text
 
 

@@ -298,7 +298,7 @@ def test_a_model_that_some_arms_have_is_called_by_them(tmp_path, capsys):
             jobs.append((config, [Run("eval", path.name, "x", path) for path in made]))
     folder = conclude(jobs[0][0], jobs, ["seed=1 arm=many"])
     table = (folder / "table.md").read_text()
-    for row in ("| start | 2 |", "| reasoner (few) | 2 |", "| reasoner (many) | 1 |", "| caci (few) | 2 |"):
+    for row in ("| start | 2 |", "| reasoner (few) | 2 |", "| reasoner (many) | 1 |", "| caci | 2 |"):
         assert row in table
     assert "against reasoner (few)" in table and "failed, so not in it: seed=1 arm=many" in table
 

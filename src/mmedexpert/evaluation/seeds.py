@@ -55,7 +55,12 @@ class Arm:
                         rows.setdefault(part, []).append(question.correct[protocol])
             for part, right in rows.items():
                 found.setdefault(part, []).append(100 * float(np.mean(right)))
-        return {part: float(np.mean(values)) for part, values in sorted(found.items())}
+        order = [name for one in self.summaries.values() for name in one.get("per_specialty") or ()]
+        place = {("specialty", name): (number, "") for number, name in reversed([*enumerate(order)])}
+        return {
+            part: float(np.mean(values))
+            for part, values in sorted(found.items(), key=lambda item: place.get(item[0], (len(order), item[0][1])))
+        }
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,7 @@ def conclude(
     if not arms_with:
         return None
     evaluations, notes = aligned(read_runs(list(arms_with)), common=True)
-    by_arm = " (" in (results.against or "") or (config.arms or {}).get(results.against) is not None
-    evaluations = _by_arm(evaluations, arms_with, always=by_arm)
+    evaluations = _by_arm(evaluations, arms_with, config)
     notes = [note for note in notes if "settings differ" not in note]  # they are what the arms vary
     notes += [f"failed, so not in it: {name}" for name in failed]
     folder = _place(outputs / "experiments" / str(results.id), evaluations)
@@ -149,9 +148,12 @@ def _arms_with(jobs: Sequence[tuple[Config, Iterable[Run]]]) -> dict[Path, set[s
     return found
 
 
-def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]], *, always: bool) -> list[EvalRun]:
-    """A model that arms have in several kinds is called by its arms: `reasoner (rank_4)`; with `always` every one is,
-    that not all arms share."""
+def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]], config: Config) -> list[EvalRun]:
+    """A model that arms have in several kinds is called by its arms: `reasoner (rank_4)`; so is the one that
+    `results.against` calls so, and every model where that is an arm."""
+    against = config.results.against or ""
+    always = {run.model for run in evaluations} if against in (config.arms or {}) else {against.partition(" (")[0]}
+    always = always if against in (config.arms or {}) or " (" in against else set()
     every = set().union(*arms_with.values())
     of_recipe: dict[str, set[str]] = {}  # over all seeds: a job that failed takes no arm from a name
     for run in evaluations:
@@ -159,7 +161,7 @@ def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]], 
     named = []
     for run in evaluations:
         own, kinds = of_recipe[run.recipe], {r.recipe for r in evaluations if r.model == run.model}
-        plain = (own == every and len(every) > 1) or (len(kinds) == 1 and not always)
+        plain = (own == every and len(every) > 1) or (len(kinds) == 1 and run.model not in always)
         family = run.model if plain or not own else f"{run.model} ({', '.join(sorted(own))})"
         label = f"{family} (seed {run.seed})" if run.seed_of else family
         named.append(replace(run, family=family, label=label, seed_of=run.seed_of and family))
