@@ -16,6 +16,7 @@ from mmedexpert.models.backbone import core_of
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages import dsa, gba
+from mmedexpert.stages import policy as policies
 from mmedexpert.stages.data import dataset
 from mmedexpert.training import gba as gba_module
 from mmedexpert.training import rollouts
@@ -85,7 +86,7 @@ def trained(name: str, answering: Callable[..., Config]) -> Arm:
     config = answering(*ARMS[name], "dsa.lr=0.02")
     start, sampled = start_of(config), []
     with pytest.MonkeyPatch.context() as patch:
-        roll_out, generate = gba.roll_out, rollouts.generate
+        roll_out, generate = policies.roll_out, rollouts.generate
         given: dict[str, Any] = {}
 
         def sampler(model, encoder, prompts, **options):
@@ -103,7 +104,7 @@ def trained(name: str, answering: Callable[..., Config]) -> Arm:
             return rollout
 
         patch.setattr(rollouts, "generate", sampler)
-        patch.setattr(gba, "roll_out", sample)
+        patch.setattr(policies, "roll_out", sample)
         steps, packs = watch_steps(patch), []
 
         def packing(model, encoder, prompts, completions):

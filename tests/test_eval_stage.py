@@ -89,7 +89,7 @@ def test_batches_and_limits_are_those_of_the_config(asked):
     """Greedy, at most 15 new tokens, 5 questions at once, and no image placeholder in an answer."""
     vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     banned = sorted(asked.plain.tokenizer.convert_tokens_to_ids(vision))
-    assert [one["prompts"] for one in asked.generated] == [5, 5, 5, 5, 4] * 3
+    assert [one["prompts"] for one in asked.generated] == [5, 5, 5, 5, 4] * 4
     for one in asked.generated:
         assert (one["max_new_tokens"], sorted(one["banned_ids"])) == (15, banned)
         assert not one.get("temperature") and one.get("num_generations", 1) == 1

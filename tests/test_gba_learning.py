@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from mmedexpert.data.records import load_records
 from mmedexpert.stages import dsa, gba
+from mmedexpert.stages import policy as policies
 from mmedexpert.stages.data import dataset
 from mmedexpert.training import gba as gba_module
 from mmedexpert.training import rollouts
@@ -20,7 +21,7 @@ from mmedexpert.training import rollouts
 def watch_rollouts(patch: pytest.MonkeyPatch) -> list[Any]:
     """Every call of `roll_out` from now on: (policy's weights, records, rollout)."""
     seen: list[Any] = []
-    roll_out = gba.roll_out
+    roll_out = policies.roll_out
 
     def watched(policy: Any, encoder: Any, records: Any, image_root: Any, **options: Any) -> Any:
         weights = {
@@ -32,7 +33,7 @@ def watch_rollouts(patch: pytest.MonkeyPatch) -> list[Any]:
         seen.append((weights, list(records), roll_out(policy, encoder, records, image_root, **options)))
         return seen[-1][2]
 
-    patch.setattr(gba, "roll_out", watched)
+    patch.setattr(policies, "roll_out", watched)
     return seen
 
 

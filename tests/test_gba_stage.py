@@ -19,6 +19,7 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.scoring import score_choice
 from mmedexpert.stages import gba
+from mmedexpert.stages import policy as policies
 
 
 @pytest.fixture(scope="module", params=list(ARMS))
@@ -44,7 +45,7 @@ def test_the_seed_decides_which_are_asked(answering):
                 first.append(([record.id for record in records], list(seeds)))
                 raise InterruptedError
 
-            patch.setattr(gba, "roll_out", sample)
+            patch.setattr(policies, "roll_out", sample)
             with pytest.raises(InterruptedError):
                 gba.run(answering(f"seed={seed}", "gba.init=base", "gba.prompts_per_step=6"))
     assert first[0][0] != first[1][0] and first[0][1] != first[1][1]
