@@ -74,8 +74,9 @@ def test_an_experiment_has_a_folder_a_claim_and_arms_that_fit(name):
     assert found.stage.name == "eval"  # nothing is made that no row needs
     arms = list(found.arms or {})
     for more in ([], ["model=lingshu_7b", "trainer=gpu"]):  # as at_7b, whose benchmarks are on the hub
-        base = typed(config(f"experiment={name}", *more))
-        whole = {arm: typed(OmegaConf.merge(config(f"experiment={name}", *more), {"arm": arm})) for arm in arms}
+        given = config(f"experiment={name}", *more)  # once: half a second
+        base = typed(given)
+        whole = {arm: typed(OmegaConf.merge(given, {"arm": arm})) for arm in arms}
         asked = [one for with_it in whole.values() for one in with_it.eval.models or []]
         assert not arms or not found.results.against or found.results.against.partition(" (")[0] in [*asked, *arms]
         plain = {arm: json.dumps(asdict(replace(one, arm=None, arms=None)), default=str) for arm, one in whole.items()}
