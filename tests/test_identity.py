@@ -122,7 +122,7 @@ def test_a_raised_version_redoes_what_the_rule_made(plain, outputs, monkeypatch,
 )
 def test_guidelines_and_rubrics_are_part_of_it(plain, outputs, monkeypatch, name, anew):
     text_of = versions.text_of
-    for module in ("dsa", "gba", "merge", "data", "evaluation"):
+    for module in ("dsa", "reasoner_key", "merge", "data", "evaluation"):
         monkeypatch.setattr(
             f"mmedexpert.stages.{module}.text_of", lambda n: "edited" if n == name else text_of(n), raising=False
         )
@@ -131,7 +131,7 @@ def test_guidelines_and_rubrics_are_part_of_it(plain, outputs, monkeypatch, name
 
 
 def test_instructions_are_part_of_it(plain, outputs, monkeypatch):
-    for module in ("dsa", "gba", "merge", "grams", "distil"):
+    for module in ("dsa", "reasoner_key", "policy", "merge", "grams", "distil"):
         monkeypatch.setattr(f"mmedexpert.stages.{module}.instructions", lambda style: {"differential": f"new {style}"})
     assert {"dsa/adult_medicine", "gba/default"} <= changed(plain, outputs)
 
