@@ -18,7 +18,7 @@ from mmedexpert.unread import READ_BY, below, leaves, notes, parts, readers_of, 
 
 ROOT = Path(__file__).parents[1]
 DATA = {name: one for name, one in vars(schema).items() if is_dataclass(one)}
-UNREAD = {("RewardConfig", "name"), ("DebugConfig", "name"), ("DebugConfig", "traceback")}  # the last by run.py's argv
+UNREAD = {("RewardConfig", "name"), ("DebugConfig", "traceback")}  # the last by run.py's argv
 # sizes of the model, settings of a step of the funnel: they go as keywords to what refuses an unknown one
 BY_AS_DICT = {"ArchitectureConfig", "DuplicatesConfig", "DecontaminateConfig", "StructureConfig", "BalanceConfig"}
 
@@ -97,6 +97,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     # what a function reads of a server, it reads of every kind of server
     kinds = {(name, kind.__name__) for name, one in DATA.items() for kind in one.__mro__}
     read |= {(name, key) for name, kind in kinds for owner, key in read if owner == kind}
+    read |= {("BenchmarkConfig", "pairs")}  # of each benchmark in a loop
     # conf/dsa, conf/gba, conf/engine: rates, steps and sizes come with the model
     read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams", "eval_batch_size")}
     assert wanted - read == UNREAD
