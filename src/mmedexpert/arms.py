@@ -10,7 +10,7 @@ from mmedexpert.runtime.typos import no_such_key
 
 
 def with_arm(composed: DictConfig) -> DictConfig:
-    """The config with the values that its arm gives to single keys, which beat the command's; as it is without one.
+    """The config with the values that its arm gives to single keys; as it is without one.
 
     Raises:
         UserError: an arm that the experiment has not, or a key that no config has.

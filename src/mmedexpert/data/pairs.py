@@ -13,7 +13,6 @@ from mmedexpert.data.validation import Bad
 
 DIMENSIONS = ("accuracy", "relevance", "comprehensiveness", "creativity", "responsiveness", "overall")
 A, B, TIE, INVALID = "A", "B", "tie", "invalid"
-LABELS = (A, B, TIE)
 Order = Literal["ab", "ba"]
 ORDERS: tuple[Order, Order] = ("ab", "ba")  # answer_a stands first, second
 OTHER = {A: B, B: A}
@@ -101,7 +100,7 @@ def folded(records: Sequence[Record]) -> tuple[list[Record], Bad]:
     for first, *others in copies.values():
         labels = dict(pair_of(first).labels)
         facing = [_facing(other, first) for other in others]
-        if any(one.get(name, label) != label for one in facing for name, label in labels.items()) or _clash(facing):
+        if _clash([labels, *facing]):
             bad += [
                 (one.id, f"a copy of it has other labels ({first.id}): all are left out") for one in (first, *others)
             ]
@@ -121,6 +120,6 @@ def _facing(record: Record, first: Record) -> dict[str, str]:
     return {name: OTHER.get(label, label) if turned else label for name, label in pair.labels.items()}
 
 
-def _clash(facing: Sequence[Mapping[str, str]]) -> bool:
-    names = {name for one in facing for name in one}
-    return any(len({one[name] for one in facing if name in one}) > 1 for name in names)
+def _clash(labels: Sequence[Mapping[str, str]]) -> bool:
+    """Whether any dimension has two labels."""
+    return any(len({one[name] for one in labels if name in one}) > 1 for name in DIMENSIONS)

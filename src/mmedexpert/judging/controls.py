@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 
 from mmedexpert.data.pairs import OTHER, TIE, A, B, Order, Pair
 from mmedexpert.guidelines.rubrics import grades
@@ -32,6 +33,7 @@ def rubrics(pair: Pair, order: Order, dimension: str, seed: int) -> str:
     return _larger({letter: _followed(pair.answers[letter]) for letter in OTHER})
 
 
+@lru_cache  # both orders and every dimension ask of the same two texts
 def _followed(text: str) -> float:
     scores = grades(text, None).scores
     return sum(scores.values()) / len(scores)

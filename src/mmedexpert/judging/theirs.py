@@ -34,7 +34,6 @@ def vl_rewardbench(pairs: Sequence[Pair], rows: Sequence[Judgement]) -> dict[str
     valid = [cell for cell in cells_of(pairs, rows) if cell.said[0] != INVALID]
     if not valid:
         return {}
-    # the three groups alone, as they stand in the loader
     parts = {f"part/{part}": _right(valid, part) for part in sorted({cell.pair.part for cell in valid})}
     overall = float(np.mean([cell.score("acc_single") for cell in valid]))
     return {"overall": overall, "macro": float(np.mean([*parts.values()])), **parts}

@@ -62,9 +62,9 @@ def lead_of(summary: Mapping[str, Any]) -> str:
 
 def part_rows(summary: Mapping[str, Any]) -> list[Row]:
     """Organ or category by dimension: percent right on average over the orders asked, with its interval and n."""
-    rows = []
+    rows, lead = [], lead_of(summary)
     for part, scores in summary.get("table", {}).items():
-        found = scores.get("acc_avg") or scores["acc_single"]
+        found = scores[lead]
         row = {"part": part, "n": str(found[MEAN]["n"])}
         rows.append(row | {name: _percent(found[name]) if name in found else "-" for name in (*DIMENSIONS, MEAN)})
     return rows
@@ -89,7 +89,7 @@ def heat_map(summary: Mapping[str, Any], title: str, path: Path) -> None:
 
     parts = list(summary["table"])
     columns = [*DIMENSIONS, MEAN]
-    scores = [summary["table"][part].get("acc_avg") or summary["table"][part]["acc_single"] for part in parts]
+    scores = [summary["table"][part][lead_of(summary)] for part in parts]
     values = [[100 * one[name]["value"] if name in one else float("nan") for name in columns] for one in scores]
     drawn = Figure(figsize=(9, 1.4 + 0.36 * len(parts)), layout="constrained")
     axes = drawn.subplots()

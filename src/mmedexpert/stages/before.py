@@ -85,8 +85,9 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
         for name, one in config.benchmark.items():
             yield f"benchmark.{name}.load", one.load, ("root", "out_dir")
             called = {"ask": one.ask, "judge": one.judge}
-            for part, call in called.items() if not one.pairs else [("judge", one.judge)] if one.judge else []:
-                yield f"benchmark.{name}.{part}", {**call, "_partial_": True}, ()
+            for part, call in called.items():
+                if call or not one.pairs:  # pairs are asked by the protocol, and their judge is optional
+                    yield f"benchmark.{name}.{part}", {**call, "_partial_": True}, ()
 
 
 def _try_merge(config: Config) -> None:

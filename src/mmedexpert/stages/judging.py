@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from mmedexpert.data.pairs import Pair, pair_of
 from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError
+from mmedexpert.evaluation.comparison import PAIRED_RESAMPLES
 from mmedexpert.evaluation.stats import holm, paired_cluster_bootstrap
 from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.judging.ask import COLUMNS, FILE, Judgement, asks_of, controlled, judge, with_verdicts
@@ -41,7 +42,17 @@ from mmedexpert.stages.subjects import Subject, engine_of
 
 STAGE = "verdicts"
 BLIND = "-image_blind"
-RESAMPLES = 10_000  # ours: of the paired tests
+
+
+@dataclass(frozen=True)
+class Set:
+    """A prepared benchmark's pairs, the root of their images, and their identity, which follows their content."""
+
+    benchmark: BenchmarkConfig
+    source: Run
+    pairs: list[Pair]
+    image_root: Path
+    identity: str
 
 
 def evaluations_of(
@@ -58,9 +69,12 @@ def evaluations_of(
     if config.eval.image_blind:
         ways += [(replace(one, name=f"{one.name}{BLIND}"), True) for one in judges]
     ways += [(Subject(name, name, baseline=name), False) for name in CONTROLS]
+    records, image_root = load_records(source.folder)
+    part = next(iter(benchmark.breakdowns), "organ")  # the pairs are in the parts of the first breakdown
+    pairs = [pair_of(record, part) for record in records]
+    asked = Set(benchmark, source, pairs, image_root, fingerprint(records, image_root))
     return {
-        f"{benchmark.name}/{one.name}": partial(_judged, benchmark=benchmark, source=source, subject=one, blind=blind)
-        for one, blind in ways
+        f"{benchmark.name}/{one.name}": partial(_judged, asked=asked, subject=one, blind=blind) for one, blind in ways
     }
 
 
@@ -69,29 +83,20 @@ def protocol_of(config: Config) -> str:
     return config.protocol if config.protocol != "auto" else "pairwise"
 
 
-def pairs_in(benchmark: BenchmarkConfig, source: Run) -> tuple[list[Pair], Path]:
-    """The pairs of a prepared benchmark, in the parts of its first breakdown, and the root of their images."""
-    records, image_root = load_records(source.folder)
-    part = next(iter(benchmark.breakdowns), "organ")
-    return [pair_of(record, part) for record in records], image_root
-
-
-def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Subject, blind: bool) -> Run:
+def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
-    name = benchmark.name
-    pairs, image_root = pairs_in(benchmark, source)
+    benchmark, source, pairs, name = asked.benchmark, asked.source, asked.pairs, asked.benchmark.name
     protocol, control = protocol_of(config), subject.baseline
-    asked = asks_of(pairs, image_root, protocol=protocol, seed=config.seed, blind=blind)
+    asks = [] if control else asks_of(pairs, asked.image_root, protocol=protocol, seed=config.seed, blind=blind)
     key: dict[str, Any] = {"protocol": protocol, "blind": blind, "engine": config.engine.name}
     if control is None:
-        words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asked])
+        words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asks])
         key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
         key["model"] = {"system_prompt": _system_prompt(config), "max_new_tokens": config.model.max_new_tokens}
         if not subject.served:
             key["model"] = {**model_key(config), **key["model"]}
             key["rules"] = versions("prompts", "sampling", "images")
-    records, _ = load_records(source.folder)
-    inputs = {"questions": fingerprint(records, image_root), "model": subject.identity}
+    inputs = {"questions": asked.identity, "model": subject.identity}
 
     def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
         found = numbers_of(pairs, rows, num_resamples=config.eval.num_resamples, seed=config.seed)
@@ -117,7 +122,7 @@ def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Su
                 rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
             else:
                 engine = engine_of(config, subject, _system_prompt(config))
-                rows = judge(engine, asked, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
+                rows = judge(engine, asks, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
         with run.phase("summarise"):
             return summarise(run, rows)
 
@@ -129,9 +134,9 @@ def _judged(config: Config, benchmark: BenchmarkConfig, source: Run, subject: Su
             rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
         else:
             kept = {(r["id"], r["order"]): r for r in read_lines(done.folder / FILE, COLUMNS)}
-            if lost := next((pair.id for pair, order, _, _ in asked if (pair.id, order) not in kept), None):
+            if lost := next((pair.id for pair, order, _, _ in asks if (pair.id, order) not in kept), None):
                 raise UserError(f"{done.folder / FILE} lacks {lost}: delete the folder, and judge again")
-            rows = [with_verdicts(kept[pair.id, order], protocol) for pair, order, _, _ in asked]
+            rows = [with_verdicts(kept[pair.id, order], protocol) for pair, order, _, _ in asks]
         write_json(done.folder / "metrics.json", summarise(done, rows))
     return done
 
@@ -184,7 +189,7 @@ def _paired(
     read = {one: json.loads((run.folder / "per_pair.json").read_text(encoding="utf-8")) for one, run in judges.items()}
     values, groups = {one: told[score] for one, told in read.items()}, read[first]["groups"]
     found = {
-        one: paired_cluster_bootstrap(values[one], values[first], groups, num_resamples=RESAMPLES, seed=seed)
+        one: paired_cluster_bootstrap(values[one], values[first], groups, num_resamples=PAIRED_RESAMPLES, seed=seed)
         for one in judges if one != first
     }  # fmt: skip
     adjusted = holm([p for *_, p in found.values()])

@@ -128,9 +128,8 @@ def _measured(
         for number, part in enumerate(parts):
             if all(record.id in counts for record in part):
                 continue
-            right = sample(part, [step_seed(seed, number * batch + place) for place in range(len(part))]).parts[
-                "accuracy"
-            ]
+            seeds = [step_seed(seed, number * batch + place) for place in range(len(part))]
+            right = sample(part, seeds).parts["accuracy"]
             of = len(right) // len(part)
             for place, record in enumerate(part):
                 counts[record.id] = int(sum(right[place * of : (place + 1) * of]))
