@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmedexpert.data.record import Record
-from mmedexpert.engines.objects import MAX_REPLY, json_objects
+from mmedexpert.engines.objects import MAX_REPLY, json_objects, visible
 from mmedexpert.scoring import score_choice
 from mmedexpert.scoring.robust import judge, read_text, read_yes_no
 
@@ -73,11 +73,6 @@ def candidate_of(reply: str, record: Record) -> Candidate | None:
         answer = answer_of(tagged[2], record)
         found = [Candidate(tuple(map(sendable, steps)), answer)] if steps and answer else []
     return found[0] if found and all(one == found[0] for one in found) else None
-
-
-def visible(text: str) -> str:
-    """What stands outside of any thought, at the end."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _of_json(value: Any, record: Record) -> Candidate | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mmedexpert.curation.steps import Records, Verdict, checked
 from mmedexpert.data.record import Record
 from mmedexpert.data.specialties import SPECIALTIES, Label, labels
 from mmedexpert.engines.asking import Ask, Engine, Reply
+from mmedexpert.engines.objects import reply_format
 
 DISAGREE = "rules and model disagree on the specialty"
 SOURCE, LLM = "source", "llm"  # methods beside those of data/specialties.py
@@ -33,21 +33,8 @@ Right answer: {answer}
 
 Reply with JSON only: {{"primary": "...", "others": ["..."], "reason": "..."}}"""
 _NAME = {"type": "string", "enum": list(SPECIALTIES)}
-FORMAT: Mapping[str, Any] = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "specialty",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {
-                "primary": _NAME, "others": {"type": "array", "items": _NAME}, "reason": {"type": "string"},
-            },
-            "required": ["primary", "others", "reason"],
-            "additionalProperties": False,
-        },
-    },
-}  # fmt: skip
+_OTHERS = {"type": "array", "items": _NAME}
+FORMAT = reply_format("specialty", {"primary": _NAME, "others": _OTHERS, "reason": {"type": "string"}})
 
 
 def label(

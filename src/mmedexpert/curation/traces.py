@@ -28,11 +28,11 @@ from mmedexpert.curation.verifier import (
     by_model,
     options_line,
     quoted,
-    schema,
 )  # fmt: skip
 from mmedexpert.curation.verify import DISAGREES, DRIFTS, MANNER, MIN_ADHERENCE, WRONG, by_rules, told_as
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine, Reply
+from mmedexpert.engines.objects import reply_format
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 
 NO_TEACHER = "no trace, and no teacher to write one"
@@ -170,7 +170,7 @@ def prompt(
 
 def _form(record: Record) -> dict[str, Any]:
     answer = {"type": "string", "enum": list(record.options)} if record.options else {"type": "string"}
-    return schema("reasoning", {"steps": {"type": "array", "items": {"type": "string"}}, "answer": answer})
+    return reply_format("reasoning", {"steps": {"type": "array", "items": {"type": "string"}}, "answer": answer})
 
 
 def _statements(record: Record, statements: Statements | None, k: int) -> list[Statement]:

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mmedexpert.curation.candidates import Candidate, answer_of, is_right, visible
+from mmedexpert.curation.candidates import Candidate, answer_of, is_right
 from mmedexpert.curation.verify import without_conclusion
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine, Reply
-from mmedexpert.engines.objects import MAX_REPLY, json_objects
+from mmedexpert.engines.objects import MAX_REPLY, json_objects, reply_format, visible
 
 NO_VERDICT = "the verifier gives no verdict"
 UNDERIVED = "its answer cannot be derived again"
@@ -108,7 +108,7 @@ def derivation(case: Case) -> Ask:
         reasoning=quoted(without_conclusion(record, case.candidate.steps)), form=form,
     )  # fmt: skip
     answers = {"type": "string"} if record.options is None else {"type": "string", "enum": [*record.options, "none"]}
-    return Ask(f"{case.name}/derive", text, (), format=schema("derivation", {"answer": answers}))
+    return Ask(f"{case.name}/derive", text, (), format=reply_format("derivation", {"answer": answers}))
 
 
 def derived(record: Record, reply: Reply) -> bool | None:
@@ -137,7 +137,7 @@ def examination(case: Case) -> Ask:
         checks="\n".join(f'- "{key}": {meaning}' for key, meaning in essentials().items()),
         form=json.dumps(dict.fromkeys(essentials(), "<>")).replace('"<>"', "<true or false>"),
     )  # fmt: skip
-    wanted = schema("essentials", {name: {"type": "boolean"} for name in essentials()})
+    wanted = reply_format("essentials", {name: {"type": "boolean"} for name in essentials()})
     return Ask(f"{case.name}/essentials", text, case.images, format=wanted)
 
 
@@ -156,14 +156,6 @@ def _visible(reply: Reply) -> str:
 
 
 # --- wording that all questions share ---------------------------------------------------------------------------------
-
-
-def schema(name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """An object of these properties, all required, as OpenAI's `response_format`."""
-    body = {
-        "type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False,
-    }  # fmt: skip
-    return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": body}}
 
 
 def quoted(value: Any) -> str:

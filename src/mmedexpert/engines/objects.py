@@ -1,11 +1,11 @@
-"""The JSON objects in what a model says: bare, in a code fence or between words."""
+"""JSON objects that a model is asked for, and those in what it says: bare, in a code fence or between words."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_REPLY = 40_000  # ours: characters of a reply that are read, its end
@@ -33,3 +33,20 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)
+
+
+def visible(text: str) -> str:
+    """What stands outside of any thought, at the end."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def whole(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object of these properties, all required, and no others."""
+    return {
+        "type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False,
+    }  # fmt: skip
+
+
+def reply_format(name: str, properties: Mapping[str, Any]) -> dict[str, Any]:
+    """A reply that is such an object, as OpenAI's `response_format`."""
+    return {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": whole(properties)}}

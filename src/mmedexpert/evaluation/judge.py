@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask
+from mmedexpert.engines.objects import visible
 from mmedexpert.errors import UserError
 
 if TYPE_CHECKING:  # its library takes two seconds to import
@@ -65,12 +66,12 @@ class LLMJudge:
 
 def verdict_of(reply: str) -> bool | None:
     """What a judge's reply says after any thought: right, wrong, or None where it holds no verdict or both."""
-    found = set(_VERDICT.findall(reply.rpartition("</think>")[2].partition("<think>")[0]))
+    found = set(_VERDICT.findall(visible(reply)))
     return found == {"0"} if len(found) == 1 else None
 
 
 def _prompt(record: Record, response: str) -> str:
     """The judge's prompt; of the response, what follows its thought."""
-    answer = response.rpartition("</think>")[2].partition("<think>")[0].strip()[-MAX_CHARACTERS:]
+    answer = visible(response).strip()[-MAX_CHARACTERS:]
     question, gold, given = (json.dumps(text, ensure_ascii=False) for text in (record.question, record.answer, answer))
     return PROMPT.format(question=question, gold=gold, response=given)

@@ -15,6 +15,7 @@ import yaml
 
 from mmedexpert.data.pairs import DIMENSIONS, ORDERS, Order, Pair
 from mmedexpert.engines.asking import Ask
+from mmedexpert.engines.objects import reply_format
 
 MAX_CHARACTERS = (
     8000  # ours: of an answer, its beginning: a longer one is a loop, and must not outgrow a judge's context
@@ -100,8 +101,4 @@ def shuffled(names: Sequence[str], salt: str) -> list[str]:
 def response_format(names: Sequence[str], *, ties: bool) -> dict[str, Any]:
     """The JSON schema of a reply, as OpenAI's `response_format`."""
     verdict = {"type": "string", "enum": ["A", "B", *(["tie"] if ties else [])]}
-    schema = {
-        "type": "object", "properties": dict.fromkeys(names, verdict), "required": list(names),
-        "additionalProperties": False,
-    }  # fmt: skip
-    return {"type": "json_schema", "json_schema": {"name": "verdicts", "strict": True, "schema": schema}}
+    return reply_format("verdicts", dict.fromkeys(names, verdict))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmedexpert.data.pairs import DIMENSIONS, INVALID, OTHER, TIE, Order
-from mmedexpert.engines.objects import MAX_REPLY, unique_keys
+from mmedexpert.engines.objects import MAX_REPLY, unique_keys, visible
 
 _LETTERS = {"a": "A", "b": "B", "tie": TIE}
 # of one line; no class takes a line break, and none follows another that takes the same
@@ -39,7 +39,7 @@ def pairwise(reply: str, names: Sequence[str], *, cut: bool = False) -> Verdicts
     among words, which may be a quotation), `broken object` (what is inside of it is none of its own), `cut off` (no
     brace closes it, or a reply ran on after its object until its limit).
     """
-    text = reply.rpartition("</think>")[2].partition("<think>")[0][-MAX_REPLY:]
+    text = visible(reply)[-MAX_REPLY:]
     if not text.strip():
         return _none(names, "empty")
     if "{" not in text:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmedexpert.engines.asking import Ask, BudgetReached, Reply
-from mmedexpert.engines.objects import MAX_REPLY, json_objects
+from mmedexpert.engines.objects import MAX_REPLY, json_objects, reply_format, visible, whole
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
@@ -152,21 +152,14 @@ def _definition(name: str) -> str:
 
 def response_format(asked: Sequence[str]) -> dict[str, Any]:
     """The JSON schema of a reply, as OpenAI's `response_format`: every criterion of the perspectives, true or false."""
-
-    def whole(properties: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "type": "object", "properties": dict(properties), "required": list(properties),
-            "additionalProperties": False,
-        }  # fmt: skip
-
-    schema = whole({p: whole({name: {"type": "boolean"} for name in perspectives()[p].criteria}) for p in asked})
-    return {"type": "json_schema", "json_schema": {"name": "criteria", "strict": True, "schema": schema}}
+    of = {p: whole({name: {"type": "boolean"} for name in perspectives()[p].criteria}) for p in asked}
+    return reply_format("criteria", of)
 
 
 def verdict_of(reply: str, asked: Sequence[str]) -> Verdict | None:
     """The verdict in a reply: after any thought, bare, in a code fence or between words; None where it holds none that
     is complete, or two that differ."""
-    text = reply.rpartition("</think>")[2].partition("<think>")[0][-MAX_REPLY:]
+    text = visible(reply)[-MAX_REPLY:]
     found: list[Verdict] = []
     for value in json_objects(text):
         one = complete(value, asked)
