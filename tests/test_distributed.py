@@ -66,7 +66,8 @@ def given_rollout(encoder: Any, pictures: list[Any]) -> Rollout:
     return Rollout(
         prompts, completions, ["text"] * 12, [None] * 12, torch.zeros(12, 7), mask, lengths < 7,
         torch.rand(3, 4, generator=draw), {"accuracy": [0.0] * 12}, torch.full((3, 4, 4), torch.nan),
-        torch.zeros(3, 4, 4), torch.randn(3, 4, generator=draw), {"gen": 0.0, "reward": 0.0},
+        torch.zeros(3, 4, 4), torch.full((3, 4), torch.nan), torch.zeros(3, 4), torch.randn(3, 4, generator=draw),
+        {"gen": 0.0, "reward": 0.0},
     )  # fmt: skip
 
 

@@ -37,12 +37,14 @@ def made(tokens: int = 5, seed: int = 0, old: bool = True) -> Rollout:
         torch.randn(B * G, tokens, generator=draw), (torch.arange(tokens) < lengths[:, None]).long(),
         torch.arange(B * G) % 5 > 0, torch.rand(B, G, generator=draw),
         {"accuracy": [float(n % 3 == 0) for n in rows], "format": [float(n) for n in rows]}, adherence,
-        torch.randn(B, G, K, generator=draw), torch.randn(B, G, generator=draw), {"gen": 2.0 + seed, "reward": 0.5},
+        torch.randn(B, G, K, generator=draw), torch.rand(B, G, generator=draw), torch.rand(B, G, generator=draw),
+        torch.randn(B, G, generator=draw), {"gen": 2.0 + seed, "reward": 0.5},
         torch.randn(B * G, tokens, generator=draw) if old else None,
         [{PERSPECTIVES[n % 3]: {"first": n / 1000, "second": None}} for n in rows],
         {"judged": 12.0, "missing": 3.0 + seed, "calls": 9.0, "cached": 2.0, "tokens": 50.0}
         | {"prompt_tokens": 7.0, "seconds": 0.25}
         | dict(zip(PAIRS, (20.0, 5.0, 10.0, 15.0), strict=True)),
+        {"judged": 12.0, "missing": 3.0, "calls": 24.0, "tokens": 7.0},
     )  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def rows_of(rollout: Rollout) -> list[list[Any]]:
         row += [rollout.old_logps[i, :n].tolist() if rollout.old_logps is not None else None]
         row += [float(rollout.outcome[b, g]), rollout.adherence[b, g].nan_to_num(-1).tolist()]
         row += [rollout.criteria[i], rollout.terms[b, g].tolist(), float(rollout.advantages[b, g])]
+        row += [float(rollout.judged[b, g]), float(rollout.judge_term[b, g])]
         found.append([*row, {name: values[i] for name, values in rollout.parts.items()}])
     return found
 
@@ -76,7 +79,10 @@ def test_groups_are_taken_and_joined_with_all_that_belongs_to_them(old):
             "prompt_tokens": 14.0, "seconds": 0.5, "both": 40.0,
             "rules_alone": 10.0, "judge_alone": 20.0, "neither": 30.0,
         }  # fmt: skip
-    assert one.take([1]).graded == one.graded  # of all that were graded, as seconds are
+        assert both.scored == {"judged": 24.0, "missing": 6.0, "calls": 48.0, "tokens": 14.0}
+    assert (
+        one.take([1]).scored == one.scored and one.take([1]).graded == one.graded
+    )  # of all that were graded, as seconds are
     plain = replace(one, criteria=[], graded={})
     assert plain.take([1]).criteria == [] and plain.join(replace(other, criteria=[])).graded == other.graded
 
@@ -104,7 +110,9 @@ def test_the_report_is_of_what_its_names_say():
         "rewards/accuracy/std": torch.tensor(rollout.parts["accuracy"]).std(),
         "rewards/format/std": torch.arange(12.0).std(), "grader/missing": 0.25, "grader/calls": 9.0,
         "grader/cached": 2.0, "grader/tokens": 50.0, "grader/prompt_tokens": 7.0, "grader/seconds": 0.25,
-        "grader/kappa": 0.4,
+        "grader/kappa": 0.4, "rewards/judge/mean": rollout.judged.mean(), "rewards/judge/std": rollout.judged.std(),
+        "advantages/judge/share": rollout.judge_term.abs().mean() / rollout.advantages.abs().mean(),
+        "judge/calls": 24.0, "judge/tokens": 7.0, "judge/missing": 0.25,
     }  # fmt: skip
     for k, name in enumerate(PERSPECTIVES[:3]):
         followed = asked[..., k]
@@ -116,7 +124,7 @@ def test_the_report_is_of_what_its_names_say():
 
 
 def test_rules_report_nothing_of_a_grader():
-    assert not [name for name in report(replace(made(), graded={})) if name.startswith("grader")]
+    assert not [name for name in report(replace(made(), graded={}, scored={})) if "grader" in name or "judge" in name]
 
 
 def test_the_report_of_groups_that_agree_and_of_completions_that_never_end():
@@ -152,7 +160,7 @@ def test_a_row_of_the_table_is_one_completion(tmp_path):
             "step": 7, "record": record.id, "image": str(tmp_path / record.images[0]), "question": record.question,
             "perspective": rollout.perspectives[i] or "none", "completion": f"text {i}", "answer": record.answer,
             "accuracy": float(i % 3 == 0), "format": float(i),
-            "criteria": f"first={i / 1000:.2g} second=-", "advantage": float(rollout.advantages[i // G, i % G]),
+            "judge": float(rollout.judged[i // G, i % G]), "criteria": f"first={i / 1000:.2g} second=-", "advantage": float(rollout.advantages[i // G, i % G]),
         }  # fmt: skip
 
 
@@ -164,7 +172,8 @@ def test_the_terms_that_are_logged_add_up_to_the_advantage(gate):
     correct[1] = False
     for scale_rewards in ("group", "none"):
         guidance = Guidance((1.0, 0.5, 0.0, 2.0), 0.7, gate, "prompted", scale_rewards)
-        total, terms = advantages(outcome, adherence, guidance, correct)
+        total, terms, judge = advantages(outcome, adherence, outcome, guidance, correct)
+        assert not judge.any()
         base = group_relative(outcome, scale=scale_rewards)
         assert torch.allclose(base + terms.sum(2), total) and not torch.allclose(base, total)
         assert bool((terms[1] == 0).all()) == (gate == "correct")  # a group without a right answer
@@ -176,10 +185,35 @@ def test_outcomes_are_compared_by_the_perspective_that_was_asked():
     outcome, adherence = torch.rand(B, 8, generator=draw), torch.rand(B, 8, K, generator=draw)
     weights, correct = (1.0, 0.5, 0.0, 2.0), torch.rand(B, 8, generator=draw) > 0.5
     settings = Guidance(weights, 0.7, "correct", "prompted", "group")
-    total, terms = advantages(outcome, adherence, replace(settings, grouping="perspective"), correct)
+    by_perspective = replace(settings, grouping="perspective")
+    total, terms, _ = advantages(outcome, adherence, outcome, by_perspective, correct)
     of_each = [weight * group_relative(outcome[:, 2 * k : 2 * k + 2]) for k, weight in enumerate(weights)]
     torch.testing.assert_close(total, torch.cat(of_each, 1) + terms.sum(2))
-    torch.testing.assert_close(terms, advantages(outcome, adherence, settings, correct)[1])
+    torch.testing.assert_close(terms, advantages(outcome, adherence, outcome, settings, correct)[1])
+
+
+def test_a_judges_scores_are_normalised_in_their_group_and_added_with_their_weight():
+    """A score that failed adds nothing to its completion, and is no bad score for the others to be compared with."""
+    draw = torch.Generator().manual_seed(2)
+    outcome, adherence, judged = (torch.rand(*size, generator=draw) for size in ((B, G), (B, G, K), (B, G)))
+    judged[0, 1] = torch.nan
+    correct = outcome > 0.5
+    settings = Guidance((1.0, 1.0, 1.0, 1.0), 0.5, "none", "prompted", "group")
+    plain, terms, _ = advantages(outcome, adherence, judged, settings, correct)
+    for weight in (0.5, 2.0):
+        total, same, judge = advantages(outcome, adherence, judged, replace(settings, judge_weight=weight), correct)
+        torch.testing.assert_close(total, plain + judge)
+        torch.testing.assert_close(same, terms)
+        torch.testing.assert_close(judge, weight * group_relative(judged))
+        assert judge[0, 1] == 0 and abs(float(judge[0].sum())) < 1e-6
+        kept = [0, 2, 3]
+        torch.testing.assert_close(judge[:1, kept], weight * group_relative(judged[:1, kept]))
+
+
+def test_what_repeats_itself_is_measured():
+    assert rollouts.repetition("one two three four five six") == 0 == rollouts.repetition("too short")
+    assert rollouts.repetition("the heart is large the heart is large") == pytest.approx(1 / 5)
+    assert rollouts.repetition("so " * 20) > 0.9
 
 
 def test_an_open_question_with_two_images_takes_the_same_path(tiny, picture, tmp_path, monkeypatch):

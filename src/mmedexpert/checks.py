@@ -19,7 +19,7 @@ from mmedexpert.checks_merge import check_merge
 from mmedexpert.curation.settings import MODELS, check_settings
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.names import RESERVED, trained_names
+from mmedexpert.names import JUDGES, RESERVED, trained_names
 from mmedexpert.runtime.typos import no_such_key, options
 from mmedexpert.schema import Config, EndpointConfig, RewardConfig
 
@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gba.scale_rewards": ("group", "batch", "none"),
     "gba.loss_type": ("grpo", "dr_grpo", "dapo", "gspo"),
     "reward.protocol": ("robust", "medevalkit"),
+    "judge.name": ("sft", "dpo", "scalar"),
     "reward.grader": ("rules", "judge", "hybrid"),
     "protocol": ("auto", "robust", "medevalkit", "pairwise", "med_rewardbench"),
     "engine.name": ("transformers", "openai"),
@@ -56,15 +57,18 @@ POSITIVE = (
     "pretrain.batch_size", "pretrain.text_batch_size", "pretrain.looking_steps", "pretrain.lr", "pretrain.muon_lr",
     "pretrain.checkpoint_every", "engine.endpoint.concurrency", "engine.endpoint.timeout_s",
     "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s", "reward.judge.concurrency", "reward.judge.timeout_s",
-    "reward.judge.max_new_tokens", "merge.gram_records",
+    "reward.judge.max_new_tokens", "merge.gram_records", "judge.steps", "judge.batch_size", "judge.lr",
+    "judge.max_grad_norm", "judge.checkpoint_every", "judge.max_new_tokens", "judge.dpo_steps", "judge.dpo_lr",
+    "judge.beta",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
     "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
     "engine.endpoint.retries", "eval.llm_judge.retries", "reward.judge.retries", "dsa.warmup_ratio",
     "gba.warmup_ratio", "model.lora.dropout", "merge.distil_steps",
+    "reward.judge_weight", "judge.warmup_ratio", "judge.weight_decay", "judge.sft_weight",
 )  # fmt: skip
-AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "gba.top_p", "model.lora.dropout")
+AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "judge.warmup_ratio", "gba.top_p", "model.lora.dropout")
 ENDPOINTS = ("engine.endpoint", "eval.llm_judge", "reward.judge")
 ABOVE_0_OR_NULL = (
     *(
@@ -111,7 +115,8 @@ def expand_homes(config: Config) -> None:
     config.paths.outputs = home(config.paths.outputs)
     for section, key in (
         (config.data, "root"), (config.model, "name_or_path"), (config.report, "against"), (config.report, "out"),
-        (config.report, "published"), *((benchmark, "root") for benchmark in config.benchmark.values()),
+        (config.report, "published"), (config.pairs, "root"), (config.reward.judge, "run"),
+        *((benchmark, "root") for benchmark in config.benchmark.values()),
     ):  # fmt: skip
         if getattr(section, key) is not None:
             setattr(section, key, home(getattr(section, key)))
@@ -238,6 +243,10 @@ def check(config: Config) -> None:
         check_settings(curate)
         for name in MODELS:
             _check_prices(f"data.curate.{name}", getattr(curate, name))
+    if config.pairs.root is not None and not Path(config.pairs.root).is_dir():
+        raise UserError(f"pairs.root={config.pairs.root} is not a folder: give the folder that holds pairs.jsonl")
+    if config.stage.name == "judge" and config.judge.name == "scalar" and config.trainer.strategy == "fsdp":
+        raise UserError("judge=scalar trains its head whole on each device: use trainer.strategy=ddp")
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
 
@@ -288,7 +297,19 @@ def _check_prices(where: str, endpoint: EndpointConfig) -> None:
 
 
 def _check_grader(reward: RewardConfig) -> None:
-    """A judge has a server."""
+    """A judge has a server; of answers it may be a trained one."""
+    if reward.judge_weight and not (reward.judge.run or (reward.judge.base_url and reward.judge.model)):
+        raise UserError(
+            f"reward.judge_weight={reward.judge_weight} needs a judge: reward.judge.run={JUDGES[-1]} or a folder that "
+            "stage=judge made, or reward.judge.base_url=<...>/v1 and reward.judge.model=<served name>"
+        )
+    if reward.judge.run and (reward.judge.base_url or reward.judge.model):
+        raise UserError("reward.judge: give run, a trained judge, or base_url and model, a server; not both")
+    if reward.judge.run and reward.grader != "rules":
+        raise UserError(
+            f"reward.grader={reward.grader} needs a served model (reward.judge.base_url and model): the judge "
+            f"{reward.judge.run} was trained to compare answers, not to grade criteria"
+        )
     if reward.grader != "rules" and not (reward.judge.base_url and reward.judge.model):
         raise UserError(
             f"reward.grader={reward.grader} needs reward.judge.base_url=<...>/v1 and reward.judge.model=<served name>"

@@ -15,7 +15,8 @@ START = "start"  # what the reasoner was trained from
 # asked only by name: one LoRA on the data of all specialties, what merging must approach; GRPO from the same start on
 # the same prompts without perspectives, what GBA must pass
 MULTI_TASK, CONTROL = "sft_all", "grpo"
-RESERVED = ("base", "experts", START, MULTI_TASK, CONTROL, *BASELINES)  # rows and keys that are there already
+JUDGES = ("judge_sft", "judge_dpo", "judge_scalar")  # trained by stage=judge; they judge pairs of answers
+RESERVED = ("base", "experts", START, MULTI_TASK, CONTROL, *JUDGES, *BASELINES)  # rows and keys that are there already
 
 
 def reasoner_names(config: Config) -> list[str]:
@@ -38,7 +39,7 @@ def known_names(config: Config) -> list[str]:
     """Every name that `eval.models` knows, `sft_all@<steps>` where it gives one."""
     controls = [] if config.gba.init == "each" else [CONTROL]
     longer = [name for name in config.eval.models or [] if multi_task_steps(name)]
-    return ["base", *start_names(config), *trained_names(config), MULTI_TASK, *longer, *controls, *BASELINES]
+    return ["base", *start_names(config), *trained_names(config), MULTI_TASK, *longer, *controls, *JUDGES, *BASELINES]
 
 
 def multi_task_steps(name: str) -> int | None:

@@ -265,8 +265,9 @@ class GbaConfig:
 
 @dataclass
 class JudgeConfig(EndpointConfig):
-    """A server whose model grades completions, and what it is shown of them."""
+    """A server whose model grades completions, or a judge that `stage=judge` trained, and what it is shown of them."""
 
+    run: str | None = None
     max_new_tokens: int = 1024
     shows_images: bool = True
     shows_answer: bool = False
@@ -278,6 +279,7 @@ class RewardConfig:
     weights: dict[str, float] = MISSING
     protocol: str = MISSING
     grader: str = "rules"
+    judge_weight: float = 0.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
@@ -291,6 +293,34 @@ class MergeConfig:
     gram_records: int = MISSING
     distil_steps: int = MISSING
     distil_on_policy: bool = MISSING
+
+
+@dataclass
+class PairsConfig:
+    """Where pairs of answers come from; `train` and `val` are what `load` is told beside the rest."""
+
+    name: str = MISSING
+    root: str | None = None
+    load: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainedJudgeConfig:
+    name: str = MISSING
+    steps: int = MISSING
+    batch_size: int = MISSING
+    lr: float = MISSING
+    warmup_ratio: float = MISSING
+    weight_decay: float = MISSING
+    max_grad_norm: float = MISSING
+    checkpoint_every: int = MISSING
+    max_new_tokens: int = MISSING
+    dpo_steps: int = MISSING
+    dpo_lr: float = MISSING
+    beta: float = MISSING
+    sft_weight: float = MISSING
 
 
 @dataclass
@@ -396,6 +426,8 @@ class Config:
     gba: GbaConfig = field(default_factory=GbaConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    judge: TrainedJudgeConfig = field(default_factory=TrainedJudgeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmedexpert.errors import UserError
-from mmedexpert.names import BASELINES, known_names
+from mmedexpert.names import BASELINES, JUDGES, known_names
 from mmedexpert.runtime.privacy import redacted
 from mmedexpert.schema import Config
 
@@ -47,6 +47,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "gba": ("gba",),
     "reward": ("gba",),
     "merge": ("caci",),
+    "pairs": ("judge",),
+    "judge": ("judge",),
     "protocol": ("eval", "search"),
     "eval": ("eval",),
     "eval.perspectives": ("eval", "search"),
@@ -185,8 +187,30 @@ RULES = (
         "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
     ),
     Rule(
-        ("reward.judge",), lambda c, _: c.reward.grader == "rules",
-        "reward.grader=rules asks no judge: add reward.grader=judge or hybrid", ("reward.grader", "reward"),
+        ("reward.judge",), lambda c, _: c.reward.grader == "rules" and not c.reward.judge_weight,
+        "no judge is asked: add reward.judge_weight=1, of whole answers, or reward.grader=judge or hybrid",
+        ("reward.grader", "reward.judge_weight", "reward"),
+    ),
+    Rule(
+        ("reward.judge.shows_answer",), lambda c, _: c.reward.grader == "rules",
+        "only a grader is shown the gold answer: add reward.grader=judge", ("reward.grader", "reward"),
+    ),
+    Rule(
+        ("judge.dpo_steps", "judge.dpo_lr", "judge.beta", "judge.sft_weight"),
+        lambda c, work: "judge" in work and c.stage.name == "judge" and c.judge.name != "dpo",
+        "judge={config.judge.name} needs none: add judge=dpo", ("judge",),
+    ),
+    Rule(
+        ("judge.max_new_tokens",), lambda c, _: c.stage.name == "judge" and c.judge.name == "scalar",
+        "judge=scalar writes nothing", ("judge",),
+    ),
+    Rule(
+        ("judge.name",), lambda c, _: c.stage.name != "judge", "the judges asked are named: judge_sft, judge_scalar",
+        ("stage",),
+    ),
+    Rule(
+        ("pairs.root",), lambda c, _: c.pairs.load.get("_needs_root_") is False,
+        "pairs={config.pairs.name} are drawn here: add pairs=own", ("pairs",),
     ),
     Rule(
         ("gba.scale", "gba.gate"), _without_weight,
@@ -247,7 +271,7 @@ def parts(config: Config) -> set[str]:
         found.add("benchmark")
     if stage == "pipeline" or (asks and not config.benchmark):
         found.add("own")
-    by_name = set(wanted or []) & ({*known_names(config)} - {"base", *BASELINES})
+    by_name = set(wanted or []) & ({*known_names(config)} - {"base", *JUDGES, *BASELINES})
     everything = stage in ("caci", "pipeline") or (
         stage == "eval" and not served and (bool(by_name) or (wanted is None and not config.benchmark))
     )
@@ -255,11 +279,14 @@ def parts(config: Config) -> set[str]:
         found.add("gba")
     if everything or stage == "dsa" or (stage == "gba" and config.gba.init != "base"):
         found.add("dsa")
+    trained = "gba" in found and config.reward.judge_weight and config.reward.judge.run in JUDGES
+    if stage == "judge" or set(wanted or []) & set(JUDGES) or trained:
+        found.add("judge")
     if "gba" in found and config.gba.init == "caci":  # starts from the experts' merge
         found.add("caci")
     if everything and config.merge.method is not None:
         found |= {"caci"} if config.merge.search is None else {"caci", "search"}
-    if stage == "pretrain" or found & {"dsa", "gba"} or (asks and not served):
+    if stage == "pretrain" or found & {"dsa", "gba", "judge"} or (asks and not served):
         found.add("base")
     if "base" in found and (config.model.taught_here or (stage == "pretrain" and config.model.name_or_path is None)):
         found.add("pretrain")

@@ -24,7 +24,8 @@ class Pair:
 
     `labels`: dimension to A, B or tie; a dimension that nobody labelled is absent. `group`, the image, is the unit of
     the bootstrap; `part` (of the set: an organ, a category) is empty where not told; `specialty` follows from the rules
-    of `data/specialties.py`.
+    of `data/specialties.py`. `reason` says why the overall better answer is it, with `{better}` and `{worse}` for the
+    answers' letters; empty where nobody wrote one.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Pair:
     group: str
     part: str = ""
     specialty: str = ""
+    reason: str = ""
 
 
 def pair_of(record: Record, part: str = "organ") -> Pair:
@@ -43,14 +45,14 @@ def pair_of(record: Record, part: str = "organ") -> Pair:
     assert record.options is not None
     return Pair(
         record.id, record.images, record.question, record.options, labels, record.image_group,
-        record.groups.get(part, ""), record.specialties[0],
+        record.groups.get(part, ""), record.specialties[0], record.latent.get("reason", ""),
     )  # fmt: skip
 
 
 def record_of(
     *, identity: str, images: Sequence[str], question: Any, answers: Mapping[str, Any], labels: Mapping[str, Any],
     source: str, license: str, group: str = "", organ: str = "", specialty: str = "",
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, str] | None = None, reason: str = "",
 ) -> Record:  # fmt: skip
     """A pair as a record; ValueError says what is wrong with it.
 
@@ -70,7 +72,11 @@ def record_of(
         id=identity, images=tuple(images), question=str(question), options={A: str(answers[A]), B: str(answers[B])},
         answer=next((label for label in decided if label in OTHER), A), specialties=(specialty,), source=source,
         license=license, split="test", image_group=group or (images[0] if images else identity), kind="choice",
-        modality="" if images else TEXT, latent={"labels": {name: known[name] for name in DIMENSIONS if name in known}},
+        modality="" if images else TEXT,
+        latent={
+            "labels": {name: known[name] for name in DIMENSIONS if name in known},
+            **({"reason": reason} if reason else {}),
+        },
         groups={"organ": organ, **(groups or {})} if organ else dict(groups or {}),
     )  # fmt: skip
 

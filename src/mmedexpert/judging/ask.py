@@ -25,14 +25,16 @@ Judgement = dict[str, Any]  # a row: a pair in one order, `verdicts` of the pair
 
 
 def asks_of(
-    pairs: Sequence[Pair], image_root: Path, *, protocol: str, seed: int, blind: bool = False
+    pairs: Sequence[Pair], image_root: Path, *, protocol: str, seed: int, style: str = "full", blind: bool = False
 ) -> list[tuple[Pair, Order, Ask, tuple[str, ...]]]:
     """What a judge is asked: pair, order, question, and its dimensions as they stand there."""
     ties = any(TIE in pair.labels.values() for pair in pairs)
     asked = []
     for pair in pairs:
         for order in orders_of(protocol):
-            ask, names = ask_of(pair, order, image_root, protocol=protocol, ties=ties, seed=seed, blind=blind)
+            ask, names = ask_of(
+                pair, order, image_root, protocol=protocol, ties=ties, seed=seed, blind=blind, style=style
+            )
             asked.append((pair, order, ask, names))
     return asked
 

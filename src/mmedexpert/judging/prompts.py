@@ -33,6 +33,10 @@ Judge in each of these dimensions which answer is better:
 
 Reply with one JSON object and nothing else, with "A" or "B"{tie} for every dimension, in this order:
 {form}"""  # ours
+SMALL = """{question}
+A: {first}
+B: {second}
+Better in {dimensions}?"""  # ours: for a model that could not use the rest, as `model.instructions=small`
 # In our words, of the structure of Med-RewardBench's own (9b9d806, vlm/prompt.py, which has no licence): a role, the
 # six names without definitions, A or B alone, JSON with a short reason, then tagged blocks.
 MED_REWARDBENCH = """You are an expert evaluator of medical vision-language models. Two assistants answered an \
@@ -64,12 +68,20 @@ def orders_of(protocol: str) -> tuple[Order, ...]:
 
 
 def ask_of(
-    pair: Pair, order: Order, image_root: Path, *, protocol: str, ties: bool, seed: int, blind: bool
+    pair: Pair,
+    order: Order,
+    image_root: Path,
+    *,
+    protocol: str,
+    ties: bool,
+    seed: int,
+    blind: bool,
+    style: str = "full",
 ) -> tuple[Ask, tuple[str, ...]]:
     """The question for a judge, and the dimensions it is asked in, as they stand there.
 
     Protocol pairwise shuffles the dimensions by seed, pair and order, so that no judge meets one always first; `ties`
-    allows the verdict tie; `blind` sends no image.
+    allows the verdict tie; `blind` sends no image; `style` (small, full) is that of `model.instructions`.
     """
     first, second = (pair.answers[letter][:MAX_CHARACTERS] for letter in ("AB" if order == "ab" else "BA"))
     images = () if blind else tuple(image_root / name for name in pair.images)
@@ -79,16 +91,23 @@ def ask_of(
         )  # fmt: skip
         return Ask(f"{pair.id}, {order}", text, images), DIMENSIONS
     names = shuffled([name for name in DIMENSIONS if name in pair.labels], f"{seed} {pair.id} {order}")
+    if style == "small":
+        text = SMALL.format(question=pair.question, first=first, second=second, dimensions=", ".join(names))
+    else:
+        text = _in_full(pair, first, second, names, images, ties)
+    text = text.encode(errors="replace").decode()  # half a surrogate pair could not be sent
+    return Ask(f"{pair.id}, {order}", text, images, format=response_format(names, ties=ties)), tuple(names)
+
+
+def _in_full(pair: Pair, first: str, second: str, names: Sequence[str], images: Sequence[Path], ties: bool) -> str:
     meanings, dumps = definitions(), json.dumps
-    text = PAIRWISE.format(
+    return PAIRWISE.format(
         images=f" about the image{'s' if len(images) > 1 else ''} shown" if images else "",
         question=dumps(pair.question, ensure_ascii=False), first=dumps(first, ensure_ascii=False),
         second=dumps(second, ensure_ascii=False), dimensions="\n".join(f"- {name}: {meanings[name]}" for name in names),
         tie=', or "tie" where they are equal,' if ties else "",
         form=dumps(dict.fromkeys(names, "<A or B>")).replace('"<', "<").replace('>"', ">"),
     )  # fmt: skip
-    text = text.encode(errors="replace").decode()  # half a surrogate pair could not be sent
-    return Ask(f"{pair.id}, {order}", text, images, format=response_format(names, ties=ties)), tuple(names)
 
 
 def shuffled(names: Sequence[str], salt: str) -> list[str]:

@@ -90,6 +90,10 @@ VERSIONS: dict[str, int] = {
     "med_rewardbench": 1,
     "judge_controls": 1,
     "pair_numbers": 1,
+    "judge_sft": 1,  # what judges are trained on, and how
+    "judge_dpo": 1,
+    "judge_scalar": 1,
+    "judge_scores": 1,  # what of a judge's opinion is a score
     "preference_pairs": 1,
     "phantom_pairs": 1,
     "vl_rewardbench": 1,

@@ -27,12 +27,13 @@ def run(config: Config) -> dict[str, Run]:
     return {name: prepared(config, benchmark) for name, benchmark in config.benchmark.items()}
 
 
-def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
-    """The benchmark's questions as a run folder; questions that cannot be asked are left out, counted and named there.
+def prepared(config: Config, benchmark: BenchmarkConfig, where: str | None = None) -> Run:
+    """The benchmark's questions as a run folder; questions that cannot be asked are left out, counted and named there;
+    `where` is the config key that errors name it by.
 
     Raises UserError where the folder is not this benchmark's, or nothing of it can be asked.
     """
-    name = benchmark.name
+    where = where or f"benchmark.{benchmark.name}"
     root: Path | None = None
     if benchmark.load.get("_needs_root_") is False:
         key: dict[str, str | None] = {"root": "drawn", "guidelines": text_of("guidelines.yaml")}
@@ -46,7 +47,7 @@ def prepared(config: Config, benchmark: BenchmarkConfig) -> Run:
     def work(run: Run) -> dict[str, float]:
         with run.phase("load"):
             load = {key: value for key, value in benchmark.load.items() if key != "_needs_root_"}
-            records, image_root, bad = build(load, f"benchmark.{name}.load", root=root, out_dir=run.folder)
+            records, image_root, bad = build(load, f"{where}.load", root=root, out_dir=run.folder)
         with run.phase("check images"):
             records, broken = askable(records, image_root)
         if not records:

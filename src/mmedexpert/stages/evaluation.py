@@ -27,6 +27,7 @@ from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.scoring import medevalkit
 from mmedexpert.stages import benchmark, judging
+from mmedexpert.stages.answering import Subject, engine_of
 from mmedexpert.stages.common import (
     content_of,
     ledger_of,
@@ -38,7 +39,7 @@ from mmedexpert.stages.common import (
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.logged import tell_evaluated
 from mmedexpert.stages.overlap import clean_part
-from mmedexpert.stages.subjects import Subject, engine_of, subjects_of
+from mmedexpert.stages.subjects import subjects_of
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ from mmedexpert.stages.distil import distilled
 from mmedexpert.stages.policy import DIFFICULTY, difficulty, guidance_of, passed, policy_of, sampler_of, within
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.stages.reasoner_key import acting, acting_reward, reasoner_key
+from mmedexpert.stages.scorers import judge_of, subject_of
 from mmedexpert.training.grading import grader_of
 from mmedexpert.training.losses import LossType
-from mmedexpert.training.rollouts import Guidance, Rollout, advantages, completion_rows, report
+from mmedexpert.training.rollouts import Guidance, Rollout, advantages, completion_rows, repetition, report
 
 if TYPE_CHECKING:  # Lightning, which takes seconds
     from mmedexpert.training.gba import GbaModule
@@ -105,6 +106,8 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
     inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
     if start:
         inputs["start"] = start.run_id
+    if config.reward.judge_weight:
+        inputs["judge"] = subject_of(config, config.reward.judge, "reward.judge").identity
     hardness = difficulty(config, name, specialties, start) if settings.keep is not None else None
     if hardness:
         inputs["difficulty"] = hardness.run_id
@@ -118,11 +121,12 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
             records = within(records, passed(hardness.folder / DIFFICULTY), settings.keep)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
         grader = grader_of(acting_reward(config), ledger_of(config))
+        judge = judge_of(config) if config.reward.judge_weight else None
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
         with run.phase("train"):
             stream = rollout_stream(
-                records, sampler_of(config, policy, encoder, image_root, grader, settings.num_generations),
+                records, sampler_of(config, policy, encoder, image_root, grader, settings.num_generations, judge),
                 prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
                 dynamic_sampling=settings.dynamic_sampling,
                 settle=partial(_scale_by_batch, guidance_of(config)) if settings.scale_rewards == "batch" else None,
@@ -197,6 +201,9 @@ class _Watch:
             "accuracy": sum(rollout.parts["accuracy"]) / len(rollout.texts),
             "adherence": float(rollout.adherence.nanmean().nan_to_num()),
             "share": report(rollout)["advantages/share"],
+            "judge": float(rollout.judged.nanmean().nan_to_num()),
+            "length": float(rollout.mask.sum(1).float().mean()),
+            "repetition": sum(map(repetition, rollout.texts)) / len(rollout.texts),
         }
         with self.curve.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -210,18 +217,18 @@ class _Watch:
 def _scale_by_batch(guidance: Guidance, rollout: Rollout) -> None:
     """Advantages by the deviation of the whole batch, of which a rank has a share."""
     correct = torch.tensor(rollout.parts["accuracy"]).view_as(rollout.outcome) == 1.0
-    shares = gather((rollout.outcome, rollout.adherence, correct))
-    outcome, adherence, right = (torch.cat(column) for column in zip(*shares, strict=True))
-    total, terms = advantages(outcome, adherence, guidance, right)
-    sizes = [len(one) for one, _, _ in shares]
-    rollout.advantages, rollout.terms = total.split(sizes)[rank()], terms.split(sizes)[rank()]
+    shares = gather((rollout.outcome, rollout.adherence, rollout.judged, correct))
+    outcome, adherence, judged, right = (torch.cat(column) for column in zip(*shares, strict=True))
+    sizes = [len(one) for one, *_ in shares]
+    found = advantages(outcome, adherence, judged, guidance, right)
+    rollout.advantages, rollout.terms, rollout.judge_term = (one.split(sizes)[rank()] for one in found)
 
 
 def _gain(curve: Path) -> dict[str, float]:
-    """Reward, accuracy, adherence and the terms' share of the advantage: means of the first and the last fifth, the
-    gain between them, the best rollout."""
+    """Reward, accuracy, adherence, the terms' share of the advantage and so on: means of the first and the last fifth,
+    the gain between them, the best rollout."""
     rows = read_lines(curve, ("rollout", "reward", "accuracy", "adherence"))
     found: dict[str, float] = {}
-    for key in ("reward", "accuracy", "adherence", "share"):
+    for key in ("reward", "accuracy", "adherence", "share", "judge", "length", "repetition"):
         found |= ends(key, [row.get(key, 0.0) for row in rows])
     return found

@@ -19,6 +19,8 @@ from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.judging.ask import COLUMNS, FILE, Judgement, asks_of, controlled, judge, with_verdicts
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import flat, numbers_of, per_pair
+from mmedexpert.judging.prompts import orders_of
+from mmedexpert.judging.reward_model import scored
 from mmedexpert.names import BASELINES
 from mmedexpert.reporting.judges import (
     HEADS,
@@ -37,8 +39,8 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
+from mmedexpert.stages.answering import Subject, engine_of, longest_reply, reward_model_of
 from mmedexpert.stages.common import model_key, stage_run
-from mmedexpert.stages.subjects import Subject, engine_of
 
 STAGE = "verdicts"
 BLIND = "-image_blind"
@@ -87,12 +89,16 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
     benchmark, source, pairs, name = asked.benchmark, asked.source, asked.pairs, asked.benchmark.name
     protocol, control = protocol_of(config), subject.baseline
-    asks = [] if control else asks_of(pairs, asked.image_root, protocol=protocol, seed=config.seed, blind=blind)
+    scalar = bool(subject.judge and subject.judge["kind"] == "scalar")
+    style = "full" if subject.served else config.model.instructions
+    asks = [] if control or scalar else asks_of(
+        pairs, asked.image_root, protocol=protocol, seed=config.seed, style=style, blind=blind
+    )  # fmt: skip
     key: dict[str, Any] = {"protocol": protocol, "blind": blind, "engine": config.engine.name}
     if control is None:
         words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asks])
         key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
-        key["model"] = {"system_prompt": _system_prompt(config), "max_new_tokens": config.model.max_new_tokens}
+        key["model"] = {"system_prompt": _system_prompt(config), "max_new_tokens": longest_reply(config, subject)}
         if not subject.served:
             key["model"] = {**model_key(config), **key["model"]}
             key["rules"] = versions("prompts", "sampling", "images")
@@ -120,6 +126,11 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
         with run.phase("ask"):
             if control is not None:
                 rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
+            elif scalar:
+                rows = scored(
+                    reward_model_of(config, subject), pairs, asked.image_root, run.folder / FILE, protocol=protocol,
+                    blind=blind, title=f"{subject.name} {name}",
+                )  # fmt: skip
             else:
                 engine = engine_of(config, subject, _system_prompt(config))
                 rows = judge(engine, asks, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
@@ -134,9 +145,10 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
             rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
         else:
             kept = {(r["id"], r["order"]): r for r in read_lines(done.folder / FILE, COLUMNS)}
-            if lost := next((pair.id for pair, order, _, _ in asks if (pair.id, order) not in kept), None):
-                raise UserError(f"{done.folder / FILE} lacks {lost}: delete the folder, and judge again")
-            rows = [with_verdicts(kept[pair.id, order], protocol) for pair, order, _, _ in asks]
+            wanted = [(pair.id, order) for pair in pairs for order in orders_of(protocol)]
+            if lost := next((one for one in wanted if one not in kept), None):
+                raise UserError(f"{done.folder / FILE} lacks {lost[0]}: delete the folder, and judge again")
+            rows = [with_verdicts(kept[one], protocol) for one in wanted]
         write_json(done.folder / "metrics.json", summarise(done, rows))
     return done
 

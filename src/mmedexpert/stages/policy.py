@@ -28,7 +28,7 @@ from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.advantages import RewardScale
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Grader, grader_of
-from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
+from mmedexpert.training.rollouts import Guidance, Judge, Rollout, Sampling, roll_out
 
 DIFFICULTY, COLUMNS = "difficulty.jsonl", ("id", "passed", "of")
 
@@ -50,12 +50,19 @@ def guidance_of(config: Config) -> Guidance:
     settings = config.gba
     scale_rewards = cast(RewardScale, settings.scale_rewards)
     return Guidance(
-        tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, scale_rewards, settings.grouping
-    )
+        tuple(settings.weights), settings.scale, settings.gate, settings.conditioning, scale_rewards,
+        settings.grouping, config.reward.judge_weight,
+    )  # fmt: skip
 
 
 def sampler_of(
-    config: Config, policy: PeftModel, encoder: Encoder, image_root: Path, grader: Grader, completions: int
+    config: Config,
+    policy: PeftModel,
+    encoder: Encoder,
+    image_root: Path,
+    grader: Grader,
+    completions: int,
+    judge: Judge | None = None,
 ) -> Callable[[list[Record], list[int]], Rollout]:
     """What samples and scores a group for each record, by the record's seed."""
     from mmedexpert.training.fit import gathered
@@ -68,7 +75,7 @@ def sampler_of(
             return roll_out(
                 policy, encoder, records, image_root, sampling=sampling, guidance=guidance,
                 reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol),
-                grader=grader, seeds=seeds,
+                grader=grader, seeds=seeds, judge=judge,
             )  # fmt: skip
 
     return sample

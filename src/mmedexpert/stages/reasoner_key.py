@@ -57,6 +57,10 @@ def reward_key(config: Config) -> dict[str, Any]:
     """What of the reward decides a reasoner; of a judge's server not its speed, nor how it is logged in to."""
     reward, judge = acting_reward(config), config.reward.judge
     key: dict[str, Any] = {"weights": reward.weights, "protocol": reward.protocol}
+    if reward.judge_weight:  # which judge it is stands among the inputs
+        key |= {"judge_weight": reward.judge_weight, "rules": versions("pairwise", "judge_scores")}
+        if judge.run is None:
+            key |= {"judge_sees": judge.shows_images, "judge_tokens": judge.max_new_tokens}
     if reward.grader == "rules":
         return key
     address = without_password(judge.base_url or "").rstrip("/")

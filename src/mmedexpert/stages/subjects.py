@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftModel
-
-from mmedexpert.engines.asking import Engine
-from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
-from mmedexpert.models.adapters import LoraAdapter, check_compatible
-from mmedexpert.models.backbone import load_encoder, load_model, streamline
-from mmedexpert.models.checkpoint import fingerprint_model
 from mmedexpert.names import (
     BASELINES,
     BLANK_IMAGE,
     CONTROL,
+    JUDGES,
     MAJORITY,
     MULTI_TASK,
     START,
@@ -31,26 +25,10 @@ from mmedexpert.names import (
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
-from mmedexpert.stages import caci, dsa, gba
-from mmedexpert.stages.common import Base, loading
+from mmedexpert.stages import caci, dsa, gba, train_judge
+from mmedexpert.stages.answering import Subject, from_folder, judge_subject
+from mmedexpert.stages.common import Base
 from mmedexpert.stages.pretrain import base_of
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is asked: a model folder with or without an adapter, a served model, or a baseline of `names.BASELINES`."""
-
-    name: str
-    identity: str
-    folder: Path | None = None
-    adapter: Path | None = None
-    baseline: str | None = None
-    made_by: Run | None = None  # the run that made it; none of a base or a folder
-
-    @property
-    def served(self) -> bool:
-        """Whether a server answers, whose model may change behind its name."""
-        return self.folder is None and self.baseline is None
 
 
 def subjects_of(config: Config) -> list[Subject]:
@@ -68,7 +46,7 @@ def subjects_of(config: Config) -> list[Subject]:
         dsa.ready(config, config.specialty.names)  # before a base is downloaded or taught
     base = base_of(config)
     known: dict[str, Subject] = {"base": Subject("base", base.identity, base.folder)}
-    found = [_from_folder(Path(folder), base) for folder in folders]
+    found = [from_folder(Path(folder), base) for folder in folders]
     taken = {"base", *BASELINES, *(name for name in wanted or [] if name in names)}
     for folder, subject, name in zip(
         folders, found, distinct_names([s.name for s in found], folders, taken), strict=True
@@ -86,8 +64,11 @@ def subjects_of(config: Config) -> list[Subject]:
         known |= {name: Subject(name, r.run_id, r.folder / "model", made_by=r) for name, r in caci.run(config).items()}
     for name in wanted or []:
         if steps := config.dsa.steps if name == MULTI_TASK else multi_task_steps(name):
-            trained = replace(config, dsa=replace(config.dsa, steps=steps))
-            known[name] = _adapted(name, dsa.expert(trained, "all", config.specialty.names), base)
+            longer = replace(config, dsa=replace(config.dsa, steps=steps))
+            known[name] = _adapted(name, dsa.expert(longer, "all", config.specialty.names), base)
+    for name in [name for name in wanted or [] if name in JUDGES]:
+        kind = replace(config.judge, name=name.removeprefix("judge_"))
+        known[name] = judge_subject(train_judge.trained(replace(config, judge=kind)), base)
     if CONTROL in (wanted or []):
         known[CONTROL] = _adapted(CONTROL, gba.control(config), base)
     subjects = [known[name] for name in wanted or known if name not in BASELINES]
@@ -105,7 +86,7 @@ def _needing_experts(config: Config) -> set[str]:
     if config.gba.init == "base":
         longer = [name for name in config.eval.models or [] if multi_task_steps(name)]
         return {*config.specialty.names, config.merge.name, MULTI_TASK, *longer}
-    return set(known_names(config)) - {"base", *BASELINES}
+    return set(known_names(config)) - {"base", *JUDGES, *BASELINES}
 
 
 def _start(config: Config) -> dict[str, Run]:
@@ -123,34 +104,3 @@ def _served(config: Config) -> Subject:
     assert endpoint.model is not None and endpoint.base_url is not None  # checks.check
     address = without_password(endpoint.base_url).rstrip("/")
     return Subject(Path(endpoint.model).name, f"served:{endpoint.model}@{address}#{endpoint.revision or ''}")
-
-
-def _from_folder(folder: Path, base: Base) -> Subject:
-    """A merged or adapter run, a PEFT folder or a model folder."""
-    inner = next((folder / part for part in ("model", "adapter") if (folder / part).is_dir()), folder)
-    name = folder.name if inner == folder else folder.name.rpartition("-")[0]
-    if not (inner / "adapter_config.json").is_file():
-        return Subject(name, fingerprint_model(inner), inner)
-    adapter = LoraAdapter.load(inner)
-    check_compatible([adapter], base.folder)
-    return Subject(name, f"{adapter.fingerprint}@{base.identity}", base.folder, inner)
-
-
-def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> Engine:
-    """What answers for a subject: its server, or the model loaded here. It answers greedily."""
-    if subject.served:
-        from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
-
-        return server(
-            config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
-            max_new_tokens=config.model.max_new_tokens,
-        )  # fmt: skip
-    assert subject.folder is not None
-    encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
-    encoder.system_prompt = system_prompt
-    answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
-    streamline(answering)
-    return TransformersEngine(
-        answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
-        max_new_tokens=config.model.max_new_tokens,
-    )  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.models.generate import generate
 from mmedexpert.scoring import Protocol
 from mmedexpert.training import rewards
-from mmedexpert.training.advantages import RewardScale, guideline_based, perspective_terms
+from mmedexpert.training.advantages import RewardScale, group_relative, guideline_based, perspective_terms
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Case, Criteria, Grader, report_of
 
@@ -46,9 +47,19 @@ class Guidance:
     conditioning: str
     scale_rewards: RewardScale
     grouping: str = "question"
+    judge_weight: float = 0.0  # of a judge's scores
 
 
-PER_GROUP = ("outcome", "adherence", "terms", "advantages")  # fields of a Rollout with a row per group
+# scores of each record's completions, [B][G], and what it cost to get them
+Judge = Callable[[Sequence[Record], Path, Sequence[Sequence[str]]], tuple[list[list[float]], dict[str, float]]]
+PER_GROUP = (
+    "outcome",
+    "adherence",
+    "terms",
+    "judged",
+    "judge_term",
+    "advantages",
+)  # fields of a Rollout with a row per group
 PADDED = ("sampling_logps", "mask", "old_logps")  # those with a column per token, as many as the longest completion has
 
 
@@ -67,11 +78,14 @@ class Rollout:
     parts: dict[str, list[float]]  # each reward function's values [B*G]
     adherence: Tensor  # [B, G, K], NaN where another perspective was asked for, or a judge's grade is missing
     terms: Tensor  # [B, G, K] each perspective's share of the advantage
+    judged: Tensor  # [B, G] a judge's scores, comparable within a group; NaN without a judge or where it failed
+    judge_term: Tensor  # [B, G] the judge's share of the advantage
     advantages: Tensor  # [B, G]
     seconds: dict[str, float]  # wall seconds of `gen` and `reward`
     old_logps: Tensor | None = None  # [B*G, T], of the first update, for the later ones
     criteria: list[Criteria] = field(default_factory=list)  # of the perspectives asked [B*G]
     graded: dict[str, float] = field(default_factory=dict)  # `Grading.counts`, of all completions that were graded
+    scored: dict[str, float] = field(default_factory=dict)  # `Scores.counts`, of all that a judge scored
 
     def informative(self) -> list[int]:
         """The groups that move the policy: those in which not every advantage is zero."""
@@ -86,7 +100,7 @@ class Rollout:
             places = list(groups) if name in PER_GROUP else rows
             return value[places] if isinstance(value, Tensor) else [value[place] for place in places if value]
 
-        kept = ("parts", "seconds", "graded", "old_logps")
+        kept = ("parts", "seconds", "graded", "scored", "old_logps")
         values = {name: value for name, value in vars(self).items() if name not in kept}
         taken = {name: chosen(name, value) for name, value in values.items()}
         parts = {name: chosen(name, value) for name, value in self.parts.items()}
@@ -104,12 +118,19 @@ class Rollout:
                 one, more = (F.pad(part, (0, width - part.shape[1])) for part in (one, more))
             return torch.cat([one, more])
 
-        values = {name: value for name, value in vars(self).items() if name not in ("parts", "seconds", "graded")}
+        apart = ("parts", "seconds", "graded", "scored")
+        values = {name: value for name, value in vars(self).items() if name not in apart}
         joined = {name: both(name, value, getattr(other, name)) for name, value in values.items()}
         parts = {name: values + other.parts[name] for name, values in self.parts.items()}
         seconds = {name: value + other.seconds[name] for name, value in self.seconds.items()}
-        graded = {name: self.graded.get(name, 0.0) + other.graded.get(name, 0.0) for name in self.graded | other.graded}
-        return replace(self, **joined, parts=parts, seconds=seconds, graded=graded)
+        return replace(
+            self, **joined, parts=parts, seconds=seconds, graded=_sums(self.graded, other.graded),
+            scored=_sums(self.scored, other.scored),
+        )  # fmt: skip
+
+
+def _sums(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
 
 
 def assign_perspectives(weights: Sequence[float], num_generations: int, conditioning: str) -> list[str | None]:
@@ -126,8 +147,13 @@ def assign_perspectives(weights: Sequence[float], num_generations: int, conditio
     return [asked[i * len(asked) // num_generations] for i in range(num_generations)]
 
 
-def advantages(outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """GBA advantages [B, G] by `guideline_based`, and each perspective's term [B, G, K] of them."""
+def advantages(
+    outcome: Tensor, adherence: Tensor, judged: Tensor, guidance: Guidance, correct: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GBA advantages [B, G] by `guideline_based`, each perspective's term [B, G, K] of them, and the judge's [B, G].
+
+    The judge's scores are normalised within their group as the outcome is, and added with their weight. # ours
+    """
     options: dict[str, Any] = {
         "scale": guidance.scale,
         "gate": correct if guidance.gate == "correct" else None,
@@ -137,7 +163,11 @@ def advantages(outcome: Tensor, adherence: Tensor, guidance: Guidance, correct: 
     if guidance.grouping == "perspective":
         names = assign_perspectives(guidance.weights, outcome.shape[1], guidance.conditioning)
         options["asked"] = [PERSPECTIVES.index(name) for name in names if name]
-    return guideline_based(outcome, adherence, guidance.weights, **options), terms
+    total = guideline_based(outcome, adherence, guidance.weights, **options)
+    if not guidance.judge_weight:
+        return total, terms, torch.zeros_like(total)
+    term = guidance.judge_weight * group_relative(judged, guidance.scale_rewards)
+    return total + term, terms, term
 
 
 def roll_out(
@@ -152,10 +182,12 @@ def roll_out(
     protocol: Protocol,
     grader: Grader,
     seeds: Sequence[int],
+    judge: Judge | None = None,
 ) -> Rollout:
     """Sample a group per record, each by its own seed, score it and compute its advantages.
 
     `grader` says how far each completion follows its perspective; a grade that is missing (NaN) counts as not asked.
+    `judge` scores the completions of a record (NaN: it failed), which counts with `guidance.judge_weight`.
 
     Completions of one record that share an instruction share its prefill; images are patched once per record.
     """
@@ -204,12 +236,17 @@ def roll_out(
     scores = torch.tensor(outcome).view(-1, group)
     followed = torch.tensor(grading.scores).view(-1, group, len(PERSPECTIVES))
     correct = torch.tensor(parts["accuracy"]).view(-1, group) == 1.0
-    total, terms = advantages(scores, followed, guidance, correct)
+    judged, scored = torch.full_like(scores, math.nan), dict[str, float]()
+    if judge is not None:
+        groups = [texts[first : first + group] for first in range(0, len(texts), group)]
+        values, scored = judge(records, image_root, groups)
+        judged = torch.tensor(values)
+    total, terms, judge_term = advantages(scores, followed, judged, guidance, correct)
     seconds = {"gen": sampling_ended - start, "reward": time.perf_counter() - sampling_ended}
     return Rollout(
         [prompt for prompt in prompts for _ in range(per_prompt)], rows, texts, perspectives,
-        sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, total, seconds,
-        criteria=grading.criteria, graded=grading.counts,
+        sampled.logps, sampled.mask, sampled.finished, scores, parts, followed, terms, judged, judge_term,
+        total, seconds, criteria=grading.criteria, graded=grading.counts, scored=scored,
     )  # fmt: skip
 
 
@@ -241,13 +278,36 @@ def report(rollout: Rollout) -> dict[str, float]:
     for name, values in rollout.parts.items():
         metrics[f"rewards/{name}/mean"] = torch.tensor(values).mean()
         metrics[f"rewards/{name}/std"] = torch.tensor(values).std()
+    if rollout.scored:
+        metrics["rewards/judge/mean"] = rollout.judged.nanmean().nan_to_num()
+        metrics["rewards/judge/std"] = rollout.judged[~rollout.judged.isnan()].std().nan_to_num()
+        share = rollout.judge_term.abs().mean() / rollout.advantages.abs().mean().clamp(min=1e-8)
+        metrics["advantages/judge/share"] = share
     for k, name in enumerate(PERSPECTIVES):
         if not rollout.adherence[..., k].isnan().all():
             metrics[f"adherence/{name}"] = rollout.adherence[..., k].nanmean()
             # the mean of centred terms says little: their mean size says how much a perspective steers
             metrics[f"advantages/{name}/mean"] = rollout.terms[..., k].mean()
             metrics[f"advantages/{name}/mean_abs"] = rollout.terms[..., k].abs().mean()
-    return {key: float(value) for key, value in metrics.items()} | report_of(rollout.graded)
+    return {key: float(value) for key, value in metrics.items()} | report_of(rollout.graded) | scored_of(rollout)
+
+
+def scored_of(rollout: Rollout) -> dict[str, float]:
+    """The cost of the judge's scores, `judge/calls` and so on, and the share of the answers that it did not score."""
+    found = {f"judge/{name}": value for name, value in rollout.scored.items() if name not in ("judged", "missing")}
+    if judged := rollout.scored.get("judged"):
+        found["judge/missing"] = rollout.scored["missing"] / judged
+    return found
+
+
+def repetition(text: str) -> float:
+    """The share of a text's runs of four words that stand in it before, in [0, 1].  # ours
+
+    A policy that is paid for length or for words repeats itself.
+    """
+    words = text.split()
+    runs = [tuple(words[place : place + 4]) for place in range(len(words) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, image_root: Any) -> list[dict[str, Any]]:
@@ -261,6 +321,7 @@ def completion_rows(step: int, records: Sequence[Record], rollout: Rollout, imag
         row |= {"perspective": rollout.perspectives[i] or "none", "completion": text, "answer": record.answer}
         row |= {name: values[i] for name, values in rollout.parts.items()}
         row |= {f"adherence_{name}": float(rollout.adherence[b, g, k]) for k, name in enumerate(PERSPECTIVES)}
+        row["judge"] = float(rollout.judged[b, g])
         row["criteria"] = criteria_text(rollout.criteria[i]) if rollout.criteria else ""
         rows.append({**row, "advantage": float(rollout.advantages[b, g])})
     return rows

@@ -23,7 +23,7 @@ from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.sources.phantom.cases import Case, draw_case
 from mmedexpert.sources.phantom.families import rules_of
 from mmedexpert.sources.phantom.source import TOP
-from mmedexpert.sources.phantom.text import measured, options, question, trace, upper
+from mmedexpert.sources.phantom.text import letter_of, listed, measured, options, question, trace, upper
 
 KINDS = {
     "finding": ("accuracy", "overall"),
@@ -32,20 +32,33 @@ KINDS = {
     "padded": ("relevance", "responsiveness", "overall"),
     "insight": ("creativity", "overall"),
 }
+REASONS = {  # why the better answer is it
+    "finding": "{worse} says what is not seen.",
+    "contradiction": "{worse} ends against its own steps.",
+    "partial": "{worse} gives no steps.",
+    "padded": "{worse} adds what nobody asked.",
+    "insight": "{worse} says the same twice.",
+}
 PADDING = (
     "The picture was taken with care.", "Many patients ask about this.", "Imaging has a long history.",
     "The report was typed in the evening.", "Colleagues often discuss such pictures.", "It is a common examination.",
 )  # fmt: skip
 SPLITS = ("train", "val", "test")
+FORMS = ("plain", "completion", "both")
 
 
 def load(
-    root: Path | None, out_dir: Path, *, split: str = "test", count: int = 60, seed: int = 0
+    root: Path | None, out_dir: Path, *, split: str = "test", count: int = 60, seed: int = 0, form: str = "plain"
 ) -> tuple[list[Record], Path, Bad]:
     """Draw `count` pairs of each specialty, one image each, kinds and what questions need in turn; half of the better
-    answers stand first. `root` is not used. The three splits share no draw. ValueError for another split."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    answers stand first. `root` is not used. The three splits share no draw.
+
+    `form`: plain answers; completions, to a question with its options, as the models of this repo write them; or both,
+    each by a coin. ValueError for another split or form.
+    """
+    for name, value, known in (("split", split, SPLITS), ("form", form, FORMS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     images = out_dir / "images"
     images.mkdir(parents=True, exist_ok=True)
     records = []
@@ -58,38 +71,61 @@ def load(
             case = draw_case(rule, PERSPECTIVES[index // (len(KINDS) * len(rules)) % 4], rng)
             identity = f"{specialty}-pairs-{split}-{index:04d}"
             case.paint(rng).save(images / f"{identity}.png", compress_level=1)
-            better, worse = _answers(case, kind, rng)
+            tagged = form == "completion" or (form == "both" and bool(rng.integers(2)))
+            choices = _choices(case, rng) if tagged else None
+            better, worse = _answers(case, kind, rng, choices)
             first = bool(rng.integers(2))
             answers = {"A": better if first else worse, "B": worse if first else better}
+            asked = question(case, rng) + (f"\n{listed(choices)}" if choices else "")
             record = record_of(
-                identity=identity, images=[f"{identity}.png"], question=question(case, rng), answers=answers,
+                identity=identity, images=[f"{identity}.png"], question=asked, answers=answers,
                 labels=dict.fromkeys(KINDS[kind], "A" if first else "B"), source="phantom pairs", license="Apache-2.0",
-                specialty=specialty, groups={"kind": kind},
+                specialty=specialty, groups={"kind": kind}, reason=REASONS[kind],
             )  # fmt: skip
             records.append(replace(record, split=split))
     return records, images, []
 
 
-def _answers(case: Case, kind: str, rng: np.random.Generator) -> tuple[str, str]:
-    """The better answer and the worse one."""
-    steps, label = _told(case, rng)
-    whole = " ".join([*steps, _so(label)])
+def _choices(case: Case, rng: np.random.Generator) -> dict[str, str]:
+    """The options of a question, the labels of the contrary case among them."""
+    choices = options(case, rng)
+    for label in _otherwise(case).labels:
+        if label not in choices.values():
+            spare = next(letter for letter, text in choices.items() if text not in case.labels)
+            choices[spare] = label
+    return choices
+
+
+def _answers(case: Case, kind: str, rng: np.random.Generator, choices: dict[str, str] | None) -> tuple[str, str]:
+    """The better answer and the worse one; with `choices` as completions."""
+    steps, label = _told(case, rng, choices)
+    whole, other = " ".join([*steps, _so(label)]), label
     if kind == "finding":
-        other_steps, other = _told(_otherwise(case), rng)
-        return whole, " ".join([*other_steps, _so(other)])
-    if kind == "contradiction":
-        return whole, " ".join([*steps, _so(next(one for one in case.labels if one != label))])
-    if kind == "partial":
-        return whole, _so(label)
-    if kind == "padded":
+        other_steps, other = _told(_otherwise(case), rng, choices)
+        found = whole, " ".join([*other_steps, _so(other)])
+    elif kind == "contradiction":
+        other = next(one for one in case.labels if one != label)
+        found = whole, " ".join([*steps, _so(other)])
+    elif kind == "partial":
+        found = whole, _so(label)
+    elif kind == "padded":
         chosen = rng.permutation(len(PADDING))[:4]
-        return whole, " ".join([PADDING[chosen[0]], PADDING[chosen[1]], whole, PADDING[chosen[2]], PADDING[chosen[3]]])
-    return f"{whole} {_would_change(case, label)}", f"{whole} {steps[0]}"
+        found = whole, " ".join([PADDING[chosen[0]], PADDING[chosen[1]], whole, PADDING[chosen[2]], PADDING[chosen[3]]])
+    else:
+        found = f"{whole} {_would_change(case, label)}", f"{whole} {steps[0]}"
+    if choices is None:
+        return found
+    return _completion(found[0], label, choices), _completion(found[1], other, choices)
 
 
-def _told(case: Case, rng: np.random.Generator) -> tuple[list[str], str]:
+def _completion(text: str, label: str, choices: dict[str, str]) -> str:
+    letter = letter_of(choices, label)
+    return f"<think>{text.replace(_so(label), f'So {label} {letter}.')}</think><answer>{letter}</answer>"
+
+
+def _told(case: Case, rng: np.random.Generator, choices: dict[str, str] | None) -> tuple[list[str], str]:
     """The steps of the perspective that decides the case, and the label that they come to."""
-    steps = list(trace(case, options(case, rng), case.needs).steps[:-1])
+    steps = list(trace(case, choices or options(case, rng), case.needs).steps[:-1])
     return steps, case.gold
 
 

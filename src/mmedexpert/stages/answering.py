@@ -1,0 +1,111 @@
+"""How a model that is asked answers: loaded here, or at its server; a reward model scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from mmedexpert.data.pairs import DIMENSIONS
+from mmedexpert.engines.asking import Engine
+from mmedexpert.engines.transformers import TransformersEngine
+from mmedexpert.errors import UserError
+from mmedexpert.judging.reward_model import RewardModel
+from mmedexpert.models.adapters import LoraAdapter, check_compatible
+from mmedexpert.models.backbone import load_encoder, load_model, streamline
+from mmedexpert.models.checkpoint import fingerprint_model, read_json
+from mmedexpert.models.encode import Encoder
+from mmedexpert.models.reward_head import RewardHead
+from mmedexpert.runtime.runs import Run
+from mmedexpert.schema import Config
+from mmedexpert.stages.common import Base, loading
+
+JUDGE = "judge.json"  # beside the adapter of a trained judge: what kind it is
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is asked: a model folder with or without an adapter, a served model, or a baseline of `names.BASELINES`."""
+
+    name: str
+    identity: str
+    folder: Path | None = None
+    adapter: Path | None = None
+    baseline: str | None = None
+    made_by: Run | None = None  # the run that made it; none of a base or a folder
+    judge: Mapping[str, Any] | None = None  # of a trained judge: its `judge.json`
+
+    @property
+    def served(self) -> bool:
+        """Whether a server answers, whose model may change behind its name."""
+        return self.folder is None and self.baseline is None
+
+
+def from_folder(folder: Path, base: Base) -> Subject:
+    """A merged or adapter run, a PEFT folder or a model folder."""
+    inner = next((folder / part for part in ("model", "adapter") if (folder / part).is_dir()), folder)
+    name = folder.name if inner == folder else folder.name.rpartition("-")[0]
+    if not (inner / "adapter_config.json").is_file():
+        return Subject(name, fingerprint_model(inner), inner)
+    adapter = LoraAdapter.load(inner)
+    check_compatible([adapter], base.folder)
+    judge = judge_in(inner)
+    return Subject(
+        f"judge_{name}" if judge else name, f"{adapter.fingerprint}@{base.identity}", base.folder, inner, judge=judge
+    )
+
+
+def judge_subject(run: Run, base: Base) -> Subject:
+    """A judge that `train_judge.trained` made."""
+    adapter = run.folder / "adapter"
+    return Subject(f"judge_{run.name}", run.run_id, base.folder, adapter, made_by=run, judge=judge_in(adapter))
+
+
+def judge_in(folder: Path) -> dict[str, Any] | None:
+    """What a folder with an adapter says of the judge that it is; None where it is none."""
+    return read_json(folder / JUDGE) if (folder / JUDGE).is_file() else None
+
+
+def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> Engine:
+    """What answers for a subject: its server, or the model loaded here. It answers greedily.
+
+    UserError for a reward model, which answers nothing.
+    """
+    if subject.judge and subject.judge["kind"] == "scalar":
+        raise UserError(f"{subject.name} scores answers and gives none: ask it of pairs, benchmark=phantom_pairs")
+    if subject.served:
+        from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
+
+        return server(
+            config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
+            max_new_tokens=config.model.max_new_tokens,
+        )  # fmt: skip
+    model, encoder = _loaded(config, subject, system_prompt)
+    return TransformersEngine(
+        model, encoder, batch_size=config.engine.batch_size, max_new_tokens=longest_reply(config, subject)
+    )
+
+
+def longest_reply(config: Config, subject: Subject) -> int:
+    """The most tokens of an answer: a trained judge's verdicts take what it was trained with."""
+    return int(subject.judge["max_new_tokens"]) if subject.judge else config.model.max_new_tokens
+
+
+def reward_model_of(config: Config, subject: Subject) -> RewardModel:
+    """The reward head and backbone of a trained judge of kind scalar. UserError where a file is missing or damaged."""
+    assert subject.adapter is not None
+    model, encoder = _loaded(config, subject, config.model.system_prompt)
+    head = RewardHead.load(subject.adapter, DIMENSIONS).to(loading(config).device).requires_grad_(False)
+    return RewardModel(model, encoder, head, batch_size=config.engine.batch_size)
+
+
+def _loaded(config: Config, subject: Subject, system_prompt: str | None) -> tuple[Any, Encoder]:
+    assert subject.folder is not None
+    encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
+    encoder.system_prompt = system_prompt
+    answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
+    streamline(answering)
+    return answering.requires_grad_(False), encoder
