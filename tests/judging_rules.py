@@ -10,22 +10,29 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from preferring import pair, png, rows_of, verdict, write
 
 from mmedexpert.data.pairs import DIMENSIONS
 from mmedexpert.data.records import plain
-from mmedexpert.judging import verdicts
+from mmedexpert.engines.asking import Reply
+from mmedexpert.judging import lessons, scorer, verdicts
 from mmedexpert.judging.ask import controlled
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import numbers_of
 from mmedexpert.judging.prompts import ask_of
+from mmedexpert.models.reward_head import RewardHead
 from mmedexpert.sources import med_rewardbench, multimodal_rewardbench, preference_pairs, vl_rewardbench
 from mmedexpert.sources.phantom import phantom_pairs
+from mmedexpert.training.preferences import bradley_terry, dpo_loss
 
 REPLIES = [
     verdict("A"), f"So: {verdict('b')}!", verdict("tie"), json.dumps({"accuracy": "A"}), "[[B]]", "a better one", "",
     "\n".join(f"{name}: A" for name in DIMENSIONS), f"{verdict('A')}{verdict('B')}", "A and B", verdict("A")[:50],
 ]  # fmt: skip
+
+
+TAGGED = ["<answer>A, b, A,B,tie,A</answer>", "<think>A</think><answer>A</answer>", "<answer>A</answer> or so"]
 
 
 def asked(protocol: str) -> Any:
@@ -34,7 +41,8 @@ def asked(protocol: str) -> Any:
         for number in range(3)
         for order in ("ab", "ba")
     ]
-    read = [verdicts.read(text, DIMENSIONS, protocol) for text in REPLIES]
+    replies = [*REPLIES, *(TAGGED if protocol == "pairwise" else ())]
+    read = [verdicts.read(text, DIMENSIONS, protocol) for text in replies]
     return [[[ask.text, ask.format, list(names)] for ask, names in found], [[one.said, one.rule] for one in read]]
 
 
@@ -104,8 +112,48 @@ def read(load: Callable[..., Any], folder: Path) -> Any:
     return [[json.loads(json.dumps(plain(one))) for one in records], sorted(bad)]
 
 
+def taught(_: Path) -> Any:
+    reason = {"reason": "{better} is shown, {worse} is not."}
+    pairs = [pair(0, **reason), pair(1, labels={"accuracy": "tie", "overall": "B"}, **reason), pair(2)]
+    return [
+        lessons.replies(one, order, list(one.labels), style)
+        for one in pairs for order in ("ab", "ba") for style in ("small", "full")
+    ]  # fmt: skip
+
+
+def preferred(_: Path) -> Any:
+    values = torch.tensor([[-3.0, -9.0], [-4.0, -5.0], [-3.5, -8.0], [-3.0, -7.0]])
+    return [one.tolist() for one in dpo_loss(*values, beta=0.2)]
+
+
+def scored(_: Path) -> Any:
+    head = RewardHead(3, DIMENSIONS)
+    head.shared.data, head.own.data = torch.tensor([1.0, 0.0, -1.0]), torch.arange(18.0).view(6, 3) / 10
+    found = head(torch.tensor([[0.5, 1.0, 2.0], [1.0, 0.0, -1.0]]))
+    labels = torch.tensor([[lessons.CHANCE.get(letter, float("nan")) for letter in ("A", "B", "tie", "", "A", "B")]])
+    return [found.tolist(), float(bradley_terry(found[:1], found[1:], labels))]
+
+
+def opinions(_: Path) -> Any:
+    """By the length of an answer; one that says "no" gets no readable reply."""
+
+    def judge(asks: Any) -> Any:
+        for place, ask in enumerate(asks):
+            first, second = (json.loads(line[10:]) for line in ask.text.splitlines() if line.startswith("Answer "))
+            better = "A" if len(first) > len(second) else "B" if len(first) < len(second) else "tie"
+            text = "" if "no" in (first, second) else json.dumps({"accuracy": better, "overall": "tie"})
+            yield place, Reply(text, 5, "stop", 0.0, None)
+
+    groups = [scorer.Group("q", "Large?", (), answers) for answers in (("a", "bb", "ccc", "no", "a"), ("x", "yy"))]
+    found = scorer.VerdictScorer(judge, name="m", where="reward.judge", style="full")(groups)
+    counts = {name: value for name, value in found.counts.items() if name != "seconds"}
+    values = [[None if value != value else value for value in row] for row in found.values]
+    return [values, counts, scorer.SCORED_BY]
+
+
 JUDGING: dict[str, Callable[[Path], Any]] = {
     "pairwise": lambda _: asked("pairwise"), "med_rewardbench": published, "preference_pairs": own,
     "phantom_pairs": partial(read, partial(phantom_pairs.load, count=20)), "vl_rewardbench": vl,
     "multimodal_rewardbench": multimodal, "judge_controls": chosen, "pair_numbers": counted,
+    "judge_sft": taught, "judge_dpo": preferred, "judge_scalar": scored, "judge_scores": opinions,
 }  # fmt: skip

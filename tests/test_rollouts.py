@@ -160,7 +160,8 @@ def test_a_row_of_the_table_is_one_completion(tmp_path):
             "step": 7, "record": record.id, "image": str(tmp_path / record.images[0]), "question": record.question,
             "perspective": rollout.perspectives[i] or "none", "completion": f"text {i}", "answer": record.answer,
             "accuracy": float(i % 3 == 0), "format": float(i),
-            "judge": float(rollout.judged[i // G, i % G]), "criteria": f"first={i / 1000:.2g} second=-", "advantage": float(rollout.advantages[i // G, i % G]),
+            "judge": float(rollout.judged[i // G, i % G]), "criteria": f"first={i / 1000:.2g} second=-",
+            "advantage": float(rollout.advantages[i // G, i % G]),
         }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""TRL's own GRPOTrainer and ours agree to 1e-5 on advantages, log-probabilities, losses and gradients.
+"""TRL's own GRPOTrainer and DPOTrainer and ours agree to 1e-5 on advantages, log-probabilities, losses and gradients.
 
 Both get the same tiny Qwen2.5-VL with the same adapter, the same completions and the same rewards.
 """
@@ -17,6 +17,7 @@ from mmedexpert.models.backbone import core_of
 from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.advantages import group_relative
 from mmedexpert.training.losses import policy_loss
+from mmedexpert.training.preferences import Preferences, dpo_loss
 
 pytest.importorskip("trl", reason="TRL is not installed (requirements-bench.txt)")
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "speed"))
@@ -24,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments" / "speed"))
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from tiny_vl import Size, build_encoder, build_model, build_processor, byte_tokenizer, lora_config, text, write_images
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 SMALL = Size(64, 128, 2, 2, 1, 320, False, 32, 64, 2, 2, (1,))
 GROUP = 4
@@ -228,3 +229,53 @@ def parts(made: dict[str, Any], count: int) -> list[dict[str, Any]]:
     if count == 1:
         return [made]
     return [unsplit_pixel_values_by_grid(part) for part in split_tensor_dict(split_pixel_values_by_grid(made), count)]
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_dpo(tmp_path, sft_weight):
+    """Loss, gradient and margins of its DPOTrainer, from its own batch and ours of the same texts and images."""
+    tokenizer = byte_tokenizer()
+    encoder = build_encoder(tokenizer, 56)
+    base = [build_model(SMALL, tokenizer, dtype=torch.float32, device="cpu") for _ in range(2)]
+    said = [("A, for it is large", "B"), ("B", "A it is"), ("A", "B")]
+    rows, prompts = [], []
+    for number, image in enumerate(write_images(tmp_path, 3, 56)):
+        question = text(number, 30 - 9 * number)
+        turns = {"chosen": said[number][0], "rejected": said[number][1]}
+        rows.append({
+            "prompt": [{"role": "user", "content": question}], "image": str(image),
+            **{name: [{"role": "assistant", "content": words}] for name, words in turns.items()},
+        })  # fmt: skip
+        prompts.append(encoder.chat(question, [encoder.image(image)]))
+    options = DPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=3, use_cpu=True, report_to="none", bf16=False, beta=0.3,
+        gradient_checkpointing=False, loss_type=["sigmoid", "sft"], loss_weights=[1.0, sft_weight], max_length=None,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=base[0], args=options, train_dataset=Dataset.from_list(rows).cast_column("image", ImageColumn()),
+        processing_class=build_processor(tokenizer, 56), peft_config=lora_config(),
+    )  # fmt: skip
+    theirs, ours = trainer.model.train(), get_peft_model(base[1], lora_config()).train()
+    for name, parameter in ours.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+        dict(theirs.named_parameters())[name].data.copy_(parameter.data)
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(3)])
+    words = [[encoder.completion(one) for one in pair] for pair in said]
+    for place, row in enumerate((*(pair[0] for pair in words), *(pair[1] for pair in words))):
+        ids = batch["input_ids"][place][batch["completion_mask"][place].bool()].tolist()
+        assert ids[: len(row)] == row, "the same completions, up to a line break after the end of turn"
+        batch["completion_mask"][place, batch["completion_mask"][place].nonzero()[len(row) :]] = 0
+    loss = trainer._compute_loss(theirs, batch, return_outputs=False)
+    encoder.encode_images(core_of(ours), prompts)
+    given = Preferences(prompts, [pair[0] for pair in words], [pair[1] for pair in words])
+    packed = pack(ours, encoder, *given.rows(range(3)))
+    whole = torch.zeros(6).index_add(0, packed.rows, token_logps(ours, packed)[0]).view(3, 2)
+    with torch.no_grad(), ours.disable_adapter():
+        found = torch.zeros(6).index_add(0, packed.rows, token_logps(ours, packed)[0]).view(3, 2)
+    losses, margins = dpo_loss(*whole.T, *found.T, beta=0.3)
+    ours_loss = losses.mean() - sft_weight * whole[:, 0].sum() / sum(len(pair[0]) for pair in words)
+    assert abs(float(ours_loss.detach()) - float(loss.detach())) <= TOLERANCE
+    assert abs(float(margins.mean()) - trainer._metrics["train"]["rewards/margins"][0]) <= TOLERANCE
+    wanted, gradient = gradients(theirs, loss), gradients(ours, ours_loss)
+    assert wanted.norm() > 1e-3 and (gradient - wanted).norm() <= TOLERANCE * wanted.norm()

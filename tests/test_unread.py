@@ -98,6 +98,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     kinds = {(name, kind.__name__) for name, one in DATA.items() for kind in one.__mro__}
     read |= {(name, key) for name, kind in kinds for owner, key in read if owner == kind}
     read |= {("BenchmarkConfig", "pairs")}  # of each benchmark in a loop
+    read |= {("PairsConfig", part) for part in ("train", "val")}  # by name, in stages/train_judge.py
     # conf/dsa, conf/gba, conf/engine: rates, steps and sizes come with the model
     read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams", "eval_batch_size")}
     assert wanted - read == UNREAD
@@ -107,7 +108,21 @@ def test_every_key_of_the_schema_says_who_reads_it():
     """A key that is new in schema.py and stands under no prefix of the table fails here."""
     assert [key for key in keys() if not any(below(key, prefix) for prefix in READ_BY)] == []
     assert [prefix for prefix in READ_BY if prefix not in keys()] == []
-    work = {"base", "pretrain", "data", "dsa", "gba", "caci", "search", "eval", "own", "benchmark", "report", "clean"}
+    work = {
+        "base",
+        "pretrain",
+        "data",
+        "dsa",
+        "gba",
+        "caci",
+        "search",
+        "eval",
+        "own",
+        "benchmark",
+        "report",
+        "clean",
+        "judge",
+    }
     assert set().union(*READ_BY.values()) <= work
 
 
@@ -128,7 +143,7 @@ def test_every_key_of_the_schema_says_who_reads_it():
         (["model.revision=abc"], ["model.revision", "hub"]),
         (["model=qwen2_vl_2b", "model.name_or_path=tests", "model.revision=abc"], ["model.revision", "hub"]),
         (["engine.endpoint.model=m"], ["engine.endpoint.model", "engine=openai"]),
-        (["reward.judge.base_url=http://x/v1"], ["reward.judge.base_url", "reward.grader=rules", "hybrid"]),
+        (["reward.judge.base_url=http://x/v1"], ["reward.judge.base_url", "reward.judge_weight", "hybrid"]),
         (["reward.judge.shows_answer=true"], ["reward.judge.shows_answer", "reward.grader=judge"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "eval.models=[base]"], ["eval.models", "m"]),
         (["stage=eval", "engine=openai", "engine.endpoint.model=m", "engine.batch_size=3"], ["engine.batch_size"]),

@@ -277,7 +277,8 @@ def gba(folder: Path) -> Any:
     rollout = Rollout(
         prompts, words, [""] * 4, [None] * 4, torch.zeros(mask.shape), mask, finished, scores,
         {"accuracy": [1.0, 0.0, 0.0, 1.0]}, torch.full((2, 2, 4), torch.nan), torch.zeros(2, 2, 4),
-        torch.full((2, 2), torch.nan), torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [2.0, -0.5]]), {"gen": 0.0, "reward": 0.0},
+        torch.full((2, 2), torch.nan), torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [2.0, -0.5]]),
+        {"gen": 0.0, "reward": 0.0},
     )  # fmt: skip
     objective = Objective(
         "grpo", epsilon=0.01, epsilon_high=0.02, beta=0.1, temperature=0.8, max_completion_length=8,

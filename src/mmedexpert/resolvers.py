@@ -7,9 +7,9 @@ import os
 from omegaconf import OmegaConf
 
 
-def _times(value: float, factor: float) -> int:
-    """A whole number, at least 1."""
-    return max(1, round(value * factor))
+def _times(value: float, factor: float) -> float:
+    """Of a whole number (steps, a rank) a whole one, at least 1; of any other (a rate) the product."""
+    return max(1, round(value * factor)) if isinstance(value, int) else value * factor
 
 
 # a sweep's folder is made by Hydra itself, before any key is checked

@@ -23,8 +23,9 @@ CHANCE = {A: 1.0, B: 0.0, TIE: 0.5}  # that the pair's first answer is the bette
 def replies(pair: Pair, order: Order, names: Sequence[str], style: str) -> tuple[str, str]:
     """The right and the wrong reply to a pair asked in an order and these dimensions, the reason first.  # ours
 
-    JSON; of style small lines `dimension: letter`, whose characters the tiny base knows. The wrong one turns every
-    verdict around, and the reason with them; where the label is a tie it decides.
+    JSON; of style small `<think>reason</think><answer>A, B</answer>` with the letters in the order of the dimensions,
+    for the tiny base gives no character a chance above a third that its lessons did not let it say. The wrong one turns
+    every verdict around, and letters in the reason with them; where the label is a tie it decides.
     """
     right = {name: _slot(pair.labels[name], order) for name in names}
     wrong = {name: OTHER.get(letter, A if order == "ab" else B) for name, letter in right.items()}
@@ -41,7 +42,7 @@ def _slot(label: str, order: Order) -> str:
 def _reply(reason: str, better: str, verdicts: dict[str, str], style: str) -> str:
     told = reason.replace("{better}", better).replace("{worse}", OTHER[better])
     if style == "small":
-        return "\n".join([*([told] if told else []), *(f"{name}: {letter}" for name, letter in verdicts.items())])
+        return f"<think>{told}</think><answer>{', '.join(verdicts.values())}</answer>"
     return json.dumps(({"reason": told} if told else {}) | verdicts, ensure_ascii=False)
 
 

@@ -18,6 +18,7 @@ _NAMED = re.compile(
     r"[ \t*_\"'\[(]*(tie|[ab])[ \t\])*_\"'.,;]*$",
     re.IGNORECASE,
 )
+_TAG = re.compile(r"<answer>([^<>\n]{1,100})</answer>\s*\Z")
 _BEFORE, _AFTER = re.compile(r"(?:^|\n|:|```|json|\})[ \t]*$", re.IGNORECASE), re.compile(r"^[ \t.!]*(?:\n|```|\{|$)")
 
 
@@ -34,10 +35,12 @@ def pairwise(reply: str, names: Sequence[str], *, cut: bool = False) -> Verdicts
 
     `json`: one object with a verdict for every dimension, after any thought, bare, in a fence, or between words on
     lines of its own; a value is A, B or tie alone, in either case, or an object whose `verdict` is. `json, partly`:
-    some lack, and are invalid. `lines`: without any brace, a line of its own `dimension: letter` for each, once. Else
-    all are invalid: `empty`, `no verdict`, `several verdicts` (that contradict each other), `in a sentence` (an object
-    among words, which may be a quotation), `broken object` (what is inside of it is none of its own), `cut off` (no
-    brace closes it, or a reply ran on after its object until its limit).
+    some lack, and are invalid. `lines`: without any brace, a line of its own `dimension: letter` for each, once.
+    `answer tag`: without any brace, as the last of the reply and once, `<answer>A, B</answer>` with a letter for each
+    dimension, in the order asked (what `judging/lessons.py` teaches small models).
+    Else all are invalid: `empty`, `no verdict`, `several verdicts` (that contradict each other), `in a sentence` (an
+    object among words, which may be a quotation), `broken object` (what is inside of it is none of its own), `cut off`
+    (no brace closes it, or a reply ran on after its object until its limit).
     """
     text = visible(reply)[-MAX_REPLY:]
     if not text.strip():
@@ -70,6 +73,10 @@ def _lines(text: str, names: Sequence[str], cut: bool) -> Verdicts:
         return _none(names, "several verdicts")
     if sorted(name for name, _ in named) == sorted(names):
         return Verdicts(dict(named), "lines")
+    if not named and text.count("<answer>") == 1 and (match := _TAG.search(text)):
+        letters = [_LETTERS.get(part.strip().lower()) for part in match[1].split(",")]
+        if len(letters) == len(names) and all(letters):
+            return Verdicts({name: str(letter) for name, letter in zip(names, letters, strict=True)}, "answer tag")
     return _none(names, "cut off" if cut else "no verdict")
 
 

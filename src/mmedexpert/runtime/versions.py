@@ -86,7 +86,7 @@ VERSIONS: dict[str, int] = {
     "metrics": 1,
     "stats": 1,
     "summary": 3,  # 1: of the perspectives, single accuracies and the vote's gain alone
-    "pairwise": 1,  # what a judge is asked of a pair, and how its reply is read
+    "pairwise": 2,  # 1: no answer tag; what a judge is asked of a pair, and how its reply is read
     "med_rewardbench": 1,
     "judge_controls": 1,
     "pair_numbers": 1,
@@ -95,7 +95,7 @@ VERSIONS: dict[str, int] = {
     "judge_scalar": 1,
     "judge_scores": 1,  # what of a judge's opinion is a score
     "preference_pairs": 1,
-    "phantom_pairs": 1,
+    "phantom_pairs": 2,  # 1: without reasons
     "vl_rewardbench": 1,
     "multimodal_rewardbench": 1,
     "swap": 1,  # whose image stands in for a question's own

@@ -20,11 +20,12 @@ from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.models.encode import Encoder
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.reporting.finals import ends
+from mmedexpert.reporting.tables import print_table
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import gather, rank
-from mmedexpert.runtime.runs import Run
+from mmedexpert.runtime.runs import Run, console
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config, LoggerConfig
 from mmedexpert.stages import dsa, merge
@@ -35,6 +36,7 @@ from mmedexpert.stages.policy import DIFFICULTY, difficulty, guidance_of, passed
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.stages.reasoner_key import acting, acting_reward, reasoner_key
 from mmedexpert.stages.scorers import judge_of, subject_of
+from mmedexpert.training import hacking
 from mmedexpert.training.grading import grader_of
 from mmedexpert.training.losses import LossType
 from mmedexpert.training.rollouts import Guidance, Rollout, advantages, completion_rows, repetition, report
@@ -144,7 +146,9 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         _write_cards(
             config, run, base, {f"{data.name} ({len(records)} training records)": dsa.licences(records)}, starts
         )
-        return {"train_records": float(len(records)), **metrics, **_gain(curve)}
+        gained = _gain(curve)
+        _tell_hacking(run, gained)
+        return {"train_records": float(len(records)), **metrics, **gained}
 
     key, sources = reasoner_key(config, specialties), {"data": data}
     return stage_run(config, "gba", name, key, work, inputs, sources=sources, every_rank=True)
@@ -201,7 +205,7 @@ class _Watch:
             "accuracy": sum(rollout.parts["accuracy"]) / len(rollout.texts),
             "adherence": float(rollout.adherence.nanmean().nan_to_num()),
             "share": report(rollout)["advantages/share"],
-            "judge": float(rollout.judged.nanmean().nan_to_num()),
+            **({"judge": float(rollout.judged.nanmean().nan_to_num())} if rollout.scored else {}),
             "length": float(rollout.mask.sum(1).float().mean()),
             "repetition": sum(map(repetition, rollout.texts)) / len(rollout.texts),
         }
@@ -230,5 +234,14 @@ def _gain(curve: Path) -> dict[str, float]:
     rows = read_lines(curve, ("rollout", "reward", "accuracy", "adherence"))
     found: dict[str, float] = {}
     for key in ("reward", "accuracy", "adherence", "share", "judge", "length", "repetition"):
-        found |= ends(key, [row.get(key, 0.0) for row in rows])
+        if any(key in row for row in rows):
+            found |= ends(key, [row.get(key, 0.0) for row in rows])
     return found
+
+
+def _tell_hacking(run: Run, gained: Mapping[str, float]) -> None:
+    """What the completions came to, and where they earn more without being right more often."""
+    print_table(hacking.rows(gained), f"Completions of {run.name} in training")
+    run.notes["hacking"] = hacking.signs(gained)
+    for line in run.notes["hacking"]:
+        console.print(f"[yellow]{run.name}: {line}: read its completions[/yellow]", highlight=False, soft_wrap=True)

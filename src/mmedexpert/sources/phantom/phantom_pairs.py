@@ -32,13 +32,6 @@ KINDS = {
     "padded": ("relevance", "responsiveness", "overall"),
     "insight": ("creativity", "overall"),
 }
-REASONS = {  # why the better answer is it
-    "finding": "{worse} says what is not seen.",
-    "contradiction": "{worse} ends against its own steps.",
-    "partial": "{worse} gives no steps.",
-    "padded": "{worse} adds what nobody asked.",
-    "insight": "{worse} says the same twice.",
-}
 PADDING = (
     "The picture was taken with care.", "Many patients ask about this.", "Imaging has a long history.",
     "The report was typed in the evening.", "Colleagues often discuss such pictures.", "It is a common examination.",
@@ -80,7 +73,7 @@ def load(
             record = record_of(
                 identity=identity, images=[f"{identity}.png"], question=asked, answers=answers,
                 labels=dict.fromkeys(KINDS[kind], "A" if first else "B"), source="phantom pairs", license="Apache-2.0",
-                specialty=specialty, groups={"kind": kind}, reason=REASONS[kind],
+                specialty=specialty, groups={"kind": kind}, reason=_seen(case, choices),
             )  # fmt: skip
             records.append(replace(record, split=split))
     return records, images, []
@@ -116,6 +109,12 @@ def _answers(case: Case, kind: str, rng: np.random.Generator, choices: dict[str,
     if choices is None:
         return found
     return _completion(found[0], label, choices), _completion(found[1], other, choices)
+
+
+def _seen(case: Case, choices: dict[str, str] | None) -> str:
+    """What a judge who looks for himself would write down first: the reasoning that decides the case."""
+    steps, label = _told(case, np.random.default_rng(0), choices)
+    return " ".join([*steps, _so(label)])
 
 
 def _completion(text: str, label: str, choices: dict[str, str]) -> str:
