@@ -213,7 +213,10 @@ def check(config: Config) -> None:
     _check_names(config)
     if config.model.name_or_path is None and config.model.architecture is None:
         raise UserError("model.name_or_path is empty: give a hub id or a folder, or use model=tiny")
-    own = config.stage.name == "pipeline" or not config.benchmark
+    trains_judge = config.stage.name == "judge"
+    own = config.stage.name == "pipeline" or not (config.benchmark or trains_judge)
+    if trains_judge and config.protocol not in ("auto", *PAIR_PROTOCOLS):
+        raise UserError(f"protocol={config.protocol} is of questions: stage=judge takes {', '.join(PAIR_PROTOCOLS)}")
     if config.protocol in PAIR_PROTOCOLS and own:
         raise UserError(f"protocol={config.protocol} is of pairs of answers: add stage=eval benchmark=med_rewardbench")
     for name, one in config.benchmark.items():
@@ -227,7 +230,7 @@ def check(config: Config) -> None:
             raise UserError(f"benchmark.{name}.root={one.root} is not a folder: give the folder of the published files")
     if config.engine.name == "openai" and not (config.engine.endpoint.base_url and config.engine.endpoint.model):
         raise UserError("engine=openai needs engine.endpoint.base_url=<...>/v1 and engine.endpoint.model=<served name>")
-    if config.engine.name == "openai" and config.stage.name == "pipeline":
+    if config.engine.name == "openai" and config.stage.name in ("pipeline", "judge"):
         raise UserError("engine=openai asks a served model and trains none: add stage=eval")
     if config.merge.method is None and config.stage.name == "caci":
         raise UserError("stage=caci merge=none has nothing to do: choose a method of conf/merge")
@@ -245,7 +248,7 @@ def check(config: Config) -> None:
             _check_prices(f"data.curate.{name}", getattr(curate, name))
     if config.pairs.root is not None and not Path(config.pairs.root).is_dir():
         raise UserError(f"pairs.root={config.pairs.root} is not a folder: give the folder that holds pairs.jsonl")
-    if config.stage.name == "judge" and config.judge.name == "scalar" and config.trainer.strategy == "fsdp":
+    if trains_judge and config.judge.name == "scalar" and config.trainer.strategy == "fsdp":
         raise UserError("judge=scalar trains its head whole on each device: use trainer.strategy=ddp")
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")

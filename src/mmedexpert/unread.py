@@ -14,7 +14,7 @@ from mmedexpert.names import BASELINES, JUDGES, known_names
 from mmedexpert.runtime.privacy import redacted
 from mmedexpert.schema import Config
 
-TRAINED = ("pretrain", "dsa", "gba")
+TRAINED = ("pretrain", "dsa", "gba", "judge")
 READING = ("report", "list", "clean")  # stages that read what is there, and load neither model nor data
 WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")  # of Hydra
 # Which parts of the work (`parts`) read a key; the longest prefix counts, () is read by every command.
@@ -26,17 +26,17 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.revision": ("base",),
     "model.architecture": ("base",),
     "model.shipped": ("base",),
-    "model.dtype": ("dsa", "gba", "search", "eval"),
-    "model.attn_implementation": ("dsa", "gba", "search", "eval"),
-    "model.min_pixels": ("dsa", "gba", "search", "eval"),
-    "model.max_pixels": ("dsa", "gba", "search", "eval"),
-    "model.system_prompt": ("dsa", "gba", "search", "eval"),
-    "model.instructions": ("dsa", "gba", "search", "eval"),
+    "model.dtype": ("dsa", "gba", "judge", "search", "eval"),
+    "model.attn_implementation": ("dsa", "gba", "judge", "search", "eval"),
+    "model.min_pixels": ("dsa", "gba", "judge", "search", "eval"),
+    "model.max_pixels": ("dsa", "gba", "judge", "search", "eval"),
+    "model.system_prompt": ("dsa", "gba", "judge", "search", "eval"),
+    "model.instructions": ("dsa", "gba", "judge", "search", "eval"),
     "model.max_new_tokens": ("gba", "search", "eval"),
-    "model.eval_batch_size": ("search", "eval"),
-    "model.gradient_checkpointing": ("dsa", "gba"),
-    "model.lora": ("dsa", "gba"),
-    "model.dsa_lr": ("dsa",),
+    "model.eval_batch_size": ("search", "eval", "judge"),
+    "model.gradient_checkpointing": ("dsa", "gba", "judge"),
+    "model.lora": ("dsa", "gba", "judge"),
+    "model.dsa_lr": ("dsa", "judge"),
     "model.dsa_steps": ("dsa",),
     "model.gba_lr": ("gba",),
     "model.gba_steps": ("gba",),
@@ -49,12 +49,13 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "merge": ("caci",),
     "pairs": ("judge",),
     "judge": ("judge",),
-    "protocol": ("eval", "search"),
+    "protocol": ("eval", "search", "judge"),
     "eval": ("eval",),
     "eval.perspectives": ("eval", "search"),
     "eval.specialties": ("own",),
-    "eval.num_resamples": ("eval", "search", "report"),
-    "engine": ("eval", "search"),
+    "eval.num_resamples": ("eval", "search", "judge", "report"),
+    "eval.image_blind": ("eval", "judge"),
+    "engine": ("eval", "search", "judge"),
     "benchmark": ("eval",),
     "report": ("report",),
     "trainer": ("base", "data", "eval"),
@@ -62,7 +63,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "trainer.processes": (),
     "trainer.precision": TRAINED,
     "trainer.strategy": TRAINED,
-    "trainer.micro_batch_tokens": ("dsa", "gba"),
+    "trainer.micro_batch_tokens": ("dsa", "gba", "judge"),
     "logger": (),  # logger=none is kept by a stage that logs nothing
     "logger.project": (*TRAINED, "caci", "eval"),
     "logger.log_completions_every": ("gba",),
@@ -218,7 +219,8 @@ RULES = (
     ),
     Rule(("gba.gate",), lambda c, _: c.gba.scale == 0, "gba.scale=0 leaves nothing to gate", ("gba.scale", "gba")),
     Rule(
-        ("eval.image_blind",), lambda c, _: not any(one.pairs for one in c.benchmark.values()),
+        ("eval.image_blind",),
+        lambda c, _: c.stage.name != "judge" and not any(one.pairs for one in c.benchmark.values()),
         "only judges of pairs of answers are asked so: add benchmark=med_rewardbench, or eval.models=[blank_image]",
         ("benchmark",),
     ),

@@ -21,12 +21,13 @@ from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import grid_points
 from mmedexpert.merging.stream import call_method
 from mmedexpert.models.checkpoint import weight_files
-from mmedexpert.names import known_names, reasoner_names
+from mmedexpert.names import JUDGES, known_names, reasoner_names
 from mmedexpert.runtime.build import build, check
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config, EndpointConfig
-from mmedexpert.stages import benchmark
+from mmedexpert.stages import benchmark, train_judge
+from mmedexpert.stages.answering import JUDGE
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import found
 from mmedexpert.training import rewards
@@ -57,6 +58,11 @@ def check_inputs(config: Config) -> Config:
     if "benchmark" in work:
         for one in config.benchmark.values():
             benchmark.prepared(config, one)
+    if "judge" in work:
+        for part in ("train", *(["val"] if config.stage.name == "judge" else [])):
+            train_judge.pairs_of(config, part)
+    if "gba" in work and config.reward.judge_weight and config.reward.judge.run:
+        _check_judge("reward.judge.run", config.reward.judge.run)
     if "base" in work and "pretrain" not in work:
         base = found(config.model)
         if "caci" in work:
@@ -79,6 +85,9 @@ def _calls(config: Config, work: set[str]) -> Iterator[tuple[str, Mapping[str, A
             for name, call in told.items():
                 if "_target_" in call:  # else stages/sources.py says what it needs
                     yield f"data.{kind}.{name}", call, ("root", "out_dir", "seed")
+    if "judge" in work:
+        for part in ("train", "val"):
+            yield f"pairs.{part}", {**config.pairs.load, **getattr(config.pairs, part)}, ("root", "out_dir")
     if "caci" in work:
         yield "merge.method", config.merge.method or {}, ()
     if "benchmark" in work:
@@ -138,6 +147,9 @@ def _check_keys(config: Config, work: set[str]) -> None:
 def _check_models(config: Config) -> None:
     """`eval.models`: names of this pipeline, or folders with a model or an adapter."""
     known = known_names(config)
+    questions = not config.benchmark or not all(one.pairs for one in config.benchmark.values())
+    if questions and (judge := next((name for name in config.eval.models or [] if name in JUDGES), None)):
+        raise UserError(f"eval.models: {judge} judges pairs of answers: ask it alone, benchmark=phantom_pairs")
     for name in config.eval.models or []:
         if name in known:
             continue
@@ -150,6 +162,16 @@ def _check_models(config: Config) -> None:
             raise UserError(
                 f"eval.models: {name} holds neither a model (config.json) nor an adapter (adapter_config.json)"
             )
+
+
+def _check_judge(where: str, run: str) -> None:
+    """A judge by name, or the folder of a trained one."""
+    if run in JUDGES:
+        return
+    if not Path(run).is_dir():
+        raise UserError(f"{where}={run} is neither a folder nor a judge that is trained here{suggestion(run, JUDGES)}")
+    if not any((place / JUDGE).is_file() for place in (Path(run), Path(run) / "adapter")):
+        raise UserError(f"{where}={run} holds no {JUDGE}: give a folder that stage=judge made")
 
 
 def _with_data(config: Config, data: Run, work: set[str]) -> Config:
