@@ -16,7 +16,8 @@ from hypothesis import settings
 # pytest --hypothesis-profile=default
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
-os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+# W&B reads the metadata of all installed packages at the start of each run, which takes half a second
+os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "WANDB_X_SAVE_REQUIREMENTS": "false"}
 torch.set_num_threads(1)
 
 
