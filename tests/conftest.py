@@ -19,6 +19,9 @@ settings.load_profile("repeatable")
 # W&B reads the metadata of all installed packages at the start of each run, which takes half a second
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "WANDB_X_SAVE_REQUIREMENTS": "false"}
 torch.set_num_threads(1)
+# A test ends processes, never the machine's power: what was written is read back without waiting for the disk, which a
+# pipeline does 1400 times. (os.fsync as it is: processes that tests start.)
+os.fsync = lambda file: None
 
 
 # Files whose tests share what is trained or served once (the fixtures `outputs`, `answering`, `real_server`) are one
