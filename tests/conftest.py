@@ -16,25 +16,30 @@ from hypothesis import settings
 # pytest --hypothesis-profile=default
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
-os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+# W&B reads the metadata of all installed packages at the start of each run, which takes half a second
+os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "WANDB_X_SAVE_REQUIREMENTS": "false"}
 torch.set_num_threads(1)
+# A test ends processes, never the machine's power: what was written is read back without waiting for the disk, which a
+# pipeline does 1400 times. (os.fsync as it is: processes that tests start.)
+os.fsync = lambda file: None
 
 
-# Files whose tests share what is trained once (the fixtures `outputs` and `answering`) are one worker's, as are those
-# of any one file. These take longest: they come first, and are left out with -m "not slow".
+# Files whose tests share what is trained or served once (the fixtures `outputs`, `answering`, `real_server`) are one
+# worker's, as are those of any one file. These take longest: they come first, and are left out with -m "not slow".
 GROUPS = {
     "outputs": ["test_pipeline", "test_dashboards", "test_benchmark_stage", "test_merge_search"],
     "answering": [
         "test_caci_stage", "test_regmean_stage", "test_identity", "test_gba_learning", "test_gba_stage",
         "test_eval_stage", "test_dsa_stage", "test_durable",
     ],
+    "real_server": ["test_curate_stage", "test_judge_grader", "test_openai_engine"],
     "distributed": ["test_distributed"],
 }  # fmt: skip
 # hundreds of configurations, each composed in half a second; servers; workers; real images; the longest first
 LONG = [
-    "test_workers", "test_curate_stage", "test_config", "test_judge_grader", "test_speed_gpu", "test_real_model",
-    "test_openai_engine", "test_documented", "test_traces", "test_unread", "test_grading", "test_before",
-    "test_rubrics", "test_stream", "test_contamination", "test_names", "test_runs", "test_merge_files",
+    "test_workers", "test_config", "test_speed_gpu", "test_real_model", "test_documented", "test_traces", "test_unread",
+    "test_grading", "test_before", "test_rubrics", "test_stream", "test_contamination", "test_names", "test_runs",
+    "test_merge_files",
 ]  # fmt: skip
 GROUP = {file: name for name, files in GROUPS.items() for file in files}
 
@@ -130,3 +135,15 @@ def answering(answering_model, tmp_path_factory):
     from answering import composed
 
     return partial(composed, answering_model, tmp_path_factory.mktemp("answers"))
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory):
+    """A `transformers serve` whose model knows nothing (see serving.py); the test is skipped where it cannot be had."""
+    from serving import serving
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        pytest.skip("transformers serve needs fastapi, uvicorn and openai (requirements-dev.txt)")
+    with serving(tmp_path_factory.mktemp("served")) as served:
+        yield served

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import _here
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -100,16 +101,27 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("plus", ["", "+"])
-def test_an_experiment_is_chosen_with_and_without_a_plus(plus):
-    done = run(f"{plus}experiment=medevalkit", "--cfg", "job")
+def here(*words: str) -> subprocess.CompletedProcess[str]:
+    return _here(list(words))
+
+
+@pytest.mark.parametrize(("plus", "command"), [("", run), ("+", here)])
+def test_an_experiment_is_chosen_with_and_without_a_plus(plus, command):
+    done = command(f"{plus}experiment=medevalkit", "--cfg", "job")
     assert done.returncode == 0 and "protocol: medevalkit" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("word", ["gba.wieghts=[1,1,1,1]", "trainer.devcies=2", "+experiment=table_mian"])
-def test_a_typo_is_one_line_and_exit_code_2_and_shown_by_cfg_too(word):
+@pytest.mark.parametrize(
+    ("word", "command"),
+    [
+        ("gba.wieghts=[1,1,1,1]", run),
+        ("trainer.devcies=2", here),
+        ("+experiment=table_mian", here),
+    ],
+)
+def test_a_typo_is_one_line_and_exit_code_2_and_shown_by_cfg_too(word, command):
     for more in ([], ["--cfg", "job"]):
-        done = run(word, *more)
+        done = command(word, *more)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "did you mean" in done.stderr
 
 

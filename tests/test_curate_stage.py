@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,7 +29,6 @@ from curating import (
     words,
 )  # fmt: skip
 from hydra import compose, initialize_config_dir
-from test_openai_engine import closed_port, save_tiny_llava
 
 from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
@@ -367,18 +362,13 @@ def test_where_no_record_is_left_the_step_that_took_the_last_one_is_named(root, 
 
 
 @pytest.mark.slow
-def test_a_real_server_that_knows_nothing_leaves_no_trace_and_says_so(root, tmp_path):
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        pytest.skip("transformers serve needs fastapi, uvicorn and openai (requirements-dev.txt)")
-    save_tiny_llava(tmp_path / "llava")
-    with serving(tmp_path / "llava", tmp_path) as base_url:
-        ends = [
-            f"data.curate.{step}.{what}" for step in ("teacher", "verifier")
-            for what in (f"base_url={base_url}", f"model={tmp_path / 'llava'}", "max_new_tokens=8", "concurrency=2")
-        ]  # fmt: skip
-        done = _here(words(root, tmp_path / "out", "~data.sources.phantom", "data.curate.teacher.candidates=1", *ends))
+def test_a_real_server_that_knows_nothing_leaves_no_trace_and_says_so(real_server, root, tmp_path):
+    ends = [
+        f"data.curate.{step}.{what}" for step in ("teacher", "verifier")
+        for what in (f"base_url={real_server.base_url}", f"model={real_server.model}", "max_new_tokens=8",
+                     "concurrency=2")
+    ]  # fmt: skip
+    done = _here(words(root, tmp_path / "out", "~data.sources.phantom", "data.curate.teacher.candidates=1", *ends))
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "step traces left none of 30 records" in line and "dropped.jsonl" in line
@@ -386,28 +376,6 @@ def test_a_real_server_that_knows_nothing_leaves_no_trace_and_says_so(root, tmp_
     rows = lines(step / "dropped.jsonl")
     assert len(rows) == 30 and {row["reason"] for row in rows} <= {"cut off", "no candidate parses"}
     assert not list((tmp_path / "out").glob("data/*/release"))
-
-
-@contextmanager
-def serving(folder: Path, tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "hub").mkdir()
-    port = closed_port()
-    command = [
-        sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
-        "--host", "127.0.0.1", "--device", "cpu",
-    ]  # fmt: skip
-    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | offline, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 180
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 @pytest.mark.slow

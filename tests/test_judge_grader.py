@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_openai_engine import Answer, Server, ask_all, asks, closed_port, completion, prompt_of, save_tiny_llava
+from serving import closed_port
+from test_openai_engine import Answer, Server, ask_all, asks, completion, prompt_of
 
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, BudgetReached
@@ -520,44 +520,17 @@ def test_a_stage_is_graded_logged_and_goes_on_where_it_was_stopped(server, answe
 
 
 @pytest.mark.slow
-def test_transformers_serve_is_asked_and_its_nonsense_is_missing(tmp_path, picture):
+def test_transformers_serve_is_asked_and_its_nonsense_is_missing(real_server, tmp_path, picture):
     """A model of a few thousand random weights: the way to it works, nothing it says is a verdict, and that is told."""
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        pytest.skip("transformers serve needs fastapi, uvicorn and openai (requirements-dev.txt)")
-    folder = tmp_path / "llava"
-    save_tiny_llava(folder)
     picture(0).save(tmp_path / "0.png")
-    (tmp_path / "hub").mkdir()
-    port = closed_port()
-    command = [
-        sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
-        "--host", "127.0.0.1", "--device", "cpu",
-    ]  # fmt: skip
-    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | offline, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 90
-            ledger = Ledger(tmp_path / "ledger.sqlite")
-            engine = OpenAIEngine(
-                f"http://127.0.0.1:{port}/v1", str(folder), max_new_tokens=4, timeout_s=60, ledger=ledger
-            )
-            while True:
-                one = JudgeGrader(engine)
-                with pytest.raises(UserError) as caught:
-                    one(cases(4, images=(tmp_path / "0.png",)))
-                if "no server answers" not in str(caught.value):
-                    break
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.5)
-            assert "graded none of 4 completions (its reply is not the JSON it was asked for" in str(caught.value)
-            one.heard = True  # as later in a run
-            found = one(cases(4, images=(tmp_path / "0.png",)))
-            assert all(map(math.isnan, column(found))) and found.counts["tokens"] >= 4
-            assert report_of(found.counts)["grader/missing"] == 1 and found.counts["calls"] == 4
-            assert replied(tmp_path) == 0
-        finally:
-            process.terminate()
-            process.wait(20)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    engine = OpenAIEngine(real_server.base_url, real_server.model, max_new_tokens=4, timeout_s=60, ledger=ledger)
+    one = JudgeGrader(engine)
+    with pytest.raises(UserError) as caught:
+        one(cases(4, images=(tmp_path / "0.png",)))
+    assert "graded none of 4 completions (its reply is not the JSON it was asked for" in str(caught.value)
+    one.heard = True  # as later in a run
+    found = one(cases(4, images=(tmp_path / "0.png",)))
+    assert all(map(math.isnan, column(found))) and found.counts["tokens"] >= 4
+    assert report_of(found.counts)["grader/missing"] == 1 and found.counts["calls"] == 4
+    assert replied(tmp_path) == 0

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-from test_openai_engine import BAD, Answer, Server, ask_all, asks, closed_port, completion
+from serving import closed_port
+from test_openai_engine import BAD, Answer, Server, ask_all, asks, completion
 
 from mmedexpert.engines.asking import Ask, BudgetReached, Reply
 from mmedexpert.engines.ledger import FAILED, REFUSED, REPLIED, Ledger, Row, canonical, key_of

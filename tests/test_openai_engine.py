@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving import closed_port
 
 from mmedexpert.data.images import open_image
 from mmedexpert.engines.asking import Ask, Reply
@@ -328,12 +327,6 @@ def test_a_server_that_refuses_logprobs_is_asked_without(server):
     assert sum("logprobs" in body for body in server.bodies) <= 4
 
 
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_no_server_is_told_at_once():
     url = f"http://127.0.0.1:{closed_port()}/v1"
     start = time.monotonic()
@@ -523,85 +516,17 @@ def test_no_malformed_body_is_taken_for_an_answer(body):
 # --- a real server ----------------------------------------------------------------------------------------------------
 
 
-def save_tiny_llava(folder: Path) -> None:
-    """A random LLaVA of a few thousand weights with its processor."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    words = ["<unk>", "<pad>", "</s>", "<image>", *"what is this a heart lung image of : USER ASSISTANT".split()]
-    core = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
-        additional_special_tokens=["<image>"],
-    )  # fmt: skip
-    template = (
-        "{% for message in messages %}USER : {% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-        "ASSISTANT :"
-    )
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer,
-        patch_size=14, vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    text = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=1,
-    )  # fmt: skip
-    LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_token_id=3)
-    ).save_pretrained(folder)
-
-
 @pytest.mark.slow
-def test_transformers_serve_answers_questions_about_images(tmp_path, picture):
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
-        pytest.skip("transformers serve needs fastapi, uvicorn and openai (requirements-dev.txt)")
-    folder = tmp_path / "llava"
-    save_tiny_llava(folder)
-    (tmp_path / "hub").mkdir()
-    port = closed_port()
-    command = [
-        sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port),
-        "--host", "127.0.0.1", "--device", "cpu",
-    ]  # fmt: skip
-    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, env=os.environ | offline, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.2)
-        for place in range(2):
-            picture(place).save(tmp_path / f"{place}.png")
-        images = [(), (tmp_path / "0.png",), (tmp_path / "0.png", tmp_path / "1.png")]
-        questions = [Ask(str(n), "what is this", images[n % 3]) for n in range(6)]
-        engine = OpenAIEngine(f"http://127.0.0.1:{port}/v1", str(folder), max_new_tokens=4, concurrency=3, timeout_s=60)
-        replies, error = ask_all(engine, questions)
-        assert not error, (error, (tmp_path / "log").read_text()[-3000:])
-        assert set(replies) == set(range(6))
-        assert all(1 <= reply.tokens <= 4 and reply.seconds > 0 for reply in replies.values())
-        assert [replies[n].text for n in range(3)] == [replies[n].text for n in range(3, 6)]  # greedy
-        with pytest.raises(UserError, match="does not serve 'other/model'"):
-            list(OpenAIEngine(f"http://127.0.0.1:{port}/v1", "other/model", retries=0)(questions))
-    finally:
-        process.terminate()
-        process.wait(20)
-        log.close()
+def test_transformers_serve_answers_questions_about_images(real_server, tmp_path, picture):
+    for place in range(2):
+        picture(place).save(tmp_path / f"{place}.png")
+    images = [(), (tmp_path / "0.png",), (tmp_path / "0.png", tmp_path / "1.png")]
+    questions = [Ask(str(n), "what is this", images[n % 3]) for n in range(6)]
+    engine = OpenAIEngine(real_server.base_url, real_server.model, max_new_tokens=4, concurrency=3, timeout_s=60)
+    replies, error = ask_all(engine, questions)
+    assert not error, (error, real_server.log.read_text()[-3000:])
+    assert set(replies) == set(range(6))
+    assert all(1 <= reply.tokens <= 4 and reply.seconds > 0 for reply in replies.values())
+    assert [replies[n].text for n in range(3)] == [replies[n].text for n in range(3, 6)]  # greedy
+    with pytest.raises(UserError, match="does not serve 'other/model'"):
+        list(OpenAIEngine(real_server.base_url, "other/model", retries=0)(questions))

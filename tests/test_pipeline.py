@@ -94,7 +94,7 @@ def test_a_failing_job_is_told_and_the_others_run(outputs):
 
 
 def test_killed_and_continued(tmp_path):
-    overrides = ["stage=pretrain", "pretrain.looking_steps=60", "pretrain.checkpoint_every=8"]
+    overrides = ["stage=pretrain", "pretrain.looking_steps=24", "pretrain.checkpoint_every=4"]
     command = [sys.executable, "run.py", *words(tmp_path, *overrides)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300

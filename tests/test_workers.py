@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import _here, run
+from commands import ROOT, Done, _here, run, words
 from test_config import composed
+from working import fails, nothing, told
 
 from mmedexpert.errors import UserError
 from mmedexpert.runtime import progress, runs, workers
@@ -24,29 +25,26 @@ from mmedexpert.stages import common
 SMALL = ("dsa.steps=4", "dsa.batch_size=4", "data.limit=8", "specialty.names=[pediatrics,brain_sensory]")
 
 
-def nothing() -> None:
-    """What a worker of these tests does first."""
-
-
-def told(path: Path, line: str, seconds: float = 0.0) -> None:
-    """Work that says so, shows how far it is, and notes when it was done and by whom."""
-    runs.console.print(f"[bold]{line}[/bold]")
-    with progress.Bar(line, 2) as bar:
-        time.sleep(seconds)
-        bar.show(2, {"loss": 0.25})
-    path.write_text(f"{time.time()} {os.getpid()}")
-
-
-def fails() -> None:
-    """A user's mistake."""
-    raise UserError("data.root=x is no folder")
+@pytest.fixture(scope="module", autouse=True)
+def _ended():
+    yield
+    workers.stop()
 
 
 @pytest.fixture
 def pool():
+    """Two workers: those of the test before, unless it ended them."""
     workers.start(2, 1, nothing)
-    yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Done]:
+    """Two experts trained side by side: the outputs, and what was told."""
     workers.stop()
+    folder = tmp_path_factory.mktemp("side_by_side")
+    done = run(folder, "stage=dsa", *SMALL, "trainer.threads=1", "trainer.processes=2")
+    workers.stop()
+    return folder, done
 
 
 def test_all_is_done_in_other_processes_and_told_here(pool, tmp_path, capfd):
@@ -114,41 +112,54 @@ def test_how_many_at_once(monkeypatch):
     assert common.processes_of(composed()) == 1
 
 
-def test_experts_side_by_side_are_those_trained_one_by_one(tmp_path):
+def test_experts_side_by_side_are_those_trained_one_by_one(trained, tmp_path, monkeypatch):
     """The same run folders, with the same weights but for the rounding of sums, and every folder named once."""
-    for name, processes in (("two", 2), ("one", 1)):
-        done = run(tmp_path / name, "stage=dsa", *SMALL, "trainer.threads=1", f"trainer.processes={processes}")
+    two, side_by_side = trained
+    one_by_one = run(tmp_path, "stage=dsa", *SMALL, "trainer.threads=1", "trainer.processes=1")
+    for done in (side_by_side, one_by_one):
         assert len(re.findall(r"dsa  \w+  ->", done.stderr)) == 2, done.stderr
         assert "reused" not in done.stderr + done.stdout, done.stdout
-    weights = [sorted((tmp_path / name).rglob("adapter_model.safetensors")) for name in ("two", "one")]
+    weights = [sorted(folder.rglob("adapter_model.safetensors")) for folder in (two, tmp_path)]
     assert [path.parts[-3] for path in weights[0]] == [path.parts[-3] for path in weights[1]] and len(weights[0]) == 2
     for one, other in zip(*weights, strict=True):
         assert one.read_bytes() == other.read_bytes()
-    again = run(tmp_path / "two", "stage=dsa", *SMALL, "trainer.threads=1", "trainer.processes=2", process=True)
+    for name in ("_told", "_made", "by_workers"):  # what a new process has not seen
+        monkeypatch.setattr(runs, name, set())
+    again = run(two, "stage=dsa", *SMALL, "trainer.threads=1", "trainer.processes=2")
     assert again.stdout.count("reused") == 2, again.stdout
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_their_command_and_the_next_goes_on(tmp_path, ending):
-    words = ["stage=dsa", *SMALL[1:], "logger=none", "dsa.steps=400", "dsa.checkpoint_every=2", "trainer.processes=2"]
-    command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), *words, f"paths.outputs={tmp_path}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "WANDB_MODE": "disabled"})
+def test_workers_end_with_their_command_and_the_next_goes_on(trained, ending):
+    folder = trained[0]  # holds the base and the data set
+    long = ["dsa.steps=400", "dsa.checkpoint_every=2", f"dsa.lr=0.00{int(ending)}", "trainer.processes=2"]
+    given = words(folder, "stage=dsa", *SMALL[1:], *long)
+    before = set(folder.glob("dsa/*"))
+
+    def checkpoints() -> list[Path]:
+        return [path for path in folder.glob("dsa/*/last.ckpt") if path.parent not in before]
+
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *given], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "WANDB_MODE": "disabled"},
+    )  # fmt: skip
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("dsa/*/last.ckpt"))) < 2 and time.monotonic() < deadline:
+    while len(checkpoints()) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(ending)
     said = process.communicate(timeout=60)[1]
     assert ending == signal.SIGKILL or (process.returncode == 130 and "run the same command again" in said)
     time.sleep(1)
-    steps = [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]
+    steps = [os.path.getmtime(path) for path in checkpoints()]
     time.sleep(2)
-    assert steps == [os.path.getmtime(path) for path in tmp_path.glob("dsa/*/last.ckpt")]  # nobody goes on
-    done = _here([*command[2:], "runs.explain=true"])
+    assert steps == [os.path.getmtime(path) for path in checkpoints()]  # nobody goes on
+    done = _here([*given, "runs.explain=true"])
     assert done.stdout.count("  resumed  ") == 2, done.stdout + done.stderr
 
 
-def test_seconds_of_a_worker_are_in_its_manifest(tmp_path):
-    run(tmp_path, "stage=dsa", *SMALL, "trainer.processes=2")
-    for path in tmp_path.rglob("dsa/*/manifest.json"):
-        manifest = json.loads(path.read_text())
+def test_seconds_of_a_worker_are_in_its_manifest(trained):
+    done = list(trained[0].glob("dsa/*/DONE"))
+    for path in done:
+        manifest = json.loads(path.with_name("manifest.json").read_text())
         assert manifest["wall_seconds"] > 0 and "stage=dsa" in " ".join(manifest["command"])
+    assert len(done) == 2

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         # anew, because Hydra lets `+key=` add to what is typed
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(with_arm(composed)))
+        merged = OmegaConf.merge(_schema(), OmegaConf.to_container(with_arm(composed)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None)
@@ -108,6 +109,12 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     expand_homes(config)
     check(config)
     return config
+
+
+@cache
+def _schema() -> Any:
+    """The types as OmegaConf knows them, which `merge` copies: made once, as every arm of an experiment is checked."""
+    return OmegaConf.structured(Config)
 
 
 def expand_homes(config: Config) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,19 @@ def _sizes(architecture: ArchitectureConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(architecture).items() if k not in ("vocab_size", "image_size")}
 
 
-def corpus(seed: int) -> list[str]:
-    """The text the tokenizer is trained on: the lessons, cut where a conversation has a special token."""
+@cache
+def corpus(seed: int) -> tuple[str, ...]:
+    """The text the tokenizer is trained on: the lessons, cut where a conversation has a special token.
+
+    Kept: drawing the images of its lessons, from the same random numbers, takes seconds in each job of a sweep.
+    """
     rng = np.random.default_rng([seed, 7])
     texts = []
     for teach, count in ((lessons.reading, 1000), (lessons.copying, 500), (lessons.looking, 2500)):
         for _ in range(count):
             lesson = teach(rng)
             texts += ["user\n", lesson.prompt, "assistant\n", *re.split("|".join(tiny.TAGS), lesson.completion)]
-    return texts
+    return tuple(texts)
 
 
 def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stream:
