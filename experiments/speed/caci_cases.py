@@ -113,3 +113,20 @@ def write(root: str, case: dict[str, int]) -> None:
         lora.mkdir(parents=True)
         save_file({name: factor.bfloat16() for name, factor in factors.items()}, lora / "adapter_model.safetensors")
         (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": c.rank, "lora_alpha": 32}))
+
+
+def write_grams(root: str, case: dict[str, int]) -> None:
+    """For every adapter but the last a Gram matrix of each layer in the span of all factors: of 256 random inputs."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, c = Path(root), Case(**case)
+    factors = [load_file(path / "adapter_model.safetensors") for path in sorted((folder / "lora").iterdir())]
+    for k in range(c.experts - 1):
+        draw, found = torch.Generator().manual_seed(200 + k), {}
+        for name in c.linears():
+            stack = torch.cat([one[f"base_model.model.{name}.lora_A.weight"] for one in factors])
+            seen = stack.float() @ torch.randn(stack.shape[1], 256, generator=draw)
+            found[f"{name}.weight"] = seen @ seen.T
+        (folder / "grams" / f"e{k}").mkdir(parents=True)
+        save_file(found, folder / "grams" / f"e{k}" / "grams.safetensors")

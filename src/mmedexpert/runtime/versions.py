@@ -95,7 +95,7 @@ VERSIONS: dict[str, int] = {
     "judge_scalar": 1,
     "judge_scores": 1,  # what of a judge's opinion is a score
     "preference_pairs": 1,
-    "phantom_pairs": 2,  # 1: without reasons
+    "phantom_pairs": 3,  # 1: without reasons; 2: others
     "vl_rewardbench": 1,
     "multimodal_rewardbench": 1,
     "swap": 1,  # whose image stands in for a question's own

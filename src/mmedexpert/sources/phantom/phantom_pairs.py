@@ -32,6 +32,14 @@ KINDS = {
     "padded": ("relevance", "responsiveness", "overall"),
     "insight": ("creativity", "overall"),
 }
+# why the better answer is it, in words that the tiny base can say (judging/lessons.py)
+REASONS = {
+    "finding": "{worse} against it.",
+    "contradiction": "{worse} against {worse}.",
+    "partial": "{worse} undecided.",
+    "padded": "{worse} beside it.",
+    "insight": "{better} follow.",
+}
 PADDING = (
     "The picture was taken with care.", "Many patients ask about this.", "Imaging has a long history.",
     "The report was typed in the evening.", "Colleagues often discuss such pictures.", "It is a common examination.",
@@ -73,7 +81,7 @@ def load(
             record = record_of(
                 identity=identity, images=[f"{identity}.png"], question=asked, answers=answers,
                 labels=dict.fromkeys(KINDS[kind], "A" if first else "B"), source="phantom pairs", license="Apache-2.0",
-                specialty=specialty, groups={"kind": kind}, reason=_seen(case, choices),
+                specialty=specialty, groups={"kind": kind}, reason=_reason(case, kind, choices),
             )  # fmt: skip
             records.append(replace(record, split=split))
     return records, images, []
@@ -111,10 +119,12 @@ def _answers(case: Case, kind: str, rng: np.random.Generator, choices: dict[str,
     return _completion(found[0], label, choices), _completion(found[1], other, choices)
 
 
-def _seen(case: Case, choices: dict[str, str] | None) -> str:
-    """What a judge who looks for himself would write down first: the reasoning that decides the case."""
+def _reason(case: Case, kind: str, choices: dict[str, str] | None) -> str:
+    """What a judge would write down: of a finding first what is seen, else what is amiss."""
+    if kind != "finding":
+        return REASONS[kind]
     steps, label = _told(case, np.random.default_rng(0), choices)
-    return " ".join([*steps, _so(label)])
+    return " ".join([*steps, _so(label), REASONS[kind]])
 
 
 def _completion(text: str, label: str, choices: dict[str, str]) -> str:
