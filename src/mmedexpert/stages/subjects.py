@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -29,10 +30,11 @@ from mmedexpert.names import (
     start_names,
 )
 from mmedexpert.runtime.privacy import without_password
-from mmedexpert.runtime.runs import Run
+from mmedexpert.runtime.runs import Run, console
+from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, dsa, gba
-from mmedexpert.stages.common import Base, loading
+from mmedexpert.stages.common import Base, loading, model_key
 from mmedexpert.stages.pretrain import base_of
 
 
@@ -136,14 +138,25 @@ def _from_folder(folder: Path, base: Base) -> Subject:
     return Subject(name, f"{adapter.fingerprint}@{base.identity}", base.folder, inner)
 
 
-def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> Engine:
-    """What answers for a subject: its server, or the model loaded here. It answers greedily."""
+def answering_key(config: Config, subject: Subject, system_prompt: str | None) -> dict[str, Any]:
+    """What decides a model's answers beside its weights and what it is asked, for a run's key."""
+    told: dict[str, Any] = {"system_prompt": system_prompt, "max_new_tokens": config.model.max_new_tokens}
+    if subject.served:
+        return {"model": told}
+    return {"model": {**model_key(config), **told}, "rules": versions("prompts", "sampling", "images")}
+
+
+def engine_of(
+    config: Config, subject: Subject, system_prompt: str | None, *, temperature: float = 0.0, top_p: float = 1.0
+) -> Engine:
+    """What answers for a subject: its server, or the model loaded here; greedily, or above temperature 0 by `seed`."""
+    drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": config.seed} if temperature else {}
     if subject.served:
         from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
 
         return server(
             config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
-            max_new_tokens=config.model.max_new_tokens,
+            max_new_tokens=config.model.max_new_tokens, **drawn,
         )  # fmt: skip
     assert subject.folder is not None
     encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
@@ -152,5 +165,15 @@ def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> En
     streamline(answering)
     return TransformersEngine(
         answering.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
-        max_new_tokens=config.model.max_new_tokens,
+        max_new_tokens=config.model.max_new_tokens, **drawn,
     )  # fmt: skip
+
+
+def tell_kept(subject: Subject, run: Run) -> None:
+    """A line where a served model's answers are those of an earlier command."""
+    if run.reused and subject.served:
+        console.print(
+            f"[yellow]{subject.name}: the server was not asked, its answers are kept from {run.manifest['finished']}; "
+            "if it has another model by now, engine.endpoint.revision=<any new name> asks again[/yellow]",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
