@@ -200,6 +200,8 @@ def test_a_killed_judge_is_asked_nothing_twice_and_its_failures_again(tmp_path):
     assert [one.id for asked in later.asked for one in asked] == ["0", *map(str, range(TOGETHER - 1, TOGETHER + 3))]
     assert found["0"] == {"x": 1.0, "z": 3.0} and found["5"] == {"x": 1.0, "y": 2.0}
     assert counts["calls"] == 2 * TOGETHER + 2 * 5  # of both tries
+    never = Judge({})
+    assert scores_of(never, groups, path, title="t") == (found, counts) and never.asked == []
     other = [Group("5", "q", (), ("x", "new"))]  # a sample that was refused before
     again = Judge({"x": 1.0, "new": 0.5})
     assert scores_of(again, other, path, title="t")[0] == {"5": {"x": 1.0, "new": 0.5}} and len(again.asked) == 1
