@@ -12,8 +12,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Reply, refusal
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
+from mmedexpert.evaluation.asked import REFUSED_FIRST
 from mmedexpert.evaluation.predict import (
-    REFUSED_FIRST,
     QuestionSet,
     judge_again,
     majority_engine,

@@ -31,7 +31,7 @@ from mmedexpert.data.record import Record, Trace
 from mmedexpert.data.records import plain
 from mmedexpert.data.splits import assign_splits
 from mmedexpert.engines.asking import Ask, Reply
-from mmedexpert.evaluation import stats
+from mmedexpert.evaluation import best_of, stats
 from mmedexpert.evaluation.predict import QuestionSet, majority_engine, perspectives_of, predict
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.evaluation.swap import swapped
@@ -522,6 +522,18 @@ def summary(folder: Path) -> Any:
     return drawn.of(rows, asked, protocol="robust", specialties=names, breakdowns=(), clean=clean)
 
 
+def several(_: Path) -> Any:
+    """Eight questions of four samples: what is picked of them, and what that comes to."""
+    picks = ["ABBA", "BABC", "CCAB", "AAAA"]
+    rows = [
+        {"image_group": f"{i // 2}", "greedy": i % 3 > 0, "picked": [None if x == "C" else x for x in picks[i % 4]],
+         "correct": [one == "A" for one in picks[i % 4]], "scores": [None if j == i else (i * j) % 3 for j in range(4)]}
+        for i in range(8)
+    ]  # fmt: skip
+    chosen = [[best_of.voted(row["picked"]), best_of.chosen(row["scores"])] for row in rows]
+    return [chosen, best_of.numbers_of(rows, picked=True, num_resamples=100, seed=0)]
+
+
 def seen_before(folder: Path) -> Any:
     for i in range(6):
         Image.fromarray(np.kron(np.random.default_rng(i % 4).integers(0, 255, (6, 6), np.uint8), np.ones((8, 8)))
@@ -577,6 +589,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "metrics": lambda _: [metrics.open_scores(text, gold, "en") for gold, text in OPEN],
     "stats": numbers,
     "summary": summary,
+    "best_of": several,
     "overlap": seen_before,
     **{rule: partial(merge_rule, rule) for rule in MERGING},
     **BENCHMARKS,

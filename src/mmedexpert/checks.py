@@ -60,17 +60,20 @@ POSITIVE = (
     "eval.llm_judge.concurrency", "eval.llm_judge.timeout_s", "reward.judge.concurrency", "reward.judge.timeout_s",
     "reward.judge.max_new_tokens", "merge.gram_records", "judge.steps", "judge.batch_size", "judge.lr",
     "judge.max_grad_norm", "judge.checkpoint_every", "judge.max_new_tokens", "judge.dpo_steps", "judge.dpo_lr",
-    "judge.beta",
+    "judge.beta", "eval.best_of", "eval.top_p", "eval.picker.concurrency", "eval.picker.timeout_s",
+    "eval.picker.max_new_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
     "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
-    "engine.endpoint.retries", "eval.llm_judge.retries", "reward.judge.retries", "dsa.warmup_ratio",
-    "gba.warmup_ratio", "model.lora.dropout", "merge.distil_steps",
-    "reward.judge_weight", "judge.warmup_ratio", "judge.weight_decay", "judge.sft_weight",
+    "engine.endpoint.retries", "eval.llm_judge.retries", "reward.judge.retries", "eval.picker.retries",
+    "dsa.warmup_ratio", "gba.warmup_ratio", "model.lora.dropout", "merge.distil_steps", "reward.judge_weight",
+    "judge.warmup_ratio", "judge.weight_decay", "judge.sft_weight",
 )  # fmt: skip
-AT_MOST_1 = ("dsa.warmup_ratio", "gba.warmup_ratio", "judge.warmup_ratio", "gba.top_p", "model.lora.dropout")
-ENDPOINTS = ("engine.endpoint", "eval.llm_judge", "reward.judge")
+AT_MOST_1 = (
+    "dsa.warmup_ratio", "gba.warmup_ratio", "judge.warmup_ratio", "gba.top_p", "eval.top_p", "model.lora.dropout",
+)  # fmt: skip
+ENDPOINTS = ("engine.endpoint", "eval.llm_judge", "eval.picker", "reward.judge")
 ABOVE_0_OR_NULL = (
     *(
         f"{endpoint}.{limit}"
@@ -243,9 +246,10 @@ def check(config: Config) -> None:
         raise UserError("stage=caci merge=none has nothing to do: choose a method of conf/merge")
     check_merge(config)
     _check_results(config)
-    judge = config.eval.llm_judge
-    if (judge.base_url is None) != (judge.model is None):
-        raise UserError("eval.llm_judge needs both base_url and model, or neither")
+    for where, judge in (("eval.llm_judge", config.eval.llm_judge), ("eval.picker", config.eval.picker)):
+        if (judge.base_url is None) != (judge.model is None):
+            raise UserError(f"{where} needs both base_url and model, or neither")
+    _check_best_of(config)
     _check_grader(config.reward)
     for where in ENDPOINTS:
         _check_prices(where, _value(config, where))
@@ -286,6 +290,28 @@ def _check_results(config: Config) -> None:
             known = [*asked, *(options("merge") if config.merge.name in asked else [])]
             if model not in known:
                 raise UserError(f"results.{key}: {model} is none of eval.models{suggestion(model, known)}")
+
+
+def _check_best_of(config: Config) -> None:
+    """Samples differ, and are of questions, of one prompt each."""
+    count = config.eval.best_of
+    if count == 1:
+        return
+    temperature = config.eval.temperature
+    if not 0 < temperature < math.inf:
+        raise UserError(
+            f"eval.temperature={temperature} draws no samples that differ: give one above 0, or eval.best_of=1"
+        )
+    if pairs := next((name for name, one in config.benchmark.items() if one.pairs), None):
+        raise UserError(
+            f"eval.best_of={count} samples answers to questions, and benchmark {pairs} holds pairs of answers: leave "
+            "it out, or eval.best_of=1"
+        )
+    if config.eval.perspectives == "vote":
+        raise UserError(
+            f"eval.best_of={count} samples one prompt of each question, and eval.perspectives=vote asks four: use "
+            "eval.perspectives=needed, rotate, none or one perspective"
+        )
 
 
 def _check_prices(where: str, endpoint: EndpointConfig) -> None:

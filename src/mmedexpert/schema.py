@@ -355,6 +355,10 @@ class EvalConfig:
     contamination: bool = True
     image_blind: bool = False
     llm_judge: EndpointConfig = field(default_factory=EndpointConfig)
+    best_of: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    picker: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass

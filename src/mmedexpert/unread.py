@@ -113,10 +113,20 @@ def _pairs_alone(config: Config, _: set[str]) -> bool:
     return bool(config.benchmark) and all(one.pairs for one in config.benchmark.values())
 
 
+def _baselines_alone(config: Config, _: set[str]) -> bool:
+    return config.engine.name != "openai" and bool(config.eval.models) and set(config.eval.models or []) <= {*BASELINES}
+
+
+# of a judge's server, beside its address and model
+OF_A_SERVER = (
+    "api_key_env", "revision", "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute",
+    "max_requests", "max_cost", "prices",
+)  # fmt: skip
 # what is asked of which model and data
 ASKING = (
     "specialty", "model", "pretrain", "data", "dsa", "gba", "reward", "merge", "engine", "benchmark", "protocol",
-    "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge",
+    "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge", "eval.best_of",
+    "eval.temperature", "eval.top_p", "eval.picker",
 )  # fmt: skip
 RULES = (
     Rule(
@@ -181,11 +191,25 @@ RULES = (
         ("protocol", "benchmark"),
     ),
     Rule(
-        ("eval.llm_judge.api_key_env", "eval.llm_judge.revision", "eval.llm_judge.concurrency",
-         "eval.llm_judge.timeout_s", "eval.llm_judge.retries", "eval.llm_judge.requests_per_minute",
-         "eval.llm_judge.tokens_per_minute", "eval.llm_judge.max_requests", "eval.llm_judge.max_cost",
-         "eval.llm_judge.prices"), lambda c, _: c.eval.llm_judge.base_url is None,
+        tuple(f"eval.llm_judge.{key}" for key in OF_A_SERVER), lambda c, _: c.eval.llm_judge.base_url is None,
         "no judge is asked: give eval.llm_judge.base_url and eval.llm_judge.model", ("eval.llm_judge",),
+    ),
+    Rule(
+        ("eval.temperature", "eval.top_p", "eval.picker"), lambda c, _: c.eval.best_of == 1,
+        "eval.best_of=1 draws no samples: give their number, eval.best_of=8", ("eval.best_of",),
+    ),
+    Rule(
+        ("eval.best_of", "eval.temperature", "eval.top_p", "eval.picker"), _baselines_alone,
+        "baselines are not sampled: name a model in eval.models", ("eval.models",),
+    ),
+    Rule(
+        ("eval.picker.shows_answer",), lambda c, _: True,
+        "a judge that is told the right answer would pick by it", (),
+    ),
+    Rule(
+        (*(f"eval.picker.{key}" for key in OF_A_SERVER), "eval.picker.max_new_tokens", "eval.picker.shows_images"),
+        lambda c, _: c.eval.picker.base_url is None,
+        "no server picks: give eval.picker.base_url and eval.picker.model", ("eval.picker",),
     ),
     Rule(
         ("reward.judge",), lambda c, _: c.reward.grader == "rules" and not c.reward.judge_weight,

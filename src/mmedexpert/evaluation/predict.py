@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +14,17 @@ from typing import Any
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine, Reply
 from mmedexpert.errors import UserError
+from mmedexpert.evaluation.asked import REFUSED, ask_missing, lines
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.guidelines.rubrics import grades
 from mmedexpert.guidelines.truth import truth_of
 from mmedexpert.models.encode import prompt_text
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
-from mmedexpert.runtime.progress import Bar
 from mmedexpert.scoring import robust
 from mmedexpert.scoring.judged import Judged
 
 PROTOCOLS = ("robust", "medevalkit")
-REFUSED_FIRST = 200  # ours: so many refusals without one answer are not the questions' fault
-REFUSED_SHARE = 0.5  # ours: nor are more than this share of all questions
-REFUSED = "refused"  # a reply's finish_reason
 UNANSWERED = {"correct": False, "picked": None, "parsed": False}
 Prediction = dict[str, Any]
 
@@ -105,41 +100,17 @@ def predict(
     """
     asked = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style, shown=shown)
     record_of = {record.id: record for record in questions.records}
-    kept = {
-        _key(row): _judged_again(questions, record_of[row["id"]], row) if row["id"] in record_of else row
+    items = {(record.id, perspective): (record, perspective, ask) for record, perspective, ask in asked}
+    kept = (
+        _judged_again(questions, record_of[row["id"]], row) if row["id"] in record_of else row
         for row in read_predictions(path)
-        if row.get("finish_reason") != REFUSED
-    }
-    write_atomic(path, _lines(list(kept.values())))  # without a line that a kill cut off
-    todo = [item for item in asked if (item[0].id, item[1]) not in kept]
-    correct = done = refused = 0
-    with Bar(f"eval {title}", len(todo)) as bar, path.open("a", encoding="utf-8") as file:
-        for place, reply in engine([ask for _, _, ask in todo]):
-            row = _row(questions, *todo[place], reply)
-            kept[_key(row)] = row
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            done, correct = done + 1, correct + row[protocol]["correct"]
-            bar.show(done, {"accuracy": correct / done})
-            refused += row["finish_reason"] == REFUSED
-            if refused == len(kept) == REFUSED_FIRST:
-                break
-    if refused == len(kept) == REFUSED_FIRST or refused > REFUSED_SHARE * len(asked):
-        first = next(row for row in kept.values() if row["finish_reason"] == REFUSED)
-        raise UserError(
-            f"{title}: {refused} of {len(kept)} questions were refused (first: {first['id']}: {first['refused']}): look"
-            " at the settings of the server or the data; the same command asks only these again"
-        )
-    return [kept[record.id, perspective] for record, perspective, _ in asked]
-
-
-def _key(row: Prediction) -> tuple[str, str | None]:
-    return row["id"], row["perspective"]
-
-
-def _lines(rows: Sequence[Prediction]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    )
+    return ask_missing(
+        engine, {key: ask for key, (*_, ask) in items.items()}, kept, path,
+        key_of=lambda row: (row["id"], row["perspective"]),
+        row_of=lambda key, reply: _row(questions, *items[key], reply),
+        right=lambda row: row[protocol]["correct"], doing="eval", title=title,
+    )  # fmt: skip
 
 
 def _row(questions: QuestionSet, record: Record, perspective: str | None, ask: Ask, reply: Reply) -> Prediction:
@@ -206,7 +177,7 @@ def judge_again(path: Path, questions: QuestionSet) -> list[Prediction]:
         raise UserError(f"{path} does not hold the questions of {questions.name} (such as {other[0]}): {fix}")
     rows = [_judged_again(questions, record_of[row["id"]], row) for row in before]
     if rows != before:
-        write_atomic(path, _lines(rows))
+        write_atomic(path, lines(rows))
     return rows
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mmedexpert.data.record import Record
+from mmedexpert.evaluation.asked import REFUSED
 from mmedexpert.evaluation.perspectives import measured
-from mmedexpert.evaluation.predict import PROTOCOLS, REFUSED, Prediction, vote
+from mmedexpert.evaluation.predict import PROTOCOLS, Prediction, vote
 from mmedexpert.evaluation.stats import cluster_bootstrap_ci, macro_bootstrap_ci
 
 

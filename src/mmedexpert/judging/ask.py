@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmedexpert.data.pairs import TIE, Order, Pair
 from mmedexpert.engines.asking import Ask, Engine, Reply
-from mmedexpert.errors import UserError
-from mmedexpert.evaluation.predict import REFUSED, REFUSED_FIRST, REFUSED_SHARE
+from mmedexpert.evaluation.asked import REFUSED, ask_missing
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.prompts import ask_of, orders_of
 from mmedexpert.judging.verdicts import canonical, read
-from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
-from mmedexpert.runtime.progress import Bar
 
 FILE, COLUMNS = "judgements.jsonl", ("id", "order", "dimensions", "response", "finish_reason")
 Judgement = dict[str, Any]  # a row: a pair in one order, `verdicts` of the pair's own answers
@@ -46,28 +41,12 @@ def judge(
 
     UserError where most are refused, which is a setting's fault.
     """
-    kept = {_key(row): row for row in read_lines(path, COLUMNS) if row["finish_reason"] != REFUSED}
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept.values()).encode())
-    todo = [item for item in asked if (item[0].id, item[1]) not in kept]
-    done = refused = 0
-    with Bar(f"judge {title}", len(todo)) as bar, path.open("a", encoding="utf-8") as file:
-        for place, reply in engine([ask for _, _, ask, _ in todo]):
-            row = _row(*todo[place], reply)
-            kept[_key(row)] = row
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            done, refused = done + 1, refused + (row["finish_reason"] == REFUSED)
-            bar.show(done, {"refused": refused})
-            if refused == len(kept) == REFUSED_FIRST:
-                break
-    if refused and (refused == len(kept) == REFUSED_FIRST or refused > REFUSED_SHARE * len(asked)):
-        first = next(row for row in kept.values() if row["finish_reason"] == REFUSED)
-        raise UserError(
-            f"{title}: {refused} of {len(kept)} questions were refused (first: {first['id']}: {first[REFUSED]}): look "
-            "at the settings of the server or the data; the same command asks only these again"
-        )
-    found = [kept[pair.id, order] for pair, order, _, _ in asked]
+    items = {(pair.id, order): (pair, order, ask, names) for pair, order, ask, names in asked}
+    found = ask_missing(
+        engine, {key: ask for key, (_, _, ask, _) in items.items()}, read_lines(path, COLUMNS), path,
+        key_of=lambda row: (row["id"], row["order"]), row_of=lambda key, reply: _row(*items[key], reply),
+        doing="judge", title=title,
+    )  # fmt: skip
     return [with_verdicts(row, protocol) for row in found]
 
 
@@ -89,10 +68,6 @@ def controlled(name: str, pairs: Sequence[Pair], *, protocol: str, seed: int) ->
         for pair in pairs
         for order in orders_of(protocol)
     ]  # fmt: skip
-
-
-def _key(row: Judgement) -> tuple[str, str]:
-    return row["id"], row["order"]
 
 
 def _row(pair: Pair, order: Order, ask: Ask, names: Sequence[str], reply: Reply) -> Judgement:

@@ -30,6 +30,7 @@ KEY_NUMBERS = {
     "distil": "loss",
     "eval": "macro_accuracy",
     "verdicts": "acc_single/mean",
+    "best_of": "best_of/mean",
 }
 
 

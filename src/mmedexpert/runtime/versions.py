@@ -86,6 +86,7 @@ VERSIONS: dict[str, int] = {
     "metrics": 1,
     "stats": 1,
     "summary": 3,  # 1: of the perspectives, single accuracies and the vote's gain alone
+    "best_of": 1,  # the vote, the pick and pass@k
     "pairwise": 2,  # 1: no answer tag; what a judge is asked of a pair, and how its reply is read
     "med_rewardbench": 1,
     "judge_controls": 1,

@@ -19,9 +19,10 @@ from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.models.checkpoint import fingerprint_model, read_json
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.reward_head import RewardHead
-from mmedexpert.runtime.runs import Run
+from mmedexpert.runtime.runs import Run, console
+from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config
-from mmedexpert.stages.common import Base, loading
+from mmedexpert.stages.common import Base, loading, model_key
 
 JUDGE = "judge.json"  # beside the adapter of a trained judge: what kind it is
 
@@ -69,11 +70,32 @@ def judge_in(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / JUDGE) if (folder / JUDGE).is_file() else None
 
 
-def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> Engine:
-    """What answers for a subject: its server, or the model loaded here. It answers greedily.
+def answering_key(config: Config, subject: Subject, system_prompt: str | None) -> dict[str, Any]:
+    """What decides a model's answers beside its weights and what it is asked, for a run's key."""
+    told: dict[str, Any] = {"system_prompt": system_prompt, "max_new_tokens": longest_reply(config, subject)}
+    if subject.served:
+        return {"model": told}
+    return {"model": {**model_key(config), **told}, "rules": versions("prompts", "sampling", "images")}
+
+
+def tell_kept(subject: Subject, run: Run) -> None:
+    """A line where a served model's answers are those of an earlier command."""
+    if run.reused and subject.served:
+        console.print(
+            f"[yellow]{subject.name}: the server was not asked, its answers are kept from {run.manifest['finished']}; "
+            "if it has another model by now, engine.endpoint.revision=<any new name> asks again[/yellow]",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def engine_of(
+    config: Config, subject: Subject, system_prompt: str | None, *, temperature: float = 0.0, top_p: float = 1.0
+) -> Engine:
+    """What answers for a subject: its server, or the model loaded here; greedily, or above temperature 0 by `seed`.
 
     UserError for a reward model, which answers nothing.
     """
+    drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": config.seed} if temperature else {}
     if subject.judge and subject.judge["kind"] == "scalar":
         raise UserError(f"{subject.name} scores answers and gives none: ask it of pairs, benchmark=phantom_pairs")
     if subject.served:
@@ -81,12 +103,11 @@ def engine_of(config: Config, subject: Subject, system_prompt: str | None) -> En
 
         return server(
             config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
-            max_new_tokens=config.model.max_new_tokens,
+            max_new_tokens=config.model.max_new_tokens, **drawn,
         )  # fmt: skip
     model, encoder = _loaded(config, subject, system_prompt)
-    return TransformersEngine(
-        model, encoder, batch_size=config.engine.batch_size, max_new_tokens=longest_reply(config, subject)
-    )
+    longest = longest_reply(config, subject)
+    return TransformersEngine(model, encoder, batch_size=config.engine.batch_size, max_new_tokens=longest, **drawn)
 
 
 def longest_reply(config: Config, subject: Subject) -> int:

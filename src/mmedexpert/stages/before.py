@@ -125,6 +125,7 @@ def _check_keys(config: Config, work: set[str]) -> None:
     asked: dict[str, tuple[EndpointConfig, bool]] = {
         "engine.endpoint": (config.engine.endpoint, "eval" in work and config.engine.name == "openai"),
         "eval.llm_judge": (config.eval.llm_judge, "eval" in work),
+        "eval.picker": (config.eval.picker, "eval" in work and config.eval.best_of > 1),
         "reward.judge": (config.reward.judge, "gba" in work and config.reward.grader != "rules"),
     }
     if "data" in work and config.data.curate is not None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.asking import Engine
 from mmedexpert.evaluation.judge import LLMJudge
 from mmedexpert.evaluation.predict import Prediction, QuestionSet, asks_of, judge_again, majority_engine, predict
@@ -22,40 +21,29 @@ from mmedexpert.names import BLANK_IMAGE, MAJORITY, SWAPPED_IMAGE
 from mmedexpert.reporting.cards import record_evaluation
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
-from mmedexpert.runtime.runs import Run, console, write_json
+from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config, EndpointConfig
-from mmedexpert.scoring import medevalkit
-from mmedexpert.stages import benchmark, judging
-from mmedexpert.stages.answering import Subject, engine_of
-from mmedexpert.stages.common import (
-    content_of,
-    ledger_of,
-    model_key,
-    records_of,
-    stage_run,
-    together,
-)
+from mmedexpert.stages import benchmark, best_of, judging
+from mmedexpert.stages.answering import Subject, answering_key, engine_of, tell_kept
+from mmedexpert.stages.common import content_of, ledger_of, records_of, stage_run, together
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.logged import tell_evaluated
 from mmedexpert.stages.overlap import clean_part
+from mmedexpert.stages.questions import (
+    QuestionSource,
+    own_questions,
+    protocol_of,
+    public_questions,
+    system_prompt_of,
+    words_of,
+)  # fmt: skip
 from mmedexpert.stages.subjects import subjects_of
-
-
-@dataclass(frozen=True)
-class QuestionSource:
-    """A question set, the run it comes from, and its identity (which follows its content)."""
-
-    questions: QuestionSet
-    source: Run
-    identity: str
-    left_out: int
-    specialties: list[str]
-    public: bool
 
 
 def run(config: Config) -> dict[str, Run]:
     """Evaluate the models of `eval.models` on the benchmarks of the config, without any on the own data set."""
+    scorer = best_of.scorer_for(config)
     evaluations = evaluations_of(config)
     together(config, list(evaluations.values()))
     done = {name: evaluate(config) for name, evaluate in evaluations.items()}
@@ -64,6 +52,11 @@ def run(config: Config) -> dict[str, Run]:
         subject: Subject = evaluate.keywords["subject"]
         if done[name].stage == "eval" and subject.made_by is not None and subject.baseline is None:
             tell_evaluated(config, subject.made_by, done[name])
+    if config.eval.best_of > 1:
+        asked = {
+            name: (one.keywords["subject"], one.keywords["asked"], done[name]) for name, one in evaluations.items()
+        }
+        best_of.run(config, asked, scorer)
     return done
 
 
@@ -71,7 +64,7 @@ def evaluations_of(config: Config) -> dict[str, partial[Run]]:
     """What `run` does, one model on one set each; the models are trained, and the benchmarks read."""
     subjects = subjects_of(config)
     if not config.benchmark:
-        own = _own(config)
+        own = own_questions(config)
         return {subject.name: partial(_evaluate, subject=subject, asked=own) for subject in subjects}
     sets, found = [], dict[str, partial[Run]]()
     for one in config.benchmark.values():  # every benchmark is read before the first question is asked
@@ -79,9 +72,7 @@ def evaluations_of(config: Config) -> dict[str, partial[Run]]:
         if one.pairs:
             found |= judging.evaluations_of(config, one, source, subjects)
             continue
-        questions, left_out = benchmark.question_set(one, source), len(source.manifest["left_out"])
-        identity = fingerprint(questions.records, questions.image_root)
-        sets.append(QuestionSource(questions, source, identity, left_out, ["all"], public=True))
+        sets.append(public_questions(one, source))
     return found | {
         f"{asked.questions.name}/{subject.name}": partial(_evaluate, subject=subject, asked=asked)
         for asked in sets for subject in subjects
@@ -100,23 +91,14 @@ def _shown(subject: Subject, questions: QuestionSet, folder: Path) -> dict[str, 
     return None
 
 
-def _own(config: Config) -> QuestionSource:
-    data, names = dataset(config), config.eval.specialties or config.specialty.names
-    records, image_root = records_of(data, config.eval.split, names)
-    name = f"{data.name}-{config.eval.split}"
-    questions = QuestionSet(name, records, image_root, medevalkit.ask, medevalkit.judge)
-    return QuestionSource(questions, data, fingerprint(records, image_root), 0, names, public=False)
-
-
 def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
     settings, questions = config.eval, asked.questions
-    protocol = config.protocol if config.protocol != "auto" else ("medevalkit" if asked.public else "robust")
+    protocol = protocol_of(config, asked)
     perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
     asks = asks_of(questions, protocol=protocol, perspectives=perspectives, style=config.model.instructions)
-    words = json.dumps([(record.id, perspective, ask.text) for record, perspective, ask in asks])
     key: dict[str, Any] = {
-        "asked": hashlib.sha256(words.encode()).hexdigest()[:16],
+        "asked": words_of(asks),
         "specialties": asked.specialties,
         "engine": config.engine.name,
         "blank": subject.baseline == BLANK_IMAGE,
@@ -128,11 +110,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         key["rules"] = versions("majority")
         inputs["train"] = content_of(dataset(config), "train", config.specialty.names)
     else:
-        system_prompt = None if protocol == "medevalkit" else config.model.system_prompt
-        key["model"] = {"system_prompt": system_prompt, "max_new_tokens": config.model.max_new_tokens}
-        if not subject.served:
-            key["model"] = {**model_key(config), **key["model"]}
-            key["rules"] = versions("prompts", "sampling", "images")
+        key |= answering_key(config, subject, system_prompt_of(config, protocol))
     data = dataset(config) if settings.contamination or subject.baseline == MAJORITY else None
 
     def summarise(run: Run, rows: list[Prediction]) -> dict[str, float]:
@@ -167,12 +145,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
 
     sources = {"questions": asked.source}
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs, sources=sources)
-    if done.reused and subject.served:
-        console.print(
-            f"[yellow]{subject.name}: the server was not asked, its answers are kept from {done.manifest['finished']}; "
-            "if it has another model by now, engine.endpoint.revision=<any new name> asks again[/yellow]",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    tell_kept(subject, done)
     if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, questions):
         rows = judge_again(done.folder / "predictions.jsonl", questions)
         write_json(done.folder / "metrics.json", summarise(done, rows))
@@ -192,7 +165,7 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
     if subject.baseline == MAJORITY:
         train, _ = records_of(dataset(config), "train", config.specialty.names)
         return majority_engine(train, questions.records)
-    return engine_of(config, subject, None if protocol == "medevalkit" else config.model.system_prompt)
+    return engine_of(config, subject, system_prompt_of(config, protocol))
 
 
 def _second_opinion(

@@ -39,8 +39,8 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
-from mmedexpert.stages.answering import Subject, engine_of, longest_reply, reward_model_of
-from mmedexpert.stages.common import model_key, stage_run
+from mmedexpert.stages.answering import Subject, answering_key, engine_of, reward_model_of
+from mmedexpert.stages.common import stage_run
 
 STAGE = "verdicts"
 BLIND = "-image_blind"
@@ -98,10 +98,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     if control is None:
         words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asks])
         key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
-        key["model"] = {"system_prompt": _system_prompt(config), "max_new_tokens": longest_reply(config, subject)}
-        if not subject.served:
-            key["model"] = {**model_key(config), **key["model"]}
-            key["rules"] = versions("prompts", "sampling", "images")
+        key |= answering_key(config, subject, _system_prompt(config))
     inputs = {"questions": asked.identity, "model": subject.identity}
 
     def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
