@@ -275,7 +275,7 @@ def test_samples_of_a_served_model_beside_its_greedy_answers(tmp_path, server, m
     assert "best_of/pick@4" not in found and found["best_of/cost/samples/tokens"] == 16 * 7
 
     judge = Judge(TABLE)
-    monkeypatch.setattr(best_of, "picker_of", lambda config: judge)
+    monkeypatch.setattr(best_of, "scorer_of", lambda *_: judge)
     picker = ["eval.picker.base_url=http://127.0.0.1:9/v1", "eval.picker.model=judge"]
     done = run(out, *command(server, tmp_path, *many, *picker))
     assert len(server.bodies) == 20  # another judge asks the model nothing
@@ -317,9 +317,13 @@ def test_a_local_model_is_sampled_with_its_temperature_and_baselines_are_not(tmp
         (["eval.best_of=4", "benchmark=phantom_pairs"], ["phantom_pairs holds pairs", "leave it out"]),
         (["eval.best_of=4", "eval.perspectives=vote"], ["eval.perspectives=vote", "needed"]),
         (["eval.best_of=4", "eval.picker.model=m"], ["eval.picker needs both base_url and model"]),
+        (
+            ["eval.best_of=4", "eval.picker.run=x", "eval.picker.model=m", "eval.picker.base_url=http://x/v1"],
+            ["not both"],
+        ),
         (["eval.best_of=4", "eval.models=[majority]"], ["eval.best_of", "baselines are not sampled"]),
         (["eval.best_of=4", "eval.picker.shows_answer=true"], ["eval.picker.shows_answer", "right answer"]),
-        (["eval.best_of=4", "eval.picker.concurrency=2"], ["eval.picker.concurrency", "no judge picks"]),
+        (["eval.best_of=4", "eval.picker.concurrency=2"], ["eval.picker.concurrency", "no judge is asked"]),
         (["eval.temperature=0.5"], ["eval.temperature", "eval.best_of=8"]),
         (["eval.picker.model=m", "eval.picker.base_url=http://x/v1"], ["eval.picker.model", "eval.best_of=8"]),
     ],
@@ -330,9 +334,3 @@ def test_a_mistake_is_one_line_with_its_fix(overrides, words):
         notes(typed(compose("config", overrides=given), given), given)
     for word in words:
         assert word in str(caught.value), caught.value
-
-
-def test_a_judge_that_cannot_score_yet_is_told_before_anything_is_asked(tmp_path, server):
-    picker = ["eval.best_of=2", "eval.picker.base_url=http://127.0.0.1:9/v1", "eval.picker.model=judge"]
-    done = run(tmp_path / "out", *command(server, tmp_path, *picker), code=2)
-    assert "no judge can score single answers yet" in done.stderr and server.bodies == []

@@ -91,6 +91,22 @@ def test_a_judge_pays_for_answers_in_rl(trained):
     assert "judge_sft compared none of" in failed.stderr and "cannot be read" in failed.stderr
 
 
+def test_a_judge_picks_the_best_of_samples(trained):
+    outputs, _ = trained
+    words = [
+        "stage=eval",
+        "eval.models=[base]",
+        "data.source.test=1",
+        "eval.best_of=2",
+        f"eval.picker.run={folder(outputs, 'scalar')}",
+    ]
+    done = run(outputs, *words)
+    (numbers,) = outputs.glob("best_of/*/metrics.json")
+    found = json.loads(numbers.read_text())
+    assert {"best_of/pick@2", "best_of/vote@2", "best_of/pass@2"} <= set(found) and found["best_of/missing"] == 0
+    assert found["best_of/cost/judge/judged"] > 0 and "Best of 2" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -100,6 +116,7 @@ def test_a_judge_pays_for_answers_in_rl(trained):
         (["stage=judge", "pairs.train.split=dev"], ["pairs", "split must be one of"]),
         (["stage=judge", "judge=sft", "judge.beta=1"], ["judge.beta", "judge=dpo"]),
         (["stage=eval", "eval.models=[judge_sft]"], ["judge_sft", "benchmark=phantom_pairs"]),
+        (["stage=eval", "eval.best_of=2", "eval.picker.run=tests"], ["eval.picker.run=tests", "judge.json"]),
         (["stage=gba", "reward.judge_weight=1"], ["reward.judge_weight", "reward.judge.run"]),
         (["stage=gba", "reward.judge_weight=1", "reward.judge.run=judge_scaler"], ["judge_scaler", "judge_scalar"]),
         (["stage=gba", "reward.judge_weight=1", "reward.judge.run=tests"], ["tests", "judge.json"]),

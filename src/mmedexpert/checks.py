@@ -125,7 +125,7 @@ def expand_homes(config: Config) -> None:
     config.paths.outputs = home(config.paths.outputs)
     for section, key in (
         (config.data, "root"), (config.model, "name_or_path"), (config.report, "against"), (config.report, "out"),
-        (config.report, "published"), (config.pairs, "root"), (config.reward.judge, "run"),
+        (config.report, "published"), (config.pairs, "root"), (config.reward.judge, "run"), (config.eval.picker, "run"),
         *((benchmark, "root") for benchmark in config.benchmark.values()),
     ):  # fmt: skip
         if getattr(section, key) is not None:
@@ -249,6 +249,9 @@ def check(config: Config) -> None:
     for where, judge in (("eval.llm_judge", config.eval.llm_judge), ("eval.picker", config.eval.picker)):
         if (judge.base_url is None) != (judge.model is None):
             raise UserError(f"{where} needs both base_url and model, or neither")
+    for where, judge in (("eval.picker", config.eval.picker), ("reward.judge", config.reward.judge)):
+        if judge.run and (judge.base_url or judge.model):
+            raise UserError(f"{where}: give run, a trained judge, or base_url and model, a server; not both")
     _check_best_of(config)
     _check_grader(config.reward)
     for where in ENDPOINTS:
@@ -339,8 +342,6 @@ def _check_grader(reward: RewardConfig) -> None:
             f"reward.judge_weight={reward.judge_weight} needs a judge: reward.judge.run={JUDGES[-1]} or a folder that "
             "stage=judge made, or reward.judge.base_url=<...>/v1 and reward.judge.model=<served name>"
         )
-    if reward.judge.run and (reward.judge.base_url or reward.judge.model):
-        raise UserError("reward.judge: give run, a trained judge, or base_url and model, a server; not both")
     if reward.judge.run and reward.grader != "rules":
         raise UserError(
             f"reward.grader={reward.grader} needs a served model (reward.judge.base_url and model): the judge "

@@ -209,7 +209,7 @@ RULES = (
     Rule(
         (*(f"eval.picker.{key}" for key in OF_A_SERVER), "eval.picker.max_new_tokens", "eval.picker.shows_images"),
         lambda c, _: c.eval.picker.base_url is None,
-        "no server picks: give eval.picker.base_url and eval.picker.model", ("eval.picker",),
+        "no judge is asked at a server: give eval.picker.base_url and eval.picker.model", ("eval.picker",),
     ),
     Rule(
         ("reward.judge",), lambda c, _: c.reward.grader == "rules" and not c.reward.judge_weight,
@@ -305,8 +305,9 @@ def parts(config: Config) -> set[str]:
         found.add("gba")
     if everything or stage == "dsa" or (stage == "gba" and config.gba.init != "base"):
         found.add("dsa")
-    trained = "gba" in found and config.reward.judge_weight and config.reward.judge.run in JUDGES
-    if stage == "judge" or set(wanted or []) & set(JUDGES) or trained:
+    pays = "gba" in found and config.reward.judge_weight and config.reward.judge.run in JUDGES
+    picks = asks and config.eval.best_of > 1 and config.eval.picker.run in JUDGES
+    if stage == "judge" or set(wanted or []) & set(JUDGES) or pays or picks:
         found.add("judge")
     if "gba" in found and config.gba.init == "caci":  # starts from the experts' merge
         found.add("caci")

@@ -63,6 +63,8 @@ def check_inputs(config: Config) -> Config:
             train_judge.pairs_of(config, part)
     if "gba" in work and config.reward.judge_weight and config.reward.judge.run:
         _check_judge("reward.judge.run", config.reward.judge.run)
+    if "eval" in work and config.eval.best_of > 1 and config.eval.picker.run:
+        _check_judge("eval.picker.run", config.eval.picker.run)
     if "base" in work and "pretrain" not in work:
         base = found(config.model)
         if "caci" in work:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mmedexpert.errors import UserError
 from mmedexpert.evaluation.asked import REFUSED, Row, lines
 from mmedexpert.evaluation.best_of import FILE, flat, numbers_of, read_answers, read_samples, sample
 from mmedexpert.evaluation.predict import asks_of, read_predictions
@@ -31,6 +30,7 @@ from mmedexpert.schema import Config
 from mmedexpert.stages.answering import Subject, answering_key, engine_of, tell_kept
 from mmedexpert.stages.common import stage_run, together
 from mmedexpert.stages.questions import QuestionSource, protocol_of, system_prompt_of, words_of
+from mmedexpert.stages.scorers import loaded_late, scorer_of, subject_of
 
 STAGE, SAMPLES = "best_of", "samples"
 SAID = (
@@ -40,18 +40,12 @@ SAID = (
 
 
 def scorer_for(config: Config) -> Scorer | None:
-    """The judge that picks, where one is asked; made before anything else, so that its mistakes are told at once."""
-    if config.eval.best_of == 1 or config.runs.explain or not config.eval.picker.model:
+    """The judge that picks, where one is asked; a server's is made before anything else, so that its mistakes are told
+    at once, a trained one is loaded when it first scores: two models need not be in memory."""
+    judge = config.eval.picker
+    if config.eval.best_of == 1 or config.runs.explain or not (judge.model or judge.run):
         return None
-    return picker_of(config)
-
-
-def picker_of(config: Config) -> Scorer:
-    """The judge of `eval.picker`; what weighs in memory it loads when it first scores."""
-    raise UserError(
-        f"eval.picker.model={config.eval.picker.model}: no judge can score single answers yet; leave eval.picker out, "
-        "and the other numbers of eval.best_of are there"
-    )
+    return loaded_late(config, judge, "eval.picker") if judge.run else scorer_of(config, judge, "eval.picker")
 
 
 def run(
@@ -146,10 +140,19 @@ def _best_of(config: Config, subject: Subject, asked: QuestionSource, greedy: Ru
 def _picker(config: Config) -> list[Any] | None:
     """What decides the judge's scores: not its speed, nor how it is logged in to."""
     judge = config.eval.picker
+    if judge.run:
+        return [subject_of(config, judge, "eval.picker").identity, versions("judge_scores", "pairwise")]
     if not judge.model:
         return None
     address = without_password(judge.base_url or "").rstrip("/")
-    return [address, judge.model, judge.revision, judge.max_new_tokens, judge.shows_images]
+    return [
+        address,
+        judge.model,
+        judge.revision,
+        judge.max_new_tokens,
+        judge.shows_images,
+        versions("judge_scores", "pairwise"),
+    ]
 
 
 def _groups(asked: QuestionSource, drawn: Mapping[str, list[Row]]) -> list[Group]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.judging.scorer import Group, RewardScorer, Scorer, VerdictScorer
+from mmedexpert.judging.scorer import Group, RewardScorer, Scorer, Scores, VerdictScorer
 from mmedexpert.models.encode import prompt_text
 from mmedexpert.names import JUDGES
 from mmedexpert.runtime.privacy import without_password
@@ -58,6 +58,18 @@ def scorer_of(config: Config, judge: JudgeConfig, where: str) -> Scorer:
         shows_images=judge.shows_images,
         forget=asked.forget,
     )
+
+
+def loaded_late(config: Config, judge: JudgeConfig, where: str) -> Scorer:
+    """The same, made when it is first asked."""
+    made: list[Scorer] = []
+
+    def scorer(groups: Sequence[Group]) -> Scores:
+        if not made:
+            made.append(scorer_of(config, judge, where))
+        return made[0](groups)
+
+    return scorer
 
 
 def judge_of(config: Config) -> Judge:
