@@ -25,8 +25,8 @@ USED = {
     "A data source": "from pathlib import Path; from mmedexpert.sources.quiz import quiz; Path('quiz.csv').write_text("
     "'image,question,right,wrong\\na.png,What?,x,y\\n'); print(quiz(Path('.'), Path('.'), seed=0)[0][0].options)",
     "A model": "",
-    "A logged metric": "import inspect; from mmedexpert.training import rollouts; "
-    "print('completions/distinct' in inspect.getsource(rollouts.report))",
+    "A logged metric": "import inspect; from mmedexpert.training import rollout_report; "
+    "print('completions/distinct' in inspect.getsource(rollout_report.report))",
     "A specialty": "",
 }
 SHOWN = {

@@ -17,7 +17,8 @@ from mmedexpert.training.advantages import group_relative, guideline_based
 from mmedexpert.training.fit import fit
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.grading import Grading, RulesGrader
-from mmedexpert.training.rollouts import Guidance, Sampling, assign_perspectives, report, roll_out
+from mmedexpert.training.rollout_report import report
+from mmedexpert.training.rollouts import Guidance, Sampling, assign_perspectives, roll_out
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 

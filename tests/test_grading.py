@@ -42,7 +42,8 @@ from mmedexpert.training.grading import (
     report_of,
 )
 from mmedexpert.training.judge import JudgeGrader
-from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, criteria_text, report, roll_out
+from mmedexpert.training.rollout_report import completion_rows, criteria_text, report
+from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
 
 OPTIONS = {"A": "Normal heart", "B": "Cardiomegaly"}
 TEXTS = [
@@ -282,7 +283,7 @@ def test_free_completions_are_graded_by_all_four_in_one_call(tiny, picture, tmp_
     assert rollout.adherence[0, 3].isnan().all() and rollout.adherence.isnan().sum() == 4
     assert (rollout.terms[0, 3] - rollout.terms[0, 3].mean()).isfinite().all()
     assert set(rollout.criteria[0]) == set(PERSPECTIVES)
-    rows = rollouts.completion_rows(0, [record(), record()], rollout, tmp_path)
+    rows = completion_rows(0, [record(), record()], rollout, tmp_path)
     assert rows[3]["criteria"] == ""
     first = next(iter(perspectives()["differential"].criteria))
     assert rows[0]["criteria"].startswith(f"differential/{first}=")

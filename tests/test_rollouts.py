@@ -16,7 +16,8 @@ from mmedexpert.training import rollouts
 from mmedexpert.training.advantages import group_relative
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import PAIRS, Case, Grading, RulesGrader
-from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, completion_rows, report, roll_out
+from mmedexpert.training.rollout_report import completion_rows, repetition, report
+from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, advantages, roll_out
 
 B, G, K = 3, 4, 4
 UNEVEN = ["differential"] * 3 + ["intuitive"] * 3 + ["analytical"] * 2
@@ -212,9 +213,9 @@ def test_a_judges_scores_are_normalised_in_their_group_and_added_with_their_weig
 
 
 def test_what_repeats_itself_is_measured():
-    assert rollouts.repetition("one two three four five six") == 0 == rollouts.repetition("too short")
-    assert rollouts.repetition("the heart is large the heart is large") == pytest.approx(1 / 5)
-    assert rollouts.repetition("so " * 20) > 0.9
+    assert repetition("one two three four five six") == 0 == repetition("too short")
+    assert repetition("the heart is large the heart is large") == pytest.approx(1 / 5)
+    assert repetition("so " * 20) > 0.9
 
 
 def test_an_open_question_with_two_images_takes_the_same_path(tiny, picture, tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ from mmedexpert.stages.scorers import judge_of, subject_of
 from mmedexpert.training import hacking
 from mmedexpert.training.grading import grader_of
 from mmedexpert.training.losses import LossType
-from mmedexpert.training.rollouts import Guidance, Rollout, advantages, completion_rows, repetition, report
+from mmedexpert.training.rollout_report import completion_rows, repetition, report
+from mmedexpert.training.rollouts import Guidance, Rollout, advantages
 
 if TYPE_CHECKING:  # Lightning, which takes seconds
     from mmedexpert.training.gba import GbaModule

@@ -19,7 +19,8 @@ from mmedexpert.runtime.ranks import gather, rank, ranks
 from mmedexpert.training.batches import Stream, batch_indices, share, step_seed
 from mmedexpert.training.fit import TrainingModule
 from mmedexpert.training.losses import LossType, masked_mean, policy_loss
-from mmedexpert.training.rollouts import Rollout, report
+from mmedexpert.training.rollout_report import report
+from mmedexpert.training.rollouts import Rollout
 
 
 @dataclass(frozen=True)
