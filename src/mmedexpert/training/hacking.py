@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-RISE = 0.02  # ours: of a mean in [0, 1] between the first and the last fifth of the rollouts
+# ours: between the first and the last fifth of the rollouts; means in [0, 1], but for a reward model's logits
+RISE = {"reward": 0.02, "adherence": 0.02, "judge": 0.1}
 LONGER = 0.2  # ours: share by which completions grew
 REPEATED = 0.05  # ours: more runs of four words that stood before, as a share
 WATCHED = {
@@ -26,8 +27,8 @@ def signs(found: Mapping[str, float]) -> list[str]:
     """A line for each sign, from `<name>/start`, `/end` and `/gain`; none is proof, all are reasons to read samples."""
     told = []
     if found["accuracy/gain"] <= 0:
-        for name in ("reward", "adherence", "judge"):
-            if (gain := found.get(f"{name}/gain", 0.0)) > RISE:
+        for name, rise in RISE.items():
+            if (gain := found.get(f"{name}/gain", 0.0)) > rise:
                 told.append(f"{WATCHED[name]} rose by {gain:.3f} while accuracy went by {found['accuracy/gain']:+.3f}")
         start, end = found["length/start"], found["length/end"]
         if end > (1 + LONGER) * start:
