@@ -107,6 +107,15 @@ def test_a_judge_picks_the_best_of_samples(trained):
     assert found["best_of/cost/judge/judged"] > 0 and "Best of 2" in done.stdout
 
 
+def test_a_judge_asked_about_what_it_was_trained_on_is_told(trained):
+    outputs, said = trained
+    assert "was trained on" not in said["scalar"].stderr
+    there = folder(outputs, "scalar")
+    mine = ["benchmark.phantom_pairs.load.split=train", "+benchmark.phantom_pairs.load.form=both"]
+    done = run(outputs, *ASK[:3], *mine, f"eval.models=[{there}]")
+    assert "judge_scalar was trained on images or patients of 20 of these 20 pairs" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

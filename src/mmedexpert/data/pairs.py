@@ -3,6 +3,7 @@ options are the answers."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -47,6 +48,11 @@ def pair_of(record: Record, part: str = "organ") -> Pair:
         record.id, record.images, record.question, record.options, labels, record.image_group,
         record.groups.get(part, ""), record.specialties[0], record.latent.get("reason", ""),
     )  # fmt: skip
+
+
+def group_mark(pair: Pair) -> str:
+    """12 hex digits that tell a pair's group apart without its name, which may be a patient's."""
+    return hashlib.sha256(pair.group.encode()).hexdigest()[:12]
 
 
 def record_of(

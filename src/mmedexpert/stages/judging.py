@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmedexpert.data.pairs import Pair, pair_of
+from mmedexpert.data.pairs import Pair, group_mark, pair_of
 from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.comparison import PAIRED_RESAMPLES
@@ -100,6 +100,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
         key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
         key |= answering_key(config, subject, _system_prompt(config))
     inputs = {"questions": asked.identity, "model": subject.identity}
+    trained = set((subject.judge or {}).get("trained_groups", ()))
 
     def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
         found = numbers_of(pairs, rows, num_resamples=config.eval.num_resamples, seed=config.seed)
@@ -107,6 +108,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
             "protocol": protocol,
             "judged_by": _rules(config, benchmark),
             "left_out": len(source.manifest["left_out"]),
+            "trained_on": sum(group_mark(pair) in trained for pair in pairs),
         }
         if benchmark.judge:
             found["theirs"] = function(benchmark.judge, f"benchmark.{name}.judge")(pairs, rows)
@@ -186,8 +188,16 @@ def compare(config: Config, runs: Mapping[str, Run]) -> None:
         path.write_text(f"{said}\n\n{text}", encoding="utf-8")
         for title, rows in tables.items():
             print_table(rows, title, f"{said}\n{path}" if title.startswith("Judges") else "")
+        lines = [
+            f"{one} was trained on images or patients of {seen} of these {found['n']} pairs, and its numbers say "
+            "little: ask it about others (load.split=test)"
+            for one, found in summaries.items() if (seen := found.get("trained_on"))
+        ]  # fmt: skip
         if left:
-            line = f"{name}: {left} pairs left out, see manifest.json in {judges[first].folder.parent.parent}/benchmark"
+            lines.append(
+                f"{name}: {left} pairs left out, see manifest.json in {judges[first].folder.parent.parent}/benchmark"
+            )
+        for line in lines:
             console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
 
 

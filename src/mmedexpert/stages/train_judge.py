@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
-from mmedexpert.data.pairs import DIMENSIONS, pair_of
+from mmedexpert.data.pairs import DIMENSIONS, group_mark, pair_of
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError
@@ -136,11 +136,12 @@ def _save(
 def _describe(config: Config, run: Run, base: Base, records: Sequence[Record]) -> None:
     """Card and `judge.json`."""
     settings = config.judge
-    labelled = sorted({name for record in records for name in pair_of(record).labels}, key=DIMENSIONS.index)
+    pairs = [pair_of(record) for record in records]
+    labelled = sorted({name for pair in pairs for name in pair.labels}, key=DIMENSIONS.index)
     style = config.model.instructions
     write_json(run.folder / "adapter" / JUDGE, {
         "kind": settings.name, "labelled": labelled, "style": style, "max_new_tokens": settings.max_new_tokens,
-        "pairs": config.pairs.name,
+        "pairs": config.pairs.name, "trained_groups": sorted({group_mark(pair) for pair in pairs}),
     })  # fmt: skip
     write_card(
         run.folder / "adapter", kind="adapter", title=f"judge of pairs of answers ({settings.name})",
