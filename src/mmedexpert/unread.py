@@ -18,8 +18,8 @@ WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-
 
 
 def parts(config: Config) -> set[str]:
-    """What a command does: one of READING, or pretrain, data, dsa, gba, caci, search, judge, eval; `base`: it needs the base
-    model, `own` and `benchmark`: which questions are asked."""
+    """What a command does: one of READING, or pretrain, data, dsa, gba, caci, search, judge, eval; `base`: it needs the
+    base model, `own` and `benchmark`: which questions are asked."""
     stage, wanted = config.stage.name, config.eval.models
     if stage in READING:
         return {stage}
