@@ -42,6 +42,7 @@ from mmedexpert.models.backbone import core_of, streamline
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.packing import pack, token_logps
 
+MISSING = ""  # why the peer is not here
 try:
     import trl_peer
 except ImportError as error:

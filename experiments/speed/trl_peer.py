@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer and SFTTrainer as the peers of a speed comparison; importing this needs trl and datasets."""
+"""TRL's GRPO, SFT and DPO trainers as the peers of a speed comparison; importing this needs trl and datasets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from tiny_vl import LR, MAX_GRAD_NORM, Question, Row, Stopwatch, lora_config, reward
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 logging.disable(logging.WARNING)
 warnings.filterwarnings("ignore")
@@ -43,6 +43,16 @@ class CountingSFT(SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.trained.append((inputs["input_ids"], inputs["attention_mask"], inputs["labels"] != -100))
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class CountingDPO(DPOTrainer):
+    """DPOTrainer that keeps what each batch was trained on: the better replies, then the worse ones."""
+
+    trained: list[Any]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        self.trained.append((inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]))
+        return super()._compute_loss(model, inputs, return_outputs)
 
 
 class Turns(TrainerCallback):
@@ -162,6 +172,49 @@ def sft(
                 **common(folder, len(samples) // batch_size, watch.device, model.dtype),
                 per_device_train_batch_size=batch_size,
                 max_length=None,  # its default of 1024 would cut image tokens off
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=data,
+            processing_class=processor,
+            peft_config=lora_config(),
+            callbacks=[Turns(watch, trained, turn)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.trained = trained
+        trainer.train()
+
+
+def dpo(
+    model: PreTrainedModel,
+    processor: Any,
+    pairs: Sequence[tuple[Question, str]],
+    *,
+    batch_size: int,
+    beta: float,
+    watch: Stopwatch,
+    turn: Callable[[list[Row]], None],
+) -> None:
+    """Optimiser steps of DPOTrainer over all pairs in order, a question with its better answer and the worse one;
+    after each, `turn` gets the rows it trained on. The reference is the model without its adapter."""
+    score_labels_only()
+    said = {"chosen": [one.answer for one, _ in pairs], "rejected": [worse for _, worse in pairs]}
+    data = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": one.text}] for one, _ in pairs],
+            **{name: [[{"role": "assistant", "content": text}] for text in texts] for name, texts in said.items()},
+            "image": [str(one.image) for one, _ in pairs],
+        },
+        features=Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES, "image": ImageColumn()}),
+    )
+    trained: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CountingDPO(
+            model=model,
+            args=DPOConfig(
+                **common(folder, len(pairs) // batch_size, watch.device, model.dtype),
+                per_device_train_batch_size=batch_size,
+                beta=beta,
+                max_length=None,
                 train_sampling_strategy="sequential",
             ),
             train_dataset=data,
