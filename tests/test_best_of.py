@@ -109,6 +109,12 @@ def test_numbers_are_those_counted_by_hand():
     )
 
 
+def test_scores_out_of_comparisons_pick_among_all_samples_alone():
+    found = numbers_of(rows(), picked=True, num_resamples=50, seed=0, alone=False)["scores"]
+    count = max(int(name[5:]) for name in found if name.startswith("pass@"))
+    assert [name for name in found if name.startswith("pick")] == [f"pick@{count}"] and "vote@1" in found
+
+
 def test_without_a_judge_all_else_is_there():
     found = numbers_of(rows(), picked=False, num_resamples=50, seed=0)
     assert not any("pick" in name for name in [*found["scores"], *found["differences"]]) and "missing" not in found
@@ -284,7 +290,8 @@ def test_samples_of_a_served_model_beside_its_greedy_answers(tmp_path, server, m
     assert asked[0].question == "Is it one?" and asked[0].answers == ("yes", "no") and asked[0].images[0].is_file()
     (folder,) = (path.parent for path in out.glob("best_of/*/scores.jsonl"))
     found = json.loads((folder / "metrics.json").read_text())
-    wanted = {"pick@4": 3 / 4, "pick@1": 3 / 4, "pick_minus_vote": 1 / 4, "missing": 0, "cost/judge/calls": 8}
+    assert "best_of/pick@1" not in found  # a server compares all four
+    wanted = {"pick@4": 3 / 4, "pick_minus_vote": 1 / 4, "missing": 0, "cost/judge/calls": 8}
     assert {name: found[f"best_of/{name}"] for name in wanted} == pytest.approx(wanted)
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert answers[3]["scores"] == [None, 1, None, 1] and answers[2]["picked"][:2] == ["left lung"] * 2

@@ -13,7 +13,7 @@ from mmedexpert.data.pairs import DIMENSIONS, INVALID, folded, pair_of, record_o
 from mmedexpert.engines.asking import refusal
 from mmedexpert.errors import UserError
 from mmedexpert.judging import theirs
-from mmedexpert.judging.ask import asks_of, controlled, judge
+from mmedexpert.judging.ask import asks_of, controlled, judge, with_verdicts
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import flat, numbers_of, per_pair
 from mmedexpert.judging.prompts import MAX_CHARACTERS, ask_of, definitions
@@ -276,3 +276,14 @@ def test_their_sums_are_of_the_first_order_alone():
     found = theirs.med_rewardbench(whole, rows)
     assert found["eye/accuracy"] == 0.3333 and found["eye/overall"] == 1.0 and len(found) == 6
     assert theirs.vl_rewardbench(pairs, rows_by(lambda *_: INVALID, pairs)) == {}
+
+
+@pytest.mark.parametrize("protocol", ["pairwise", "med_rewardbench"])
+def test_what_a_reward_model_scored_is_no_reply_to_be_read(protocol):
+    """Under either protocol, with few dimensions, and with a tie."""
+    row = {
+        "id": "p", "order": "ba", "dimensions": ["accuracy", "overall"], "finish_reason": "stop", "scores": {},
+        "response": '{"accuracy": "A", "overall": "tie"}',
+    }  # fmt: skip
+    found = with_verdicts(row, protocol)
+    assert found["verdicts"] == {"accuracy": "B", "overall": "tie"} and found["rule"] == "scores"

@@ -161,3 +161,11 @@ def test_a_head_is_saved_and_a_damaged_one_refused(tmp_path):
         RewardHead.load(tmp_path, ("accuracy", "overall"))
     with pytest.raises(UserError, match="no usable reward head"):
         RewardHead.load(tmp_path / "elsewhere", ("accuracy", "overall"))
+
+
+def test_a_head_scores_in_full_precision_under_autocast(tiny):
+    """Two close scores are subtracted: in bf16 they would be one."""
+    head, hidden = head_of(tiny), torch.randn(4, 64, generator=torch.Generator().manual_seed(3)) * 8
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head(hidden.bfloat16())
+    assert found.dtype == torch.float32 and torch.equal(found, head(hidden.bfloat16()))

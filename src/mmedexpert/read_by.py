@@ -220,8 +220,12 @@ RULES = (
         "judge={config.judge.name} needs none: add judge=dpo", ("judge",),
     ),
     Rule(
-        ("judge.max_new_tokens",), lambda c, _: c.stage.name == "judge" and c.judge.name == "scalar",
-        "judge=scalar writes nothing", ("judge",),
+        ("judge.max_new_tokens", "judge.steps"), lambda c, _: c.stage.name == "judge" and c.judge.name == "scalar",
+        "judge=scalar writes nothing, and takes judge.scalar_steps", ("judge",),
+    ),
+    Rule(
+        ("judge.scalar_steps",), lambda c, _: c.stage.name == "judge" and c.judge.name != "scalar",
+        "judge={config.judge.name} takes judge.steps", ("judge",),
     ),
     Rule(
         ("judge.name",), lambda c, _: c.stage.name != "judge", "the judges asked are named: judge_sft, judge_scalar",
@@ -243,7 +247,7 @@ RULES = (
         ("benchmark",),
     ),
     Rule(
-        ("eval.contamination", "eval.perspectives", "model.instructions"),
+        ("eval.contamination", "eval.perspectives"),
         lambda c, work: pairs_alone(c, work) and not work & {"dsa", "gba", "own"},
         "pairs of answers are judged without it", ("benchmark",),
     ),

@@ -304,12 +304,14 @@ class PairsConfig:
     load: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     val: dict[str, Any] = field(default_factory=dict)
+    part: str = MISSING
 
 
 @dataclass
 class TrainedJudgeConfig:
     name: str = MISSING
     steps: int = MISSING
+    scalar_steps: int = MISSING
     batch_size: int = MISSING
     lr: float = MISSING
     warmup_ratio: float = MISSING

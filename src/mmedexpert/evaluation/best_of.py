@@ -105,11 +105,14 @@ def sizes(count: int) -> list[int]:
     return [*(2**power for power in range((count - 1).bit_length())), count]
 
 
-def numbers_of(rows: Sequence[Row], *, picked: bool, num_resamples: int, seed: int) -> dict[str, Any]:
+def numbers_of(
+    rows: Sequence[Row], *, picked: bool, num_resamples: int, seed: int, alone: bool = True
+) -> dict[str, Any]:
     """`scores`: greedy, mean (of the single samples: pass@1), and for each k of `sizes` pass@k over all samples, vote@k
-    and with `picked` pick@k among the first k, each the accuracy over questions in [0, 1] with its 95% interval by
-    bootstrap over images; `differences` between them at k = all; `missing`: the share of questions whose pick fell back
-    to the first sample, because the judge scored none.
+    and with `picked` pick@k among the first k (without `alone`, where scores came of comparing all samples, of all),
+    each the accuracy over questions in [0, 1] with its 95% interval by bootstrap over images; `differences` between
+    them at k = all; `missing`: the share of questions whose pick fell back to the first sample, because the judge
+    scored none.
 
     p is adjusted by Holm over a model's differences (`p_holm`), not over models. # ours
     """
@@ -122,7 +125,7 @@ def numbers_of(rows: Sequence[Row], *, picked: bool, num_resamples: int, seed: i
     for k in sizes(count):
         values[f"pass@{k}"] = [pass_at(k, sum(row["correct"]), count) for row in rows]
         values[f"vote@{k}"] = [float(row["correct"][voted(row["picked"][:k])]) for row in rows]
-        if picked:
+        if picked and (alone or k == count):
             values[f"pick@{k}"] = [float(row["correct"][chosen(row["scores"][:k]) or 0]) for row in rows]
     draw = Summary(num_resamples=num_resamples, seed=seed)
     found: dict[str, Any] = {

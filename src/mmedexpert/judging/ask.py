@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def judge(
 
 
 def with_verdicts(row: Judgement, protocol: str) -> Judgement:
-    """A row with what today's rules read in its response."""
+    """A row with what today's rules read in its response; what a reward model scored needs no reading."""
+    if "scores" in row:
+        said = json.loads(row["response"])
+        return {**row, "rule": "scores", "verdicts": {name: canonical(one, row["order"]) for name, one in said.items()}}
     found = read(row["response"], row["dimensions"], protocol, finish_reason=row["finish_reason"])
     verdicts = {name: canonical(said, row["order"]) for name, said in found.said.items()}
     return {**row, "rule": found.rule, "verdicts": verdicts}

@@ -54,9 +54,9 @@ class RewardScorer:
     def __call__(self, groups: Sequence[Group]) -> Scores:
         start = time.perf_counter()
         counts = dict.fromkeys(COUNTS, 0.0)
-        wanted = {(one.question, one.images): dict.fromkeys(one.answers) for one in groups}
+        wanted: dict[tuple[str, tuple[Path, ...]], dict[str, None]] = {}
         for one in groups:
-            wanted[one.question, one.images] |= dict.fromkeys(one.answers)
+            wanted.setdefault((one.question, one.images), {}).update(dict.fromkeys(one.answers))
         asked = [
             (*key, fresh)
             for key, answers in wanted.items()
@@ -93,10 +93,12 @@ class VerdictScorer:
         name: str,
         where: str,
         style: str,
+        ties: bool = True,
         shows_images: bool = True,
         forget: Callable[[Ask], None] | None = None,
     ) -> None:
         self.engine, self.name, self.where, self.style, self.shows_images = engine, name, where, style, shows_images
+        self.ties = ties  # offered, as where the judge was trained
         self.forget = forget  # has a ledger ask again what could not be read
         self.kept: dict[tuple[str, tuple[Path, ...], str, str], float] = {}  # the first answer's win over the second
         self.heard = False  # has it said anything yet?
@@ -137,7 +139,7 @@ class VerdictScorer:
 
     def _compare(self, fresh: Sequence[tuple[str, tuple[Path, ...], str, str]], counts: dict[str, float]) -> list[str]:
         """Ask of each pair in both orders, and keep what can be read; why the others cannot."""
-        asked = [_ask(key, order, self.style) for key in fresh for order in ORDERS]
+        asked = [_ask(key, order, self.style, self.ties) for key in fresh for order in ORDERS]
         won: dict[int, list[float]] = {}
         reasons: list[str] = []
         for place, reply in self._replies([ask for ask, _ in asked], reasons):
@@ -173,9 +175,11 @@ def _around(answers: list[str]) -> list[tuple[str, str]]:
     return list(zip(answers, [*answers[1:], answers[0]], strict=True))
 
 
-def _ask(key: tuple[str, tuple[Path, ...], str, str], order: Order, style: str) -> tuple[Ask, tuple[str, ...]]:
+def _ask(
+    key: tuple[str, tuple[Path, ...], str, str], order: Order, style: str, ties: bool
+) -> tuple[Ask, tuple[str, ...]]:
     question, images, first, second = key
     pair = Pair(
         "answers", tuple(map(str, images)), question, {A: first, B: second}, dict.fromkeys(SCORED_BY, A), group=""
     )
-    return ask_of(pair, order, Path(), protocol="pairwise", ties=True, seed=0, blind=False, style=style)
+    return ask_of(pair, order, Path(), protocol="pairwise", ties=ties, seed=0, blind=False, style=style)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.models.packing import pack
 
 FILE = "reward_head.safetensors"
+DIMENSIONS = "dimensions"  # the key of their names in the file
 
 
 class RewardHead(nn.Module):
@@ -32,11 +33,12 @@ class RewardHead(nn.Module):
         self.own = nn.Parameter(torch.zeros(len(self.dimensions), hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden.float() @ (self.shared + self.own).T
+        with torch.autocast(hidden.device.type, enabled=False):  # close scores are subtracted: bf16 would lose them
+            return hidden.float() @ (self.shared + self.own).T
 
     def save(self, folder: Path) -> None:
         """`<folder>/reward_head.safetensors`."""
-        told = {"dimensions": " ".join(self.dimensions)}
+        told = {DIMENSIONS: " ".join(self.dimensions)}
         save_file({name: p.detach().contiguous().cpu() for name, p in self.named_parameters()}, folder / FILE, told)
 
     @classmethod
@@ -44,6 +46,10 @@ class RewardHead(nn.Module):
         """A saved head; UserError for a missing or damaged one, and for one of other dimensions."""
         try:
             weights = load_file(folder / FILE)
+            with safe_open(folder / FILE, "pt") as file:
+                told = (file.metadata() or {}).get(DIMENSIONS, "").split()
+            if tuple(told) != tuple(dimensions):
+                raise KeyError(f"it is of the dimensions {', '.join(told)}")
             head = cls(len(weights["shared"]), dimensions)
             head.load_state_dict(weights)
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:

@@ -77,13 +77,14 @@ def figure(summary: Mapping[str, Any], title: str, path: Path) -> None:
     drawn = Figure(figsize=(5, 3.4), layout="constrained")
     axes = drawn.subplots()
     for name, (label, colour, mark, dash) in LINES.items():
-        if f"{name}@1" not in scores:
+        there = [k for k in over if f"{name}@{k}" in scores]
+        found = [scores[f"{name}@{k}"] for k in there]
+        if not there:
             continue
-        found = [scores[f"{name}@{k}"] for k in over]
-        axes.plot(over, [one["accuracy"] for one in found], color=colour, marker=mark, linestyle=dash, label=label)
+        axes.plot(there, [one["accuracy"] for one in found], color=colour, marker=mark, linestyle=dash, label=label)
         if name != "pass":
             low, high = ([one[side] for one in found] for side in ("ci_low", "ci_high"))
-            axes.fill_between(over, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(there, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(scores["greedy"]["accuracy"], color="0.25", linewidth=1, label="greedy answer")
     axes.set_xscale("log", base=2)
     axes.set_xticks(over, [str(k) for k in over])

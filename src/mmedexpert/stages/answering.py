@@ -18,7 +18,9 @@ from mmedexpert.models.adapters import LoraAdapter, check_compatible
 from mmedexpert.models.backbone import load_encoder, load_model, streamline
 from mmedexpert.models.checkpoint import fingerprint_model, read_json
 from mmedexpert.models.encode import Encoder
+from mmedexpert.models.reward_head import FILE as HEAD
 from mmedexpert.models.reward_head import RewardHead
+from mmedexpert.runtime.fingerprints import file_digest
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config
@@ -53,21 +55,31 @@ def from_folder(folder: Path, base: Base) -> Subject:
         return Subject(name, fingerprint_model(inner), inner)
     adapter = LoraAdapter.load(inner)
     check_compatible([adapter], base.folder)
-    judge = judge_in(inner)
-    return Subject(
-        f"judge_{name}" if judge else name, f"{adapter.fingerprint}@{base.identity}", base.folder, inner, judge=judge
-    )
+    judge, identity = judge_in(inner), f"{adapter.fingerprint}@{base.identity}"
+    if judge is not None:
+        parts = [inner / part for part in (JUDGE, HEAD) if (inner / part).is_file()]
+        identity = "+".join([identity, *(file_digest(part) for part in parts)])
+        name = f"judge_{judge['kind']}" if name == inner.name else f"judge_{name}"
+    return Subject(name, identity, base.folder, inner, judge=judge)
 
 
-def judge_subject(run: Run, base: Base) -> Subject:
-    """A judge that `train_judge.trained` made."""
+def judge_subject(config: Config, run: Run, base: Base) -> Subject:
+    """A judge that `train_judge.trained` made; how long its replies may get says this command."""
     adapter = run.folder / "adapter"
-    return Subject(f"judge_{run.name}", run.run_id, base.folder, adapter, made_by=run, judge=judge_in(adapter))
+    told = None
+    if not config.runs.explain:
+        told = {**(judge_in(adapter) or {}), "max_new_tokens": config.judge.max_new_tokens}
+    return Subject(f"judge_{run.name}", run.run_id, base.folder, adapter, made_by=run, judge=told)
 
 
 def judge_in(folder: Path) -> dict[str, Any] | None:
-    """What a folder with an adapter says of the judge that it is; None where it is none."""
-    return read_json(folder / JUDGE) if (folder / JUDGE).is_file() else None
+    """What a folder says of the judge that it is; None where it is none. UserError for one of an older version."""
+    if not (folder / JUDGE).is_file():
+        return None
+    told = read_json(folder / JUDGE)
+    if missing := [key for key in ("kind", "style", "ties", "max_new_tokens", "trained_groups") if key not in told]:
+        raise UserError(f"{folder / JUDGE} does not say {', '.join(missing)}: train the judge again (stage=judge)")
+    return dict(told)
 
 
 def answering_key(config: Config, subject: Subject, system_prompt: str | None) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def engine_of(
     UserError for a reward model, which answers nothing.
     """
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": config.seed} if temperature else {}
-    if subject.judge and subject.judge["kind"] == "scalar":
+    if is_reward_model(subject):
         raise UserError(f"{subject.name} scores answers and gives none: ask it of pairs, benchmark=phantom_pairs")
     if subject.served:
         from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
@@ -112,7 +124,12 @@ def engine_of(
 
 def longest_reply(config: Config, subject: Subject) -> int:
     """The most tokens of an answer: a trained judge's verdicts take what it was trained with."""
-    return int(subject.judge["max_new_tokens"]) if subject.judge else config.model.max_new_tokens
+    return int(subject.judge["max_new_tokens"]) if subject.judge is not None else config.model.max_new_tokens
+
+
+def is_reward_model(subject: Subject) -> bool:
+    """Whether it is a reward model."""
+    return subject.judge is not None and subject.judge["kind"] == "scalar"
 
 
 def reward_model_of(config: Config, subject: Subject) -> RewardModel:

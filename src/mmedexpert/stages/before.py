@@ -14,6 +14,7 @@ import torch
 
 from mmedexpert import checks
 from mmedexpert.curation.settings import MODELS
+from mmedexpert.data.pairs import DIMENSIONS
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
 from mmedexpert.errors import UserError, suggestion
@@ -21,13 +22,14 @@ from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import grid_points
 from mmedexpert.merging.stream import call_method
 from mmedexpert.models.checkpoint import weight_files
+from mmedexpert.models.reward_head import RewardHead
 from mmedexpert.names import JUDGES, known_names, reasoner_names
 from mmedexpert.runtime.build import build, check
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config, EndpointConfig
 from mmedexpert.stages import benchmark, train_judge
-from mmedexpert.stages.answering import JUDGE
+from mmedexpert.stages.answering import JUDGE, judge_in
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import found
 from mmedexpert.training import rewards
@@ -124,11 +126,12 @@ def _try_merge(config: Config) -> None:
 
 def _check_keys(config: Config, work: set[str]) -> None:
     """Addresses and keys of the servers that this command asks."""
+    graded = config.reward.grader != "rules"
     asked: dict[str, tuple[EndpointConfig, bool]] = {
         "engine.endpoint": (config.engine.endpoint, "eval" in work and config.engine.name == "openai"),
         "eval.llm_judge": (config.eval.llm_judge, "eval" in work),
         "eval.picker": (config.eval.picker, "eval" in work and config.eval.best_of > 1),
-        "reward.judge": (config.reward.judge, "gba" in work and config.reward.grader != "rules"),
+        "reward.judge": (config.reward.judge, "gba" in work and (graded or config.reward.judge_weight > 0)),
     }
     if "data" in work and config.data.curate is not None:
         for name in MODELS:
@@ -173,8 +176,11 @@ def _check_judge(where: str, run: str) -> None:
         return
     if not Path(run).is_dir():
         raise UserError(f"{where}={run} is neither a folder nor a judge that is trained here{suggestion(run, JUDGES)}")
-    if not any((place / JUDGE).is_file() for place in (Path(run), Path(run) / "adapter")):
+    place = next((place for place in (Path(run), Path(run) / "adapter") if (place / JUDGE).is_file()), None)
+    if place is None:
         raise UserError(f"{where}={run} holds no {JUDGE}: give a folder that stage=judge made")
+    if (judge_in(place) or {})["kind"] == "scalar":
+        RewardHead.load(place, DIMENSIONS)
 
 
 def _with_data(config: Config, data: Run, work: set[str]) -> Config:

@@ -27,8 +27,8 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import rule_followed_by, versions
 from mmedexpert.schema import Config
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, tell_kept
-from mmedexpert.stages.common import stage_run, together
+from mmedexpert.stages.answering import Subject, answering_key, engine_of, is_reward_model, longest_reply, tell_kept
+from mmedexpert.stages.common import model_key, stage_run, together
 from mmedexpert.stages.questions import QuestionSource, protocol_of, system_prompt_of, words_of
 from mmedexpert.stages.scorers import loaded_late, scorer_of, subject_of
 
@@ -97,8 +97,9 @@ def _best_of(config: Config, subject: Subject, asked: QuestionSource, greedy: Ru
     """What the samples are worth beside the greedy evaluation, by today's rules and this judge."""
     settings, questions, protocol = config.eval, asked.questions, protocol_of(config, asked)
     title, samples = f"{subject.name} {questions.name}", _samples(config, subject, asked)
+    picker, alone = _picker(config)
     key = {
-        "protocol": protocol, "picker": _picker(config), "num_resamples": settings.num_resamples,
+        "protocol": protocol, "picker": picker, "num_resamples": settings.num_resamples,
         "rules": {
             **versions("best_of", "robust", "medevalkit", "metrics", "stats"), **rule_followed_by(questions.judge)
         },
@@ -120,9 +121,10 @@ def _best_of(config: Config, subject: Subject, asked: QuestionSource, greedy: Ru
             rows = [row | {"scores": _scores(drawn[row["id"]], scores[row["id"]])} for row in rows]
         write_atomic(run.folder / "answers.jsonl", lines(rows))
         found = numbers_of(
-            rows, picked=scorer is not None, num_resamples=settings.num_resamples, seed=config.seed
+            rows, picked=scorer is not None, num_resamples=settings.num_resamples, seed=config.seed,
+            alone=alone,
         ) | {
-            "protocol": protocol, "picker": _picker(config), "cost": cost,
+            "protocol": protocol, "picker": picker, "cost": cost,
             "unparsed": float(np.mean([one is None for row in rows for one in row["picked"]])),
             "truncated": float(np.mean([one["finish_reason"] == "length" for one in everything])),
         }  # fmt: skip
@@ -137,22 +139,20 @@ def _best_of(config: Config, subject: Subject, asked: QuestionSource, greedy: Ru
     return stage_run(config, STAGE, f"{subject.name}-{questions.name}", key, work, inputs)
 
 
-def _picker(config: Config) -> list[Any] | None:
-    """What decides the judge's scores: not its speed, nor how it is logged in to."""
+def _picker(config: Config) -> tuple[list[Any] | None, bool]:
+    """What decides the judge's scores: not its speed, nor how it is logged in to; whether they are of single answers,
+    or came of comparing all."""
     judge = config.eval.picker
     if judge.run:
-        return [subject_of(config, judge, "eval.picker").identity, versions("judge_scores", "pairwise")]
+        subject = subject_of(config, judge, "eval.picker")
+        told: list[Any] = [subject.identity, model_key(config), config.model.system_prompt]
+        told += [] if is_reward_model(subject) else [longest_reply(config, subject)]
+        return [*told, versions("judge_scores", "pairwise")], is_reward_model(subject)
     if not judge.model:
-        return None
+        return None, False
     address = without_password(judge.base_url or "").rstrip("/")
-    return [
-        address,
-        judge.model,
-        judge.revision,
-        judge.max_new_tokens,
-        judge.shows_images,
-        versions("judge_scores", "pairwise"),
-    ]
+    told = [address, judge.model, judge.revision, judge.max_new_tokens, judge.shows_images]
+    return [*told, versions("judge_scores", "pairwise")], False
 
 
 def _groups(asked: QuestionSource, drawn: Mapping[str, list[Row]]) -> list[Group]:

@@ -70,7 +70,10 @@ def launch(config: Config) -> None:
         return
     if device_of(config) == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices={devices}: only {torch.cuda.device_count()} CUDA devices here")
-    for key, size in (("dsa.batch_size", config.dsa.batch_size), ("gba.prompts_per_step", config.gba.prompts_per_step)):
+    for key, size in (
+        ("dsa.batch_size", config.dsa.batch_size), ("gba.prompts_per_step", config.gba.prompts_per_step),
+        ("judge.batch_size", config.judge.batch_size),
+    ):  # fmt: skip
         if size < wanted:
             raise UserError(f"{key}={size} leaves some of {wanted} devices without work: give at least {wanted}")
     if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":

@@ -14,7 +14,7 @@ def run(config: Config) -> dict[str, Run]:
     """The judge of `judge`; then it, and the judges without a model, on the validation pairs: a table."""
     made = train_judge.trained(config)
     one, source = train_judge.pairs_of(config, "val")
-    asked = judging.evaluations_of(config, one, source, [judge_subject(made, base_of(config))])
+    asked = judging.evaluations_of(config, one, source, [judge_subject(config, made, base_of(config))])
     together(config, list(asked.values()))
     done = {name: evaluate(config) for name, evaluate in asked.items()}
     judging.compare(config, done)

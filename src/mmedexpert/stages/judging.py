@@ -39,7 +39,7 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, reward_model_of
+from mmedexpert.stages.answering import Subject, answering_key, engine_of, is_reward_model, reward_model_of
 from mmedexpert.stages.common import stage_run
 
 STAGE = "verdicts"
@@ -89,8 +89,11 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
     benchmark, source, pairs, name = asked.benchmark, asked.source, asked.pairs, asked.benchmark.name
     protocol, control = protocol_of(config), subject.baseline
-    scalar = bool(subject.judge and subject.judge["kind"] == "scalar")
+    scalar = is_reward_model(subject)
     style = "full" if subject.served else config.model.instructions
+    if subject.judge is not None:  # as it was trained
+        style = subject.judge["style"]
+    prompt = config.model.system_prompt if scalar else _system_prompt(config)
     asks = [] if control or scalar else asks_of(
         pairs, asked.image_root, protocol=protocol, seed=config.seed, style=style, blind=blind
     )  # fmt: skip
@@ -98,7 +101,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     if control is None:
         words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asks])
         key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
-        key |= answering_key(config, subject, _system_prompt(config))
+        key |= answering_key(config, subject, prompt)
     inputs = {"questions": asked.identity, "model": subject.identity}
     trained = set((subject.judge or {}).get("trained_groups", ()))
 
@@ -131,7 +134,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
                     blind=blind, title=f"{subject.name} {name}",
                 )  # fmt: skip
             else:
-                engine = engine_of(config, subject, _system_prompt(config))
+                engine = engine_of(config, subject, prompt)
                 rows = judge(engine, asks, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
         with run.phase("summarise"):
             return summarise(run, rows)

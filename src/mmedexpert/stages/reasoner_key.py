@@ -59,6 +59,8 @@ def reward_key(config: Config) -> dict[str, Any]:
     key: dict[str, Any] = {"weights": reward.weights, "protocol": reward.protocol}
     if reward.judge_weight:  # which judge it is stands among the inputs
         key |= {"judge_weight": reward.judge_weight, "rules": versions("pairwise", "judge_scores")}
+        if judge.run in ("judge_sft", "judge_dpo"):
+            key["judge_tokens"] = config.judge.max_new_tokens
         if judge.run is None:
             key |= {"judge_sees": judge.shows_images, "judge_tokens": judge.max_new_tokens}
     if reward.grader == "rules":

@@ -14,7 +14,7 @@ from mmedexpert.names import JUDGES
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.schema import Config, JudgeConfig
 from mmedexpert.stages import train_judge
-from mmedexpert.stages.answering import Subject, engine_of, from_folder, judge_subject, reward_model_of
+from mmedexpert.stages.answering import Subject, engine_of, from_folder, is_reward_model, judge_subject, reward_model_of
 from mmedexpert.stages.common import ledger_of
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.rollouts import Judge
@@ -32,21 +32,21 @@ def subject_of(config: Config, judge: JudgeConfig, where: str) -> Subject:
     base = base_of(config)
     if judge.run in JUDGES:
         kind = replace(config.judge, name=judge.run.removeprefix("judge_"))
-        return judge_subject(train_judge.trained(replace(config, judge=kind)), base)
+        return judge_subject(config, train_judge.trained(replace(config, judge=kind)), base)
     found = from_folder(Path(judge.run), base)
     if found.judge is None:
         raise UserError(f"{where}.run={judge.run} is no trained judge: give a folder that stage=judge made")
     return found
 
 
-def scorer_of(config: Config, judge: JudgeConfig, where: str) -> Scorer:
-    """What scores answers for the judge of this key."""
-    subject = subject_of(config, judge, where)
-    if subject.judge and subject.judge["kind"] == "scalar":
+def scorer_of(config: Config, judge: JudgeConfig, where: str, subject: Subject | None = None) -> Scorer:
+    """What scores answers for the judge of this key, which is `subject` where it is known."""
+    subject = subject or subject_of(config, judge, where)
+    if is_reward_model(subject):
         return RewardScorer(reward_model_of(config, subject))
-    if subject.judge:
+    if (told := subject.judge) is not None:
         engine = engine_of(config, subject, config.model.system_prompt)
-        return VerdictScorer(engine, name=subject.name, where=where, style=subject.judge["style"])
+        return VerdictScorer(engine, name=subject.name, where=where, style=told["style"], ties=told["ties"])
     from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
 
     asked = server(judge, where, max_new_tokens=judge.max_new_tokens, ledger=ledger_of(config))
@@ -61,12 +61,13 @@ def scorer_of(config: Config, judge: JudgeConfig, where: str) -> Scorer:
 
 
 def loaded_late(config: Config, judge: JudgeConfig, where: str) -> Scorer:
-    """The same, made when it is first asked."""
+    """The same, loaded when it is first asked; a judge of JUDGES is trained now."""
     made: list[Scorer] = []
+    subject = subject_of(config, judge, where)
 
     def scorer(groups: Sequence[Group]) -> Scores:
         if not made:
-            made.append(scorer_of(config, judge, where))
+            made.append(scorer_of(config, judge, where, subject))
         return made[0](groups)
 
     return scorer

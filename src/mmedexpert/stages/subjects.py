@@ -68,7 +68,7 @@ def subjects_of(config: Config) -> list[Subject]:
             known[name] = _adapted(name, dsa.expert(longer, "all", config.specialty.names), base)
     for name in [name for name in wanted or [] if name in JUDGES]:
         kind = replace(config.judge, name=name.removeprefix("judge_"))
-        known[name] = judge_subject(train_judge.trained(replace(config, judge=kind)), base)
+        known[name] = judge_subject(config, train_judge.trained(replace(config, judge=kind)), base)
     if CONTROL in (wanted or []):
         known[CONTROL] = _adapted(CONTROL, gba.control(config), base)
     subjects = [known[name] for name in wanted or known if name not in BASELINES]

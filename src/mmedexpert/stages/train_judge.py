@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
-from mmedexpert.data.pairs import DIMENSIONS, group_mark, pair_of
+from mmedexpert.data.pairs import DIMENSIONS, TIE, group_mark, pair_of
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import fingerprint, load_records
 from mmedexpert.errors import UserError
@@ -22,7 +22,7 @@ from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.ranks import rank, ranks
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import versions
-from mmedexpert.schema import BenchmarkConfig, Config
+from mmedexpert.schema import BenchmarkConfig, Config, TrainedJudgeConfig
 from mmedexpert.stages import benchmark, dsa
 from mmedexpert.stages.answering import JUDGE
 from mmedexpert.stages.common import Base, fit_options, loading, model_key, stage_run, training_key
@@ -32,9 +32,6 @@ from mmedexpert.stages.pretrain import base_of
 if TYPE_CHECKING:  # Lightning, which takes seconds
     from mmedexpert.training.fit import TrainingModule
 
-KINDS = {
-    "sft": ("steps", "lr"), "scalar": ("steps", "lr"), "dpo": ("dpo_steps", "dpo_lr", "beta", "sft_weight"),
-}  # fmt: skip
 TOLD = {
     "sft": "LoRA SFT on right verdicts with a short reason",
     "dpo": "LoRA DPO on right against wrong verdicts, from SFT",
@@ -48,7 +45,7 @@ def pairs_of(config: Config, part: str) -> tuple[BenchmarkConfig, Run]:
     load = {**told.load, **getattr(told, part)}
     if told.root is None and load.get("_needs_root_") is not False:
         raise UserError(f"pairs={told.name} needs the folder that holds its files: pairs.root=<folder>")
-    one = BenchmarkConfig(name=f"{told.name}-{part}", root=told.root, load=load, pairs=True, breakdowns=["kind"])
+    one = BenchmarkConfig(name=f"{told.name}-{part}", root=told.root, load=load, pairs=True, breakdowns=[told.part])
     return one, benchmark.prepared(config, one, where="pairs")
 
 
@@ -59,9 +56,11 @@ def trained(config: Config) -> Run:
     records, image_root = load_records(source.folder)
     pairs = [pair_of(record) for record in records]
     start = trained(replace(config, judge=replace(settings, name="sft"))) if settings.name == "dpo" else None
-    acting = (*KINDS[settings.name], "batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
+    steps, lr = _length(settings)
+    acting = ["batch_size", "warmup_ratio", "weight_decay", "max_grad_norm"]
+    acting += ["beta", "sft_weight"] if start else []
     key = {
-        "judge": {name: getattr(settings, name) for name in acting},
+        "judge": {"steps": steps, "lr": lr, **{name: getattr(settings, name) for name in acting}},
         "lora": asdict(config.model.lora),
         "model": model_key(config),
         "trainer": training_key(config),
@@ -100,19 +99,27 @@ def trained(config: Config) -> Run:
     return stage_run(config, "judge", settings.name, key, work, inputs, sources={"pairs": source}, every_rank=True)
 
 
+def _length(settings: TrainedJudgeConfig) -> tuple[int, float]:
+    """Optimiser steps and rate of this kind."""
+    if settings.name == "dpo":
+        return settings.dpo_steps, settings.dpo_lr
+    return (settings.scalar_steps if settings.name == "scalar" else settings.steps), settings.lr
+
+
 def _module(config: Config, model: PeftModel, encoder: Encoder, head: RewardHead) -> TrainingModule:
     from mmedexpert.training.preferences import DpoModule, RewardModule
     from mmedexpert.training.sft import SftModule
 
-    settings, dpo = config.judge, config.judge.name == "dpo"
+    settings = config.judge
+    steps, lr = _length(settings)
     common: dict[str, Any] = {
-        "lr": settings.dpo_lr if dpo else settings.lr, "steps": settings.dpo_steps if dpo else settings.steps,
+        "lr": lr, "steps": steps,
         "weight_decay": settings.weight_decay, "warmup_ratio": settings.warmup_ratio, "seed": config.seed,
         "max_grad_norm": settings.max_grad_norm, "micro_batch_tokens": config.trainer.micro_batch_tokens,
     }  # fmt: skip
     if settings.name == "scalar":
         return RewardModule(model, encoder, head, **common)
-    if dpo:
+    if settings.name == "dpo":
         return DpoModule(model, encoder, beta=settings.beta, sft_weight=settings.sft_weight, **common)
     return SftModule(model, encoder, **common)
 
@@ -137,11 +144,11 @@ def _describe(config: Config, run: Run, base: Base, records: Sequence[Record]) -
     """Card and `judge.json`."""
     settings = config.judge
     pairs = [pair_of(record) for record in records]
-    labelled = sorted({name for pair in pairs for name in pair.labels}, key=DIMENSIONS.index)
     style = config.model.instructions
+    ties = any(TIE in pair.labels.values() for pair in pairs)
     write_json(run.folder / "adapter" / JUDGE, {
-        "kind": settings.name, "labelled": labelled, "style": style, "max_new_tokens": settings.max_new_tokens,
-        "pairs": config.pairs.name, "trained_groups": sorted({group_mark(pair) for pair in pairs}),
+        "kind": settings.name, "ties": ties, "style": style, "max_new_tokens": settings.max_new_tokens,
+        "trained_groups": sorted({group_mark(pair) for pair in pairs}),
     })  # fmt: skip
     write_card(
         run.folder / "adapter", kind="adapter", title=f"judge of pairs of answers ({settings.name})",

@@ -134,7 +134,8 @@ class RewardModule(_PairModule):
     def training_step(self, batch: Preferences, batch_idx: int) -> None:
         assert batch.labels is not None
         parts, labels = self.parts(batch), batch.labels.to(self.device)
-        told = self.over_ranks((~labels.isnan()).sum())
+        told = self.over_ranks((~labels.isnan()).sum()).clamp(min=1e-9)  # a batch may hold none
+        decisions = self.over_ranks(((labels == 0) | (labels == 1)).sum()).clamp(min=1e-9)
         sums = torch.zeros(3, device=self.device)
 
         def losses() -> Iterator[Tensor]:
@@ -149,6 +150,6 @@ class RewardModule(_PairModule):
                 yield weight * loss / told
 
         self.descend(losses(), len(parts))
-        loss, right, margin = self.over_ranks(sums) / told
-        self.log_dict({"loss": loss, "rewards/accuracies": right}, prog_bar=True)
-        self.log("rewards/margins", margin)
+        loss, right, margin = self.over_ranks(sums)
+        self.log_dict({"loss": loss / told, "rewards/accuracies": right / decisions}, prog_bar=True)
+        self.log("rewards/margins", margin / decisions)
