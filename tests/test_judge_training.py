@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import run
 from safetensors.torch import load_file
+from test_openai_engine import Server, completion
 
 from mmedexpert.runtime.inventory import runs_in
 
@@ -92,6 +93,27 @@ def test_a_judge_pays_for_answers_in_rl(trained):
     # one that has learnt nothing yet writes nothing that can be read: no reward, rather than a reward of nothing
     failed = run(outputs, *words, "reward.judge_weight=0.5", "reward.judge.run=judge_sft", *STEPS["sft"], code=2)
     assert "judge_sft compared none of" in failed.stderr and "cannot be read" in failed.stderr
+
+
+def test_a_served_judge_pays(tmp_path):
+    """Every third reply cannot be read: it costs, and is no score."""
+    server = Server()
+    try:
+        server.answer = lambda prompt, before, body: completion(
+            "hm" if sum(server.asked.values()) % 3 == 0 else '{"accuracy": "A", "overall": "A"}'
+        )
+        words = ["stage=gba", "gba.init=base", "gba.steps=1", "gba.prompts_per_step=2", "gba.num_generations=8"]
+        words += ["reward.judge_weight=1", f"reward.judge.base_url={server.base_url}", "reward.judge.model=m"]
+        run(tmp_path, *words)
+        (numbers,) = tmp_path.glob("gba/*/metrics.json")
+        metrics = json.loads(numbers.read_text())
+        assert metrics["judge/calls"] > 0 and metrics["judge/missing"] < 1 and metrics["judge/tokens"] > 0
+        prompts = [prompt for prompt, _ in server.asked.items()]
+        assert prompts and all('"accuracy"' in prompt and "Answer A" in prompt for prompt in prompts)
+    finally:
+        server.quit.set()
+        server.http.shutdown()
+        server.http.server_close()
 
 
 def test_a_judge_picks_the_best_of_samples(trained):
