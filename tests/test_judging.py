@@ -17,6 +17,7 @@ from mmedexpert.judging.ask import asks_of, controlled, judge, with_verdicts
 from mmedexpert.judging.controls import CONTROLS
 from mmedexpert.judging.numbers import flat, numbers_of, per_pair
 from mmedexpert.judging.prompts import MAX_CHARACTERS, ask_of, definitions
+from mmedexpert.sources import preference_pairs
 
 ROOT = Path("images")
 
@@ -287,3 +288,28 @@ def test_what_a_reward_model_scored_is_no_reply_to_be_read(protocol):
     }  # fmt: skip
     found = with_verdicts(row, protocol)
     assert found["verdicts"] == {"accuracy": "B", "overall": "tie"} and found["rule"] == "scores"
+
+
+def test_own_pairs_are_split_by_group(tmp_path):
+    """Each pair is in one part, and all pairs of a patient in the same."""
+    lines = [
+        {"id": f"{n}", "question": f"q {n}", "answer_a": "x", "answer_b": f"y {n}", "labels": {"overall": "A"},
+         "group": f"patient {n // 3}", "reason": "{worse} is late."}
+        for n in range(120)
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = {}
+    for split in ("train", "val", "test", "all"):
+        records, _, bad = preference_pairs.load(tmp_path, tmp_path / "out", split=split)
+        assert bad == [] and all(pair_of(record).reason == "{worse} is late." for record in records)
+        parts[split] = {record.id: record.image_group for record in records}
+    assert parts["train"] | parts["val"] | parts["test"] == parts["all"] and len(parts["all"]) == 120
+    assert sum(map(len, parts.values())) == 240 and 80 < len(parts["train"]) < 110
+    groups = [set(parts[split].values()) for split in ("train", "val", "test")]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    with pytest.raises(ValueError, match="split must be one of"):
+        preference_pairs.load(tmp_path, tmp_path / "out", split="dev")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(UserError, match="more groups are needed"):
+        for split in ("train", "val", "test"):
+            preference_pairs.load(tmp_path, tmp_path / "out", split=split)

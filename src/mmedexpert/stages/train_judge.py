@@ -20,7 +20,7 @@ from mmedexpert.models.encode import Encoder
 from mmedexpert.models.reward_head import RewardHead
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.ranks import rank, ranks
-from mmedexpert.runtime.runs import Run, write_json
+from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import BenchmarkConfig, Config, TrainedJudgeConfig
 from mmedexpert.stages import benchmark, dsa
@@ -71,6 +71,9 @@ def trained(config: Config) -> Run:
     def work(run: Run) -> dict[str, float]:
         from mmedexpert.training.fit import fit
 
+        if rank() == 0 and (left := len(source.manifest["left_out"])):
+            line = f"{config.pairs.name}: {left} pairs left out, see manifest.json in {source.folder}"
+            console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
         encoder, model = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         head = RewardHead(core_of(model).config.get_text_config().hidden_size, DIMENSIONS)
