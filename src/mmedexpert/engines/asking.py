@@ -57,3 +57,13 @@ class BudgetReached(UserError):
 
 # (place in the asked list, reply), in any order, each as soon as it is there
 Engine = Callable[[Sequence[Ask]], Iterator[tuple[int, Reply]]]
+
+
+def while_there(engine: Engine, asks: Sequence[Ask], reasons: list[str]) -> Iterator[tuple[int, Reply]]:
+    """What an engine gives; what it raises for a lost server is a reason, after the replies that came."""
+    try:
+        yield from engine(asks)
+    except BudgetReached:
+        raise
+    except UserError as error:
+        reasons.append(str(error))

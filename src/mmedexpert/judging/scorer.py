@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmedexpert.data.pairs import DIMENSIONS, INVALID, ORDERS, TIE, A, B, Order, Pair
-from mmedexpert.engines.asking import Ask, BudgetReached, Engine, Reply
+from mmedexpert.engines.asking import Ask, Engine, while_there
 from mmedexpert.errors import UserError
 from mmedexpert.judging.prompts import ask_of
 from mmedexpert.judging.reward_model import RewardModel
@@ -142,7 +142,7 @@ class VerdictScorer:
         asked = [_ask(key, order, self.style, self.ties) for key in fresh for order in ORDERS]
         won: dict[int, list[float]] = {}
         reasons: list[str] = []
-        for place, reply in self._replies([ask for ask, _ in asked], reasons):
+        for place, reply in while_there(self.engine, [ask for ask, _ in asked], reasons):
             counts["cached" if reply.kept else "calls"] += 1
             if not reply.kept:
                 counts["tokens"] += reply.tokens
@@ -157,15 +157,6 @@ class VerdictScorer:
                 reasons.append(reply.refused or f"its reply cannot be read ({found.rule}): {reply.text[:80]!r}")
         self.kept |= {fresh[number]: sum(said) / len(said) for number, said in won.items() if said}
         return reasons
-
-    def _replies(self, asks: Sequence[Ask], reasons: list[str]) -> Iterator[tuple[int, Reply]]:
-        """What the engine gives; what it raises for a lost server is a reason, after the replies that came."""
-        try:
-            yield from self.engine(asks)
-        except BudgetReached:
-            raise
-        except UserError as error:
-            reasons.append(str(error))
 
 
 def _around(answers: list[str]) -> list[tuple[str, str]]:

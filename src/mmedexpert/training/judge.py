@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmedexpert.engines.asking import Ask, BudgetReached, Reply
+from mmedexpert.engines.asking import Ask, while_there
 from mmedexpert.engines.objects import MAX_REPLY, json_objects, reply_format, visible, whole
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
@@ -77,7 +77,7 @@ class JudgeGrader:
         verdicts: list[Verdict | None] = [None] * len(cases)
         reasons: list[str] = []
         refused: set[int] = set()
-        for place, reply in self._replies(asks, reasons):
+        for place, reply in while_there(self.engine, asks, reasons):
             if reply.kept:
                 counts["cached"] += 1
             else:
@@ -110,15 +110,6 @@ class JudgeGrader:
             [{p: {c: float(held) for c, held in one.items()} for p, one in (v or {}).items()} for v in verdicts],
             counts,
         )
-
-    def _replies(self, asks: Sequence[Ask], reasons: list[str]) -> Iterator[tuple[int, Reply]]:
-        """What the engine gives; what it raises for a lost server is a reason, after the replies that came."""
-        try:
-            yield from self.engine(asks)
-        except BudgetReached:
-            raise
-        except UserError as error:
-            reasons.append(str(error))
 
     def _ask(self, place: int, case: Case) -> Ask:
         images = case.images if self.shows_images else ()
