@@ -94,7 +94,7 @@ def test_their_protocol_asks_once_and_reads_as_they_do(tmp_path, server):
 
 def test_a_local_model_judges_with_and_without_the_images(tmp_path):
     root = benchmark(tmp_path / "files", eye=2)
-    given = [f"benchmark.med_rewardbench.root={root}", "eval.image_blind=true"]
+    given = [f"benchmark.med_rewardbench.root={root}", "eval.image_blind=true", "model.instructions=full"]
     run(tmp_path / "out", *PAIRS[:2], *given, "model.max_new_tokens=8")
     paths = [
         next((tmp_path / "out/verdicts").glob(f"{name}-med_rewardbench-*/judgements.jsonl"))
@@ -119,7 +119,7 @@ def test_what_would_be_no_judge_is_told(tmp_path, server):
         out, "stage=eval", "eval.models=[base]", "eval.image_blind=true", code=2
     ).stderr  # fmt: skip
     told = run(out, *asked_of(server, tmp_path / "files", "model.instructions=full"), code=2).stderr
-    assert "pairs of answers are judged without it" in told
+    assert "a served judge of pairs of answers is asked in full" in told
 
 
 def test_two_sets_of_pairs_and_one_of_questions_in_one_command(tmp_path):

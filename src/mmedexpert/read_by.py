@@ -252,6 +252,11 @@ RULES = (
         "pairs of answers are judged without it", ("benchmark",),
     ),
     Rule(
+        ("model.instructions",),
+        lambda c, work: _served(c, work) and pairs_alone(c, work) and not work & {"dsa", "gba", "own"},
+        "a served judge of pairs of answers is asked in full", ("engine", "benchmark"),
+    ),
+    Rule(
         ("gba.keep_rollouts",), lambda c, _: c.gba.keep is None,
         "gba.keep=null keeps every question: give a range, gba.keep=[1,15]", ("gba.keep",),
     ),
