@@ -54,7 +54,8 @@ def run(
     """The samples of each model on each set beside its greedy evaluation, and a table a set; of no baseline."""
     models = {name: one for name, one in asked.items() if one[0].baseline is None}
     together(config, [partial(_samples, subject=subject, asked=source) for subject, source, _ in models.values()])
-    done = {name: _best_of(config, *one, scorer) for name, one in models.items()}
+    picker = _picker(config) if models else (None, False)  # once: a trained judge's pairs are read to know it
+    done = {name: _best_of(config, *one, scorer, *picker) for name, one in models.items()}
     if config.runs.explain or rank() > 0:
         return done
     for name in dict.fromkeys(source.questions.name for _, source, _ in models.values()):
@@ -93,11 +94,13 @@ def _samples(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     return done
 
 
-def _best_of(config: Config, subject: Subject, asked: QuestionSource, greedy: Run, scorer: Scorer | None) -> Run:
-    """What the samples are worth beside the greedy evaluation, by today's rules and this judge."""
+def _best_of(
+    config: Config, subject: Subject, asked: QuestionSource, greedy: Run, scorer: Scorer | None,
+    picker: list[Any] | None, alone: bool,
+) -> Run:  # fmt: skip
+    """What the samples are worth beside the greedy evaluation, by today's rules and this judge (see `_picker`)."""
     settings, questions, protocol = config.eval, asked.questions, protocol_of(config, asked)
     title, samples = f"{subject.name} {questions.name}", _samples(config, subject, asked)
-    picker, alone = _picker(config)
     key = {
         "protocol": protocol, "picker": picker, "num_resamples": settings.num_resamples,
         "rules": {

@@ -109,8 +109,9 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
     inputs = {"base": base.identity, "data": content_of(data, "train", specialties)}
     if start:
         inputs["start"] = start.run_id
-    if config.reward.judge_weight:
-        inputs["judge"] = subject_of(config, config.reward.judge, "reward.judge").identity
+    paying = subject_of(config, config.reward.judge, "reward.judge") if config.reward.judge_weight else None
+    if paying:
+        inputs["judge"] = paying.identity
     hardness = difficulty(config, name, specialties, start) if settings.keep is not None else None
     if hardness:
         inputs["difficulty"] = hardness.run_id
@@ -124,7 +125,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
             records = within(records, passed(hardness.folder / DIFFICULTY), settings.keep)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
         grader = grader_of(acting_reward(config), ledger_of(config))
-        judge = judge_of(config) if config.reward.judge_weight else None
+        judge = judge_of(config, paying) if paying else None
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
         with run.phase("train"):

@@ -73,9 +73,10 @@ def loaded_late(config: Config, judge: JudgeConfig, where: str) -> Scorer:
     return scorer
 
 
-def judge_of(config: Config) -> Judge:
-    """What scores completions in RL, for `reward.judge`: the question as the policy read it, without an instruction."""
-    scorer = scorer_of(config, config.reward.judge, "reward.judge")
+def judge_of(config: Config, subject: Subject) -> Judge:
+    """What scores completions in RL for `reward.judge`, which is `subject`: the question as the policy read it, without
+    an instruction."""
+    scorer = scorer_of(config, config.reward.judge, "reward.judge", subject)
 
     def judge(
         records: Sequence[Record], image_root: Path, completions: Sequence[Sequence[str]]
