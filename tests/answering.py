@@ -21,9 +21,9 @@ from mmedexpert.models import tiny
 from mmedexpert.models.backbone import save_backbone
 from mmedexpert.models.encode import Encoder, prompt_text
 from mmedexpert.schema import Config
-from mmedexpert.training.batches import batch_indices
+from mmedexpert.training.batches import Samples, batch_indices
 from mmedexpert.training.fit import fit
-from mmedexpert.training.sft import Samples, SftModule
+from mmedexpert.training.sft import SftModule
 
 CONF = Path(__file__).parents[1] / "conf"
 SPECIALTIES = ("adult_medicine", "pediatrics", "brain_sensory", "oncology_surgery")

@@ -12,6 +12,7 @@ from plain import Plain, added, deltas, mean
 from recording import Step, watch_steps
 
 from mmedexpert.data.records import load_records
+from mmedexpert.models import generate as generating
 from mmedexpert.models.backbone import core_of
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
@@ -19,7 +20,6 @@ from mmedexpert.stages import dsa, gba
 from mmedexpert.stages import policy as policies
 from mmedexpert.stages.data import dataset
 from mmedexpert.training import gba as gba_module
-from mmedexpert.training import rollouts
 
 ARMS = {
     "guided": [
@@ -86,7 +86,7 @@ def trained(name: str, answering: Callable[..., Config]) -> Arm:
     config = answering(*ARMS[name], "dsa.lr=0.02")
     start, sampled = start_of(config), []
     with pytest.MonkeyPatch.context() as patch:
-        roll_out, generate = policies.roll_out, rollouts.generate
+        roll_out, generate = policies.roll_out, generating.generate
         given: dict[str, Any] = {}
 
         def sampler(model, encoder, prompts, **options):
@@ -103,7 +103,7 @@ def trained(name: str, answering: Callable[..., Config]) -> Arm:
             sampled.append(Sampled(list(records), dict(given), weights, rollout))
             return rollout
 
-        patch.setattr(rollouts, "generate", sampler)
+        patch.setattr(generating, "generate", sampler)
         patch.setattr(policies, "roll_out", sample)
         steps, packs = watch_steps(patch), []
 

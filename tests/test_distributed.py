@@ -24,12 +24,12 @@ from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import add_lora
 from mmedexpert.stages import common
-from mmedexpert.training.batches import share
+from mmedexpert.training.batches import Samples, share
 from mmedexpert.training.fit import fit, gathered, trained_weights
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.grading import RulesGrader
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
-from mmedexpert.training.sft import Samples, SftModule
+from mmedexpert.training.sft import SftModule
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 TRAINING = {"lr": 0.01, "weight_decay": 0.0, "seed": 0, "warmup_ratio": 0.0, "max_grad_norm": 1e9}

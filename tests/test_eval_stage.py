@@ -19,12 +19,12 @@ from plain import Plain, deltas, user_turn
 
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
-from mmedexpert.engines import transformers as engine
 from mmedexpert.evaluation import summary as numbers
 from mmedexpert.evaluation.predict import QuestionSet
 from mmedexpert.guidelines import PERSPECTIVES, perspectives
 from mmedexpert.guidelines.rubrics import grades
 from mmedexpert.guidelines.truth import truth_of
+from mmedexpert.models import generate as generating
 from mmedexpert.reporting.tables import print_result
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
@@ -59,13 +59,13 @@ def asked(answering) -> Asked:
     )  # fmt: skip
     generated: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        generate = engine.generate
+        generate = generating.generate
 
         def watched(model: Any, encoder: Any, prompts: Any, **options: Any) -> Any:
             generated.append({"prompts": len(prompts), **options})
             return generate(model, encoder, prompts, **options)
 
-        patch.setattr(engine, "generate", watched)
+        patch.setattr(generating, "generate", watched)
         runs = evaluation.run(config)
     records, image_root = load_records(dataset(config).folder)
     chosen = [r for r in records if r.split == "test" and r.specialties[0] in NAMES]

@@ -11,7 +11,8 @@ import torch
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.models.adapters import LoraAdapter, concatenate_lora
-from mmedexpert.models.backbone import add_lora, start_from_
+from mmedexpert.models.backbone import add_lora
+from mmedexpert.models.lean import start_from_
 from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.advantages import group_relative, guideline_based
 from mmedexpert.training.fit import fit

@@ -11,6 +11,7 @@ from plain import Plain, conversation, deltas
 from safetensors.torch import load_file
 
 from mmedexpert.data.records import load_records
+from mmedexpert.models import generate as generating
 from mmedexpert.stages import dsa, gba
 from mmedexpert.stages import policy as policies
 from mmedexpert.stages.data import dataset
@@ -123,7 +124,7 @@ def test_precision_refills_protocol_and_system_prompt_reach_the_bottom(answering
     )  # fmt: skip
     computed, protocols, prompts = [], set(), []
     with pytest.MonkeyPatch.context() as patch:
-        seen, policy_loss, generate = watch_rollouts(patch), gba_module.token_logps, rollouts.generate
+        seen, policy_loss, generate = watch_rollouts(patch), gba_module.token_logps, generating.generate
         outcome = rollouts.rewards.outcome
 
         def logps(*args: Any, **options: Any) -> Any:
@@ -143,7 +144,7 @@ def test_precision_refills_protocol_and_system_prompt_reach_the_bottom(answering
 
         patch.setattr(gba_module, "token_logps", logps)
         patch.setattr(rollouts.rewards, "outcome", paid)
-        patch.setattr(rollouts, "generate", sampled)
+        patch.setattr(generating, "generate", sampled)
         gba.run(config)
     assert set(computed) == {(True, torch.bfloat16)} and protocols == {"medevalkit"}
     assert [len(records) for _, records, _ in seen] == [4, 2]

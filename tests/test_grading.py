@@ -25,6 +25,7 @@ from mmedexpert.errors import UserError
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.perspectives import perspectives
 from mmedexpert.guidelines.rubrics import Grades, adherence, criteria
+from mmedexpert.models import generate as generating
 from mmedexpert.models.generate import Completions
 from mmedexpert.stages.before import check_inputs
 from mmedexpert.stages.reasoner_key import acting_reward, reasoner_key, reward_key
@@ -229,7 +230,7 @@ def rolled(
 
     outcome = [float(n % 3 == 0) for n in range(16)]
     with monkeypatch.context() as patch:
-        patch.setattr(rollouts, "generate", generate)
+        patch.setattr(generating, "generate", generate)
         patch.setattr(rollouts.rewards, "outcome", lambda *_, **__: (outcome, {"accuracy": outcome}))
         turn = iter(said)
         patch.setattr(encoder, "decode", lambda _: next(turn))

@@ -6,15 +6,16 @@ import copy
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners import lora
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmedexpert.models import attention
 from mmedexpert.models.attention import Tree, by_family, by_kernel
-from mmedexpert.models.backbone import LeanLora, add_lora, core_of
+from mmedexpert.models.backbone import add_lora, core_of
+from mmedexpert.models.lean import LeanLora
 from mmedexpert.models.packing import micro_batches, pack, token_logps
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -179,7 +180,7 @@ def test_tree_attention_is_the_masked_attention_of_all_pairs(tree, seed):
     expected = dense(query, key, value, tree)
     assert torch.allclose(by_family(query, key, value, tree, 0.3), expected, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "varlen_attn", as_documented)
+        patch.setattr(torch.nn.attention.varlen, "varlen_attn", as_documented)
         assert torch.allclose(by_kernel(query, key, value, tree, 0.3), expected, atol=1e-5)
 
 

@@ -12,8 +12,9 @@ from test_packing import TARGETS, whole_sequences
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import add_lora, core_of
 from mmedexpert.models.reward_head import FILE, RewardHead, scores
+from mmedexpert.training.batches import Preferences
 from mmedexpert.training.fit import fit
-from mmedexpert.training.preferences import DpoModule, Preferences, RewardModule, bradley_terry, dpo_loss
+from mmedexpert.training.preferences import DpoModule, RewardModule, bradley_terry, dpo_loss
 
 NAN = math.nan
 TRAINING = {"seed": 0, "steps": 1, "warmup_ratio": 0.0, "max_grad_norm": 1e9, "lr": 0.01, "weight_decay": 0.0}

@@ -11,6 +11,7 @@ import torch
 
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.models import generate as generating
 from mmedexpert.models.generate import Completions
 from mmedexpert.training import rollouts
 from mmedexpert.training.advantages import group_relative
@@ -237,7 +238,7 @@ def test_an_open_question_with_two_images_takes_the_same_path(tiny, picture, tmp
         padded = torch.tensor([row + [encoder.pad_id] * (width - len(row)) for row in ids])
         return Completions(padded, mask, torch.zeros(mask.shape), torch.ones(8).bool())
 
-    monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(generating, "generate", generate)
     rollout = roll_out(
         model, encoder, [record], tmp_path, sampling=Sampling(8, 300, 1.0, 1.0, 0),
         guidance=Guidance((1.0, 1.0, 1.0, 1.0), 1.0, "none", "prompted", "group"), reward_weights={"accuracy": 1.0},
@@ -282,7 +283,7 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, condition
 
     paid: list[dict[str, Any]] = []
     outcome = rollouts.rewards.outcome
-    monkeypatch.setattr(rollouts, "generate", generate)
+    monkeypatch.setattr(generating, "generate", generate)
     monkeypatch.setattr(
         rollouts.rewards, "outcome", lambda texts, **given: paid.append(given) or outcome(texts, **given)
     )

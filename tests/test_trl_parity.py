@@ -16,8 +16,9 @@ from peft import get_peft_model
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.advantages import group_relative
+from mmedexpert.training.batches import Preferences
 from mmedexpert.training.losses import policy_loss
-from mmedexpert.training.preferences import Preferences, dpo_loss
+from mmedexpert.training.preferences import dpo_loss
 
 pytest.importorskip("trl", reason="TRL is not installed (requirements-bench.txt)")
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "speed"))

@@ -228,7 +228,8 @@ def curve(module: Any, stream: Any, folder: Path, *names: str) -> list[list[floa
 
 def sft(folder: Path) -> Any:
     """Four steps on one batch: the loss, which falls, and its gradient's norm."""
-    from mmedexpert.training.sft import Samples, SftModule
+    from mmedexpert.training.batches import Samples
+    from mmedexpert.training.sft import SftModule
 
     model, encoder = small_model()
     samples = Samples(

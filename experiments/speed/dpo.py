@@ -36,10 +36,12 @@ from tiny_vl import (
     write_images,
 )
 
-from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder
+from mmedexpert.models.lean import streamline
 from mmedexpert.models.packing import pack, token_logps
-from mmedexpert.training.preferences import Preferences, dpo_loss
+from mmedexpert.training.batches import Preferences
+from mmedexpert.training.preferences import dpo_loss
 
 BETA = 0.1
 

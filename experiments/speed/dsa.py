@@ -38,8 +38,9 @@ from tiny_vl import (
     write_images,
 )
 
-from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder
+from mmedexpert.models.lean import streamline
 from mmedexpert.models.packing import pack, token_logps
 
 MISSING = ""  # why the peer is not here

@@ -38,9 +38,10 @@ from tiny_vl import (
     write_images,
 )
 
-from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.generate import generate
+from mmedexpert.models.lean import streamline
 from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.advantages import group_relative
 from mmedexpert.training.losses import policy_loss

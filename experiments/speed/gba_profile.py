@@ -60,8 +60,9 @@ from tiny_vl import (
 )
 
 import mmedexpert.models.generate as sampler
-from mmedexpert.models.backbone import core_of, streamline
+from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.lean import streamline
 from mmedexpert.models.logps import selected_logps
 from mmedexpert.models.packing import Pack, pack
 from mmedexpert.training.advantages import group_relative

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import imagehash
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from PIL import Image, ImageStat
 
 from mmedexpert.data.images import open_image
@@ -28,6 +28,9 @@ from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.progress import track
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 HASH_SIDE = 16  # ours: 256 bits; with the usual 64, 72 pairs of different ECG sheets have the same hash
 BITS = HASH_SIDE**2
@@ -116,6 +119,8 @@ def fingerprints(records: Sequence[Record], image_root: Path, cache: Path | None
     sets. A line is added as soon as an image is hashed: a killed run goes on from there.
     Raises UserError for an image that is missing or cannot be read, and for a cache that is another kind of file.
     """
+    from datasketch import MinHash  # a second to import, which a command that finds all done need not wait for
+
     known = read_cache(cache) if cache else {}
     row_of: dict[Picture, int] = {}
     row_of_name: dict[str, int] = {}
@@ -251,6 +256,8 @@ def _packed(of: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
 
 def _near_questions(train: Fingerprints, test: Fingerprints, min_jaccard: float) -> list[int]:
     """Test texts that have a near-same one in training."""
+    from datasketch import MinHashLSH
+
     known = set(train.questions)
     near = {row for row, text in enumerate(test.questions) if text in known}
     words = {row: word_pairs(text) for row, text in enumerate(test.questions) if row not in near}

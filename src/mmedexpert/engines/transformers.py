@@ -11,7 +11,6 @@ from mmedexpert.engines.asking import Ask, Reply, refusal
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
-from mmedexpert.models.generate import generate
 
 WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
 
@@ -67,6 +66,8 @@ class TransformersEngine:
                 yield from zip(places, self._answer(prompts, seeds), strict=True)
 
     def _answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Reply]:
+        from mmedexpert.models.generate import generate  # lazily, as models/backbone.py says
+
         start = time.perf_counter()
         self.encoder.encode_images(core_of(self.model), prompts, patches_together=PATCHES)
         out = generate(

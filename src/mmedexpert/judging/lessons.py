@@ -13,9 +13,7 @@ from mmedexpert.data.pairs import DIMENSIONS, ORDERS, OTHER, TIE, A, B, Order, P
 from mmedexpert.judging.ask import asks_of
 from mmedexpert.judging.prompts import MAX_CHARACTERS
 from mmedexpert.models.encode import Encoder, Prompt
-from mmedexpert.training.batches import Stream, batch_indices, share
-from mmedexpert.training.preferences import Preferences
-from mmedexpert.training.sft import Samples
+from mmedexpert.training.batches import Preferences, Samples, Stream, batch_indices, share
 
 CHANCE = {A: 1.0, B: 0.0, TIE: 0.5}  # that the pair's first answer is the better one
 

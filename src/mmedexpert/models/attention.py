@@ -17,11 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 NAME = "prefix_tree"
 PADDING = 1.25  # ours: pairs a padded segment may read for each one of its own
@@ -160,6 +156,9 @@ def enable(core: Any) -> None:
     Raises:
         ValueError: the model has sliding-window attention, or vision features added behind its last layer.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface  # lazily, as models/backbone.py says
+    from transformers.masking_utils import sdpa_mask
+
     language_model = core.model.language_model
     if language_model.config._attn_implementation == NAME:
         return
@@ -202,6 +201,8 @@ def _attention(
         return attend(q, k, v, tree, scaling)[None], None
     if prefix is not None:
         return behind_prefix(query, key, value, prefix, module.layer_idx, scaling), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
 
 
@@ -230,6 +231,8 @@ def by_kernel(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: fl
 
     Its causal mask is aligned with the ends of queries and keys, so a segment's keys are its ancestors' and its own.
     """
+    from torch.nn.attention.varlen import varlen_attn  # it imports the compiler, two seconds
+
     ragged = tree.ragged
     k, v = (x.index_select(0, ragged["places"]) for x in (key, value))
     lengths = {name: ragged[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k")}

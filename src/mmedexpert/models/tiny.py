@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmedexpert.models.backbone import streamline
 from mmedexpert.models.encode import TAGS
+from mmedexpert.models.lean import streamline
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",

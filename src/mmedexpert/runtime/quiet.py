@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 import warnings
 
 from yaml import MarkedYAMLError
@@ -22,10 +24,9 @@ def silence(*, traceback: bool) -> None:
     warnings.filterwarnings("ignore")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is not imported for this: a second
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.set_verbosity_error()
 
 
 def one_line(error: BaseException) -> str:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from mmedexpert.data.pairs import DIMENSIONS
 from mmedexpert.engines.asking import Engine
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
 from mmedexpert.judging.reward_model import RewardModel
 from mmedexpert.models.adapters import LoraAdapter, check_compatible
-from mmedexpert.models.backbone import load_encoder, load_model, streamline
+from mmedexpert.models.backbone import load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_model, read_json
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.reward_head import FILE as HEAD
@@ -144,6 +142,10 @@ def _loaded(config: Config, subject: Subject, system_prompt: str | None) -> tupl
     assert subject.folder is not None
     encoder, model = load_encoder(subject.folder, loading(config)), load_model(subject.folder, loading(config))
     encoder.system_prompt = system_prompt
+    from peft import PeftModel  # lazily, as models/backbone.py says
+
+    from mmedexpert.models.lean import streamline
+
     answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
     streamline(answering)
     return answering.requires_grad_(False), encoder

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any
 
 from mmedexpert.guidelines import instructions
 from mmedexpert.merging.apply import merge_adapters
 from mmedexpert.merging.methods import linear
 from mmedexpert.models.adapters import LoraAdapter
-from mmedexpert.models.backbone import add_lora, load_encoder, load_model, streamline
+from mmedexpert.models.backbone import add_lora, load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.runs import Run, clean
@@ -30,6 +28,9 @@ from mmedexpert.stages.common import (
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.dsa import licences, save_adapter, save_sum
 from mmedexpert.stages.pretrain import base_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
@@ -114,6 +115,10 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
 
 def _teacher(config: Config, experts: Mapping[str, Run]) -> PeftModel:
     """The base with every expert's adapter under its name; one of them acts at a time."""
+    from peft import PeftModel  # lazily, as models/backbone.py says
+
+    from mmedexpert.models.lean import streamline
+
     places = {name: expert.folder / "adapter" for name, expert in experts.items()}
     first, *others = places
     model = load_model(base_of(config).folder, loading(config))

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
@@ -34,6 +32,9 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _told: set[Path] = set()  # data sets without traces that this command has named
 

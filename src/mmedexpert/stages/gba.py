@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
@@ -42,7 +41,9 @@ from mmedexpert.training.losses import LossType
 from mmedexpert.training.rollout_report import completion_rows, repetition, report
 from mmedexpert.training.rollouts import Guidance, Rollout, advantages
 
-if TYPE_CHECKING:  # Lightning, which takes seconds
+if TYPE_CHECKING:  # Lightning and PEFT, which take seconds
+    from peft import PeftModel
+
     from mmedexpert.training.gba import GbaModule
 
 

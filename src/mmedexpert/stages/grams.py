@@ -12,7 +12,7 @@ from mmedexpert.guidelines import instructions
 from mmedexpert.merging.collect import collect
 from mmedexpert.merging.grams import Grams
 from mmedexpert.models.adapters import LoraAdapter
-from mmedexpert.models.backbone import load_encoder, load_model, start_from_
+from mmedexpert.models.backbone import load_encoder, load_model
 from mmedexpert.models.encode import Prompt
 from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import digest, versions
@@ -54,6 +54,8 @@ def _of_expert(config: Config, name: str, expert: Run, others: Mapping[str, Run]
                 "merge.grams measures the language model's layers, and model.lora.target_modules reaches the vision "
                 "tower: leave it out, or merge with merge.grams=null and another rule than regmean"
             )
+        from mmedexpert.models.lean import start_from_  # lazily, as models/backbone.py says
+
         start_from_(model, adapter)
         updates = [LoraAdapter.load(_update(other)) for other in others.values()]
 

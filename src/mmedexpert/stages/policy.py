@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, cast
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import instructions
 from mmedexpert.models.adapters import LoraAdapter
-from mmedexpert.models.backbone import add_lora, load_encoder, load_model, start_from_
+from mmedexpert.models.backbone import add_lora, load_encoder, load_model
 from mmedexpert.models.encode import Encoder
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
@@ -30,11 +28,16 @@ from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Grader, grader_of
 from mmedexpert.training.rollouts import Guidance, Judge, Rollout, Sampling, roll_out
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 DIFFICULTY, COLUMNS = "difficulty.jsonl", ("id", "passed", "of")
 
 
 def policy_of(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> PeftModel:
     """The base with the start inside it, frozen, and a fresh LoRA on top."""
+    from mmedexpert.models.lean import start_from_  # lazily, as models/backbone.py says
+
     model, lora = load_model(base.folder, loading(config)), config.model.lora
     for adapter in starts:
         start_from_(model, adapter)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from mmedexpert import models
 from mmedexpert.errors import UserError
-from mmedexpert.models import tiny
 from mmedexpert.models.backbone import resolve, save_backbone
 from mmedexpert.models.checkpoint import fingerprint_model, new_folder
-from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.encode import TAGS, Encoder, Prompt
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import versions
@@ -29,7 +29,7 @@ from mmedexpert.sources.phantom import lessons
 from mmedexpert.stages.common import Base, fit_options, stage_run
 from mmedexpert.training.batches import Stream
 
-SHIPPED = Path(tiny.__file__).parent / "shipped"  # what `experiments/base/ship.py` wrote
+SHIPPED = Path(models.__file__).parent / "shipped"  # what `experiments/base/ship.py` wrote
 
 
 def base_of(config: Config) -> Base:
@@ -73,7 +73,8 @@ def _pretrain(config: Config) -> Run:
     }
 
     def work(run: Run) -> dict[str, float]:
-        from mmedexpert.training.fit import fit  # Lightning, which takes seconds
+        from mmedexpert.models import tiny  # transformers and Lightning, which take seconds
+        from mmedexpert.training.fit import fit
         from mmedexpert.training.sft import PretrainModule
 
         with run.phase("prepare"):
@@ -119,13 +120,13 @@ def corpus(seed: int) -> tuple[str, ...]:
     for teach, count in ((lessons.reading, 1000), (lessons.copying, 500), (lessons.looking, 2500)):
         for _ in range(count):
             lesson = teach(rng)
-            texts += ["user\n", lesson.prompt, "assistant\n", *re.split("|".join(tiny.TAGS), lesson.completion)]
+            texts += ["user\n", lesson.prompt, "assistant\n", *re.split("|".join(TAGS), lesson.completion)]
     return tuple(texts)
 
 
 def lesson_stream(encoder: Encoder, settings: PretrainConfig, seed: int) -> Stream:
     """Reading and copying, then looking; any step can be made again from the seed."""
-    from mmedexpert.training.sft import Samples
+    from mmedexpert.training.batches import Samples
 
     def image_batch(step: int) -> Samples:
         rng = np.random.default_rng([seed, 0, step])

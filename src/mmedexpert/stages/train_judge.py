@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-
 from mmedexpert.data.pairs import DIMENSIONS, TIE, group_mark, pair_of
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import fingerprint, load_records
@@ -29,7 +27,9 @@ from mmedexpert.stages.common import Base, fit_options, loading, model_key, stag
 from mmedexpert.stages.policy import policy_of
 from mmedexpert.stages.pretrain import base_of
 
-if TYPE_CHECKING:  # Lightning, which takes seconds
+if TYPE_CHECKING:  # Lightning and PEFT, which take seconds
+    from peft import PeftModel
+
     from mmedexpert.training.fit import TrainingModule
 
 TOLD = {

@@ -1,14 +1,48 @@
-"""Which records a step trains on, and its seed: any step can be made again, by any of several devices."""
+"""What a step trains on, and its seed: any step can be made again, by any of several devices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
+
+from mmedexpert.models.encode import Prompt
 
 Stream = Callable[[int], Iterator[Any]]
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The prompts of one optimiser step and their completions; `scored` says which tokens count (None: all)."""
+
+    prompts: Sequence[Prompt]
+    completions: Sequence[Sequence[int]]
+    scored: Sequence[Sequence[bool]] | None = None
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The pairs of one optimiser step: P prompts and two continuations (token ids) of each.
+
+    `labels` [P, D]: the chance that the first is the better one in a dimension (1, 0, 0.5 for a tie), NaN where nobody
+    said; None where the first is the better one.
+    """
+
+    prompts: Sequence[Prompt]
+    first: Sequence[Sequence[int]]
+    second: Sequence[Sequence[int]]
+    labels: Tensor | None = None
+
+    def rows(self, places: Sequence[int]) -> tuple[list[Prompt], list[Sequence[int]]]:
+        """Prompts and continuations of some pairs, first and second in turn: [2P]."""
+        return (
+            [self.prompts[place] for place in places for _ in range(2)],
+            [words for place in places for words in (self.first[place], self.second[place])],
+        )
 
 
 def step_seed(seed: int, step: int, *place: int) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,31 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmedexpert.models.backbone import core_of
-from mmedexpert.models.encode import Encoder, Prompt
+from mmedexpert.models.encode import Encoder
 from mmedexpert.models.packing import Pack, micro_batches, pack, token_logps
 from mmedexpert.models.reward_head import RewardHead, scores
+from mmedexpert.training.batches import Preferences
 from mmedexpert.training.fit import TrainingModule
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """The pairs of one optimiser step: P prompts and two continuations (token ids) of each.
-
-    `labels` [P, D]: the chance that the first is the better one in a dimension (1, 0, 0.5 for a tie), NaN where nobody
-    said; None where the first is the better one.
-    """
-
-    prompts: Sequence[Prompt]
-    first: Sequence[Sequence[int]]
-    second: Sequence[Sequence[int]]
-    labels: Tensor | None = None
-
-    def rows(self, places: Sequence[int]) -> tuple[list[Prompt], list[Sequence[int]]]:
-        """Prompts and continuations of some pairs, first and second in turn: [2P]."""
-        return (
-            [self.prompts[place] for place in places for _ in range(2)],
-            [words for place in places for words in (self.first[place], self.second[place])],
-        )
 
 
 def dpo_loss(

@@ -17,7 +17,6 @@ from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
-from mmedexpert.models.generate import generate
 from mmedexpert.scoring import Protocol
 from mmedexpert.training import rewards
 from mmedexpert.training.advantages import RewardScale, group_relative, guideline_based, perspective_terms
@@ -191,6 +190,8 @@ def roll_out(
 
     Completions of one record that share an instruction share its prefill; images are patched once per record.
     """
+    from mmedexpert.models.generate import generate  # lazily, as models/backbone.py says
+
     asked = assign_perspectives(guidance.weights, sampling.num_generations, guidance.conditioning)
     distinct = list(dict.fromkeys(asked))
     per_prompt = asked.count(distinct[0]) if len({asked.count(name) for name in distinct}) == 1 else 1

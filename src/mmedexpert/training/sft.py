@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,8 @@ from mmedexpert.data.record import Record
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt, target_text
 from mmedexpert.models.packing import micro_batches, pack, token_logps
-from mmedexpert.training.batches import Stream, batch_indices, share
+from mmedexpert.training.batches import Samples, Stream, batch_indices, share
 from mmedexpert.training.fit import TrainingModule
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The prompts of one optimiser step and their completions; `scored` says which tokens count (None: all)."""
-
-    prompts: Sequence[Prompt]
-    completions: Sequence[Sequence[int]]
-    scored: Sequence[Sequence[bool]] | None = None
 
 
 class SftModule(TrainingModule):
