@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ settings.load_profile("repeatable")
 # W&B reads the metadata of all installed packages at the start of each run, which takes half a second
 os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "WANDB_X_SAVE_REQUIREMENTS": "false"}
 torch.set_num_threads(1)
+gc.set_threshold(10_000, 20, 50)  # as run.py
 # A test ends processes, never the machine's power: what was written is read back without waiting for the disk, which a
 # pipeline does 1400 times. (os.fsync as it is: processes that tests start.)
 os.fsync = lambda file: None
@@ -50,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: order.index(GROUP.get(item.path.stem, item.path.stem if item.path.stem in LONG else ""))
     )
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no pass of the garbage collector looks at it again."""
+    gc.freeze()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
