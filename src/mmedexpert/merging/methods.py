@@ -102,7 +102,7 @@ def dare_ties(
 ) -> Tensor:
     """TIES with DARE's random drop and rescale in place of the trim. DARE (arXiv 2311.03099); masks as in `drop`."""
     w = weights_like(deltas, weights, normalize)
-    dropped = torch.stack(drop(deltas, density, seed=seed, name=name, first_row=first_row, masks=masks))
+    dropped = drop(deltas, density, seed=seed, name=name, first_row=first_row, masks=masks)
     return scaling * _elect_and_merge(dropped, w, vote, normalize)
 
 
@@ -132,7 +132,7 @@ def della(
     """
     w = weights_like(deltas, weights, normalize)
     dropped = drop(deltas, density, epsilon=epsilon, seed=seed, name=name, first_row=first_row, masks=masks)
-    return scaling * _elect_and_merge(torch.stack(dropped), w, vote, normalize)
+    return scaling * _elect_and_merge(dropped, w, vote, normalize)
 
 
 declare(della, "deltas", "place", scalings=("scaling",))
@@ -236,14 +236,15 @@ def caci(
     deltas, n = [*experts, *reasoners], len(experts)
     check_shapes(deltas)
     pairs = ((experts, expert_weights), (reasoners, reasoner_weights))
-    w = torch.cat([weights_like(role, weights, normalize=True) for role, weights in pairs if role])
+    w = [weight for role, weights in pairs if role for weight in weights_like(role, weights, True).flatten().tolist()]
     densities = [*per_delta(experts, expert_density), *per_delta(reasoners, reasoner_density)]
     trimmed = _trim_all(deltas, densities, scope, thresholds)
-    elected = elect_sign(w * (trimmed / norms_of(trimmed, norms) if equalize_vote else trimmed), vote)
+    sizes = norms_of(trimmed, norms) if equalize_vote else [1.0] * len(w)
+    elected = elect_sign([weight * (delta / size) for weight, delta, size in zip(w, trimmed, sizes, strict=True)], vote)
+    weighted = [weight * delta for weight, delta in zip(w, trimmed, strict=True)]
     roles = ((slice(0, n), expert_scaling), (slice(n, None), reasoner_scaling))
-    return torch.stack(
-        [scale * disjoint_merge(w[role] * trimmed[role], w[role], elected) for role, scale in roles if len(w[role])]
-    ).sum(0)
+    parts = [scale * disjoint_merge(weighted[role], w[role], elected) for role, scale in roles if w[role]]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 declare(caci, "roles", "thresholds", "norms", scalings=("expert_scaling", "reasoner_scaling"))
@@ -277,14 +278,15 @@ def _largest(deltas: Tensor) -> Tensor:
 
 def _trim_all(
     deltas: Sequence[Tensor], density: float | Sequence[float], scope: str, thresholds: Sequence[float] | None
-) -> Tensor:
-    """The trimmed deltas, stacked to `[N, *shape]`."""
+) -> list[Tensor]:
+    """The trimmed deltas."""
     check_shapes(deltas)
     bounds = [None] * len(deltas) if thresholds is None else thresholds
     triples = zip(deltas, per_delta(deltas, density), bounds, strict=True)
-    return torch.stack([trim(delta, share, scope, bound) for delta, share, bound in triples])
+    return [trim(delta, share, scope, bound) for delta, share, bound in triples]
 
 
-def _elect_and_merge(deltas: Tensor, weights: Tensor, vote: str, normalize: bool) -> Tensor:
-    weighted = weights * deltas
-    return disjoint_merge(weighted, weights, elect_sign(weighted, vote), normalize)
+def _elect_and_merge(deltas: Sequence[Tensor], weights: Tensor, vote: str, normalize: bool) -> Tensor:
+    says = weights.flatten().tolist()
+    weighted = [delta if say == 1 else say * delta for delta, say in zip(deltas, says, strict=True)]
+    return disjoint_merge(weighted, says, elect_sign(weighted, vote), normalize)

@@ -9,40 +9,43 @@ import torch
 from torch import Tensor
 
 
-def elect_sign(votes: Tensor, vote: str = "mass") -> Tensor:
-    """The majority sign of each entry, +1 or -1, from weighted votes `[N, *shape]`; a tie elects +1 (mergekit, PEFT).
+def elect_sign(votes: Sequence[Tensor], vote: str = "mass") -> Tensor:
+    """The majority sign of each entry, +1 or -1, from weighted votes; a tie elects +1 (mergekit, PEFT).
 
     TIES-Merging (arXiv 2306.01708), step 2. vote="mass": sign of the sum; "count": sign of the number of plus minus
     the number of minus signs.
     """
     if vote not in ("mass", "count"):
         raise ValueError(f"vote must be 'mass' or 'count', not {vote!r}")
-    total = (votes if vote == "mass" else votes.sign()).sum(0)
-    return torch.where(total >= 0, 1.0, -1.0).to(votes.dtype)
+    total = torch.zeros_like(votes[0])
+    for ballot in votes:
+        total += ballot if vote == "mass" else ballot.sign()
+    return torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
 
 
-def disjoint_merge(weighted: Tensor, weights: Tensor, elected: Tensor, normalize: bool = True) -> Tensor:
-    """Sum of the weighted deltas `[N, *shape]` of the elected sign, divided by their weights' sum if `normalize`.
+def disjoint_merge(
+    weighted: Sequence[Tensor], weights: Sequence[float], elected: Tensor, normalize: bool = True
+) -> Tensor:
+    """Sum of the weighted deltas of the elected sign, divided by their weights' sum if `normalize`.
 
-    TIES-Merging (arXiv 2306.01708), step 3. `weights` is `[N, 1, ..]`. Where nobody agrees, or the agreeing weights
-    cancel, the divisor is 1.
+    TIES-Merging (arXiv 2306.01708), step 3. Where nobody agrees, or the agreeing weights cancel, the divisor is 1.
     """
-    agreeing = (weighted * elected).clamp_(min=0)  # magnitudes: no boolean mask, which torch does not vectorise
-    merged = agreeing.sum(0) * elected
-    if not normalize:
-        return merged
-    mass = (agreeing.sign_() * weights).sum(0)
-    return merged / mass.masked_fill_(mass == 0, 1)
+    merged, mass, agreeing = (torch.zeros_like(elected) for _ in range(3))
+    for delta, weight in zip(weighted, weights, strict=True):
+        # magnitudes: no boolean mask, which torch does not vectorise; one after the other: no stack, whose pages the
+        # system would clear anew for every block
+        torch.mul(delta, elected, out=agreeing).clamp_(min=0)
+        merged += agreeing
+        if normalize:
+            mass.add_(agreeing.sign_(), alpha=weight)
+    merged *= elected
+    return merged.div_(mass.masked_fill_(mass == 0, 1)) if normalize else merged
 
 
-def norms_of(deltas: Tensor, norms: Sequence[float] | None) -> Tensor:
-    """L2 norm of each of the stacked deltas, `[N, 1, ..]`; 1 for an all-zero delta, which casts no vote."""
-    if norms is None:
-        values = torch.stack([torch.linalg.vector_norm(delta) for delta in deltas])
-    else:
-        values = deltas.new_tensor(norms)
-    values = values.view(-1, *[1] * (deltas.dim() - 1))
-    return values.masked_fill(values == 0, 1)
+def norms_of(deltas: Sequence[Tensor], norms: Sequence[float] | None) -> list[float]:
+    """L2 norm of each delta; 1 for an all-zero delta, which casts no vote."""
+    values = [float(torch.linalg.vector_norm(delta)) for delta in deltas] if norms is None else norms
+    return [value or 1.0 for value in values]
 
 
 def check_shapes(deltas: Sequence[Tensor]) -> None:
