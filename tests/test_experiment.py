@@ -136,7 +136,10 @@ def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == made | {
         f"comparison.{kind}" for kind in ("md", "tex", "csv", "json")
     }
-    assert "ours (seed 2)" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "ours (seed 2)" in page
+    begins = page[page.index("<h1>") : page.index('id="headline"')]  # what it is about, and the table over seeds first
+    assert "<h1>claim</h1>" in begins and "Claim under test: it works" in begins and "each seed" in begins
     text = (folder / "table.md").read_text()
     assert "it works" in text and "| ours | 3 |" in text and "failed, so not in it: seed=4" in text
     assert "settings differ" not in text and "by bootstrap over images" in text

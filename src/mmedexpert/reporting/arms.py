@@ -160,7 +160,7 @@ def figure(arms: Sequence[Arm], against: Mapping[str, Paired | None], reference:
     left.invert_yaxis()
     left.set_xlabel("percent right (dots: seeds, bar: mean)")
     right.axvline(0, color="0.5", linewidth=1)
-    right.set_xlabel(f"points against {reference} (95% over seeds)" if reference else "")
+    right.set_xlabel(f"points against {reference}\n(95% over seeds)" if reference else "")
     for axes in (left, right):
         axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)

@@ -33,6 +33,7 @@ from mmedexpert.reporting.lineage import (
 )
 from mmedexpert.reporting.liveness import liveness_rows
 from mmedexpert.reporting.markup import folded, heat_map, missing, number, paragraph, section, table
+from mmedexpert.reporting.tables import Row
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.pages import asset, data_block, document
 from mmedexpert.runtime.privacy import without_places
@@ -40,6 +41,15 @@ from mmedexpert.runtime.runs import git_sha
 
 PACKAGE = "mmedexpert.reporting"
 TOGETHER = "Of questions asked under several perspectives: agreement and gain in percent, kappa beyond chance"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment's page begins with: its name, its claim, and its tables over seeds as (title, note, rows)."""
+
+    id: str
+    claim: str
+    tables: Sequence[tuple[str, str, Sequence[Row]]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Compared:
     sources: Sequence[Source]
     perspectives: ByModel
     seed: int
+    experiment: Experiment | None = None
 
 
 def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
@@ -66,7 +77,10 @@ def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
     told_ = sections(compared.numbers, compared.sources, compared.perspectives)
     tables = {title: table(rows, f"{title}. {note}" if note else title) for title, note, rows in told_}
     checks = liveness_rows(compared.runs, answers, made, seed=compared.seed)
+    whole, models = given.experiment or Experiment("", "", []), dict.fromkeys(run.family for run in compared.runs)
+    over_seeds = [table(rows, f"{name}. {note}" if note else name) for name, note, rows in whole.tables]
     before = [
+        *([("experiment", "Over training seeds", over_seeds)] if over_seeds else []),
         ("headline", "Accuracy", _headline(compared.numbers)),
         ("paired", "Paired differences", _paired(tables)),
         ("specialties", "Specialties", _specialties(compared.numbers)),
@@ -81,7 +95,8 @@ def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
     ]
     names = [*before, ("browser", "Answers, one by one", []), *after]
     body = Template(asset(PACKAGE, "report.html")).substitute(
-        models=escape(", ".join(dict.fromkeys(run.family for run in compared.runs))),
+        heading=escape(whole.id or f"Comparison of {', '.join(models)}"),
+        claim=paragraph(f"Claim under test: {whole.claim}") if whole.claim else "",
         methods=escape(METHODS),
         notes=_list(compared.notes),
         links="".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _ in names),

@@ -21,6 +21,7 @@ from mmedexpert.reporting.arms import (
     rows_of,
     together_rows,
 )  # fmt: skip
+from mmedexpert.reporting.page import Experiment
 from mmedexpert.reporting.tables import latex, markdown, print_table
 from mmedexpert.runtime.identity import folder_of
 from mmedexpert.runtime.jsonl import read_object
@@ -28,6 +29,8 @@ from mmedexpert.runtime.privacy import redacted, without_places
 from mmedexpert.runtime.runs import Run, console, git_sha, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages.report import compare
+
+Table = tuple[str, str, Sequence[dict[str, str]]]
 
 
 def conclude(
@@ -51,6 +54,7 @@ def conclude(
     folder.mkdir(parents=True, exist_ok=True)
     text, first = [f"# {results.id}\n\n{results.claim}\n".replace("\n\n\n", "\n")], None
     numbers: dict[str, Any] = {}
+    tables: list[Table] = []
     for benchmark, members in by_benchmark(evaluations):
         arms = best_first(arms_of(members))
         references = {arm.label: _reference(arms, arm, config) for arm in arms}
@@ -62,12 +66,13 @@ def conclude(
         told = [*notes]
         if results.against is not None and not any(references.values()):
             told.append(f"nothing to compare with: {results.against} is not among these runs")
-        text += _tell(config, benchmark, arms, references, told, folder, numbers)
+        text += _tell(config, benchmark, arms, references, told, folder, numbers, tables)
     cost = _cost([run.path.parent for run in evaluations], outputs)
     (folder / "table.md").write_text("\n".join([*text, _told(cost), _given(config), ""]), encoding="utf-8")
     made: dict[str, Any] = {"made_of": cost, "command": _command(), "debug": config.debug.name}
     whole = {"id": results.id, "git_sha": git_sha(), **made, "sets": numbers}
-    compare(config, evaluations, first, notes, folder)
+    shown = Experiment(str(results.id), results.claim, tables)
+    compare(config, evaluations, first, notes, folder, shown)
     write_json(folder / "results.json", whole)
     console.print(f"{folder}/report.html", highlight=False, soft_wrap=True)
     return folder
@@ -75,9 +80,9 @@ def conclude(
 
 def _tell(
     config: Config, benchmark: str, arms: Sequence[Arm], references: Mapping[str, Arm | None], notes: Sequence[str],
-    folder: Path, numbers: dict[str, Any],
+    folder: Path, numbers: dict[str, Any], tables: list[Table],
 ) -> list[str]:  # fmt: skip
-    """One set of questions: its tables printed, drawn and as text, its numbers in `numbers`."""
+    """One set of questions: its tables printed, drawn and as text, its numbers in `numbers`, the tables in `tables`."""
     title, labels = f"{config.results.id} on {benchmark}", {one.label for one in references.values() if one}
     name = next(iter(labels)) if len(labels) == 1 else str(config.results.against) if labels else ""
     against = {
@@ -86,6 +91,7 @@ def _tell(
     rows, place = rows_of(arms, against, name), re.sub(r"\W+", "_", benchmark)
     said = [*filter(None, [SAID, resolution(against), *notes])]
     print_table(rows, title, "\n".join([*said, f"{folder}"]))
+    tables.append((benchmark, " ".join(said), rows))
     text = [f"## {benchmark}\n", markdown(rows), "\n\n".join(said) + "\n"]
     more = {
         "by kind of question": kind_rows(arms),
@@ -95,6 +101,7 @@ def _tell(
     for what, found in more.items():
         if found:
             print_table(found, f"{title}: {what}")
+            tables.append((f"{benchmark}: {what}", "", found))
             text += [f"### {what[0].upper()}{what[1:]}\n", markdown(found)]
     (folder / f"{place}.tex").write_text(latex(rows), encoding="utf-8")
     numbers[benchmark] = as_json(arms, against, name)

@@ -33,7 +33,7 @@ from mmedexpert.reporting.comparison import (
     overview,
     sections,
 )
-from mmedexpert.reporting.page import Compared, write_page
+from mmedexpert.reporting.page import Compared, Experiment, write_page
 from mmedexpert.reporting.perspectives import SAID
 from mmedexpert.reporting.tables import csv_text, latex, markdown, print_table
 from mmedexpert.runtime.files import write_atomic
@@ -74,8 +74,9 @@ def run(config: Config) -> dict[str, Run]:
 
 
 def compare(
-    config: Config, runs: Sequence[EvalRun], against: EvalRun | None, notes: Sequence[str], folder: Path
-) -> Compared:
+    config: Config, runs: Sequence[EvalRun], against: EvalRun | None, notes: Sequence[str], folder: Path,
+    experiment: Experiment | None = None,
+) -> Compared:  # fmt: skip
     """Compare aligned runs, each with `against` if given, and write the tables and the page to `folder`."""
     settings, resamples = config.report, config.eval.num_resamples
     sources = load_published(Path(settings.published)) if settings.published else []
@@ -91,7 +92,7 @@ def compare(
         for model, one in models.items()
         for number in rows_of_numbers(one)
     ]
-    compared = Compared(runs, numbers, notes, sources, found, config.seed)
+    compared = Compared(runs, numbers, notes, sources, found, config.seed, experiment)
     write(folder, runs, numbers, notes, sources, found)
     write_page(folder / "report.html", compared, image_mb=settings.image_mb)
     return compared
