@@ -21,7 +21,7 @@ import mmedexpert.schema  # noqa: F401  registers the base of conf/config.yaml
 from mmedexpert.runtime.privacy import redacted
 from mmedexpert.runtime.quiet import one_line, silence
 
-gc.set_threshold(10_000, 20, 50)  # ours: 4,000 modules are no garbage; looking for some takes a fifth of their import
+gc.set_threshold(10_000, 20, 50)  # ours: 4,000 modules are no garbage, and looking takes a tenth of a start
 TRACEBACK = any(word.lower() in ("debug.traceback=true", "debug.traceback=1") for word in sys.argv)
 finished: list = []  # (overrides, runs) of each job of this command
 experiments: list = []  # the config of each finished job

@@ -14,15 +14,8 @@ from hydra import compose, initialize_config_dir
 
 from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import (
-    EvalRun,
-    accuracies,
-    aligned,
-    paired,
-    paired_over_seeds,
-    read_runs,
-    seed_rows,
-)
+from mmedexpert.evaluation.comparison import accuracies, paired, paired_over_seeds, seed_rows
+from mmedexpert.evaluation.finished import EvalRun, aligned, read_runs
 from mmedexpert.evaluation.stats import cluster_bootstrap_ci, holm, mcnemar_exact, paired_cluster_bootstrap
 from mmedexpert.reporting.tables import csv_text, latex, markdown
 from mmedexpert.stages import report

@@ -15,17 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmedexpert.data import overlap as contamination
+from mmedexpert.data import pictures
 from mmedexpert.data.images import open_image
-from mmedexpert.data.overlap import (
-    Fingerprints,
-    Picture,
-    fingerprints,
-    jaccard,
-    normalised,
-    overlap,
-    report,
-    word_pairs,
-)
+from mmedexpert.data.overlap import Fingerprints, fingerprints, jaccard, normalised, overlap, report, word_pairs
+from mmedexpert.data.pictures import Picture
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.sources.medr1 import parse_problem
@@ -230,7 +223,7 @@ def test_an_empty_test_set(tmp_path: Path) -> None:
 
 def test_each_image_is_hashed_once_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(contamination, "open_image", lambda path: opened.append(path.name) or open_image(path))
+    monkeypatch.setattr(pictures, "open_image", lambda path: opened.append(path.name) or open_image(path))
     cache = tmp_path / "deep" / "cache.jsonl"
     first = of_images(tmp_path / "one", {"a.png": blurred(1), "b.png": blurred(2)}, cache)
     again = of_images(tmp_path / "two", {"c.png": blurred(1), "d.png": blurred(3)}, cache)
@@ -248,7 +241,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = cache.read_text()
     cache.write_text(text[: text.rindex('"phash"') + 20])  # cut within the fourth image's line
     opened: list[str] = []
-    monkeypatch.setattr(contamination, "open_image", lambda path: opened.append(path.name) or open_image(path))
+    monkeypatch.setattr(pictures, "open_image", lambda path: opened.append(path.name) or open_image(path))
     assert of_images(tmp_path / "i", images, cache).pictures == whole.pictures
     assert of_images(tmp_path / "i", images, cache).pictures == whole.pictures
     assert opened == ["3.png"]

@@ -12,7 +12,7 @@ from test_comparison import rows, saved
 from test_config import composed
 
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import aligned, read_runs
+from mmedexpert.evaluation.finished import aligned, read_runs
 from mmedexpert.evaluation.seeds import arms_of, best_first, named, paired
 from mmedexpert.reporting.arms import as_json, kind_rows, matrix_rows, resolution, rows_of, together_rows
 from mmedexpert.runtime.runs import Run
@@ -130,7 +130,13 @@ def concluded(folders, tmp_path, *overrides: str, failed=()):
 
 
 def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
-    folder = concluded(folders, tmp_path, "results.against=theirs", "results.claim=it works", failed=["seed=4"])
+    folder = concluded(
+        folders,
+        tmp_path,
+        "results.against=theirs",
+        "results.claim=it works",
+        failed=["seed=4 data.root=/home/maria/films"],
+    )
     assert folder == tmp_path / "out/experiments/claim"
     made = {"table.md", "results.json", "set.tex", "set.png", "set.svg", "report.html"}
     assert {path.name for path in folder.iterdir()} == made | {
@@ -139,6 +145,7 @@ def test_the_folder_holds_table_figure_and_numbers(folders, tmp_path, capsys):
     page = (folder / "report.html").read_text()
     assert "ours (seed 2)" in page
     begins = page[page.index("<h1>") : page.index('id="headline"')]  # what it is about, and the table over seeds first
+    assert "maria" not in page and "failed, so not in it: seed=4" in begins
     assert "<h1>claim</h1>" in begins and "Claim under test: it works" in begins and "each seed" in begins
     text = (folder / "table.md").read_text()
     assert "it works" in text and "| ours | 3 |" in text and "failed, so not in it: seed=4" in text

@@ -16,7 +16,7 @@ from test_dicom import RAMP, write
 from mmedexpert.curation.ingest import BROKEN_IMAGE, TWICE, UNREADABLE, Source, ingest, may_redistribute
 from mmedexpert.curation.steps import Verdict, write_step
 from mmedexpert.data.images import is_plain, open_image
-from mmedexpert.data.overlap import picture_of
+from mmedexpert.data.pictures import picture_of
 from mmedexpert.data.record import Record
 from mmedexpert.data.validation import LeftOut, validate
 from mmedexpert.errors import UserError

@@ -30,7 +30,7 @@ from reported import (
 from mmedexpert.curation.page import PRIVATE
 from mmedexpert.data.records import save_records
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import read_runs
+from mmedexpert.evaluation.finished import read_runs
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting import answers, curves, page
 from mmedexpert.reporting import browser as browsing

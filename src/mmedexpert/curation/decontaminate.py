@@ -31,7 +31,8 @@ from mmedexpert.curation.near import (
     stem,
 )
 from mmedexpert.curation.steps import Records, Verdict
-from mmedexpert.data.overlap import BITS, MAX_DISTANCE, Picture, picture_at, read_cache
+from mmedexpert.data.overlap import MAX_DISTANCE
+from mmedexpert.data.pictures import BITS, Picture, picture_at, read_cache
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 
@@ -55,7 +56,7 @@ class Benchmarks:
 
     Passages are `words` words in a row; those in more than `common` different questions of a benchmark are phrases and
     do not count. A question on images is told by its text from `min_words` words on, one without from `words` on.
-    `cache`: a file of image fingerprints (data/overlap.py). An image that cannot be read is counted in `report`.
+    `cache`: a file of image fingerprints (data/pictures.py). An image that cannot be read is counted in `report`.
     """
 
     def __init__(

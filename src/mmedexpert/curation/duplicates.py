@@ -22,7 +22,8 @@ from scipy.sparse.csgraph import connected_components
 from mmedexpert.curation.near import Index, bands, distances, near_images, packed, parts, pictures_of, plain, similarity
 from mmedexpert.curation.near import stem as stem_of
 from mmedexpert.curation.steps import Records, Verdict
-from mmedexpert.data.overlap import BITS, MAX_DISTANCE, Picture
+from mmedexpert.data.overlap import MAX_DISTANCE
+from mmedexpert.data.pictures import BITS, Picture
 from mmedexpert.data.record import Record
 from mmedexpert.data.splits import join_groups
 

@@ -16,7 +16,8 @@ import numpy as np
 from datasketch import MinHash
 from rapidfuzz import fuzz
 
-from mmedexpert.data.overlap import BITS, WORD, Picture, jaccard, word_pairs
+from mmedexpert.data.overlap import WORD, jaccard, word_pairs
+from mmedexpert.data.pictures import BITS, Picture
 from mmedexpert.data.record import Record
 
 ROWS, BANDS = 4, 32  # ours: of 128 permutations; finds 87% at a Jaccard of .5, 98.8% at .6, all but 1 in 10,000 at .7

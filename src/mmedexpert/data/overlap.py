@@ -8,59 +8,32 @@ mirrored, and other images of the same patient, are not.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import compress, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import imagehash
 import numpy as np
-from PIL import Image, ImageStat
 
-from mmedexpert.data.images import open_image
+from mmedexpert.data.pictures import BITS, Picture, picture_at, read_cache
 from mmedexpert.data.record import Record
-from mmedexpert.errors import UserError
-from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.progress import track
 
 if TYPE_CHECKING:
     from datasketch import MinHash
 
-HASH_SIDE = 16  # ours: 256 bits; with the usual 64, 72 pairs of different ECG sheets have the same hash
-BITS = HASH_SIDE**2
 # ours, measured on 2,378 distinct images (2.8 million pairs): all are found again within 8 after JPEG at quality 80 or
 # halving (99.3% after both, 98.4% after quality 50; 60% when halved without smoothing). The 28 pairs within 8 are all
 # copies. Different patients: 439,309 pairs of chest films start at 44, 19,900 of fundi at 22, 3,916 of ECG sheets (one
 # layout) at 10, where there are 5. A large test set times a training set has billions of pairs: look at `worst`, too.
 MAX_DISTANCE = 8
-MIN_GREY_STD = 4.0  # ours, of 0..255: the flattest of those images has 8.4; what is flatter hashes to its noise
 # ours: on VQA-RAD 0.7 pairs wordings ("Are the kidneys normal?", "Is/Are the kidneys normal?"), 0.6 air with fluid
 MIN_JACCARD = 0.7
-KIND = '{"format": "mmedexpert image fingerprints '
-# raise the number when `open_image` shows other pixels: a cache of an older number is made anew
-HEADER = f'{KIND}2", "hash": "imagehash.phash {BITS} bits"}}'
-CACHED = re.compile(r'{"file": "\w{64}", "pixels": "\w{64}", "phash": "[0-9a-f]{64}", "grey_std": \d+\.\d+}')
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # a Chinese character is a word: no blanks part them
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image: sha256 of its RGB pixels, phash (64 hex digits), standard deviation of its grey values (0..255)."""
-
-    pixels: str
-    phash: str
-    grey_std: float
-
-    @property
-    def comparable(self) -> bool:
-        """False where it is nearly flat, or its hash not split by the median (a plain gradient): only pixels count."""
-        return self.grey_std >= MIN_GREY_STD and int(self.phash, 16).bit_count() == BITS // 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,44 +243,3 @@ def _near_questions(train: Fingerprints, test: Fingerprints, min_jaccard: float)
             asked = word_pairs(train.questions[row])
             near.update(found for found in proposed if jaccard(asked, words[found]) >= min_jaccard)
     return sorted(near)
-
-
-def picture_of(image: Image.Image) -> Picture:
-    """The fingerprint of an image as `open_image` gives it."""
-    grey = image.convert("L")
-    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    phash = np.packbits(imagehash.phash(grey, HASH_SIDE).hash).tobytes().hex()
-    return Picture(pixels, phash, round(ImageStat.Stat(grey).stddev[0], 3))
-
-
-def picture_at(path: Path, known: dict[str, Picture], cache: Path | None) -> Picture:
-    """The image's fingerprint from the cache, else made, and added to it."""
-    try:
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"image {path} cannot be read ({error.strerror}): restore it, or check the root") from error
-    if content not in known:
-        known[content] = picture_of(open_image(path))
-        if cache:
-            line = json.dumps({"file": content, **asdict(known[content])})
-            with cache.open("ab", buffering=0) as file:  # one write, line end first: a line cut short spoils no other
-                file.write(b"\n" + line.encode())
-    return known[content]
-
-
-def read_cache(cache: Path) -> dict[str, Picture]:
-    """File content (sha256) to fingerprint; makes the file where there is none. Damaged lines are left out."""
-    try:
-        if not cache.exists():
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cache, HEADER.encode())
-        header, *lines = cache.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise UserError(f"the cache {cache} cannot be used ({error.strerror}): check path and permissions") from error
-    if header != HEADER and header.startswith(KIND):
-        write_atomic(cache, HEADER.encode())
-        return {}
-    if header != HEADER:
-        raise UserError(f"{cache} is no cache of image fingerprints of this version: delete it, or name another")
-    rows = [json.loads(line) for line in filter(CACHED.fullmatch, lines)]  # what is damaged is hashed anew
-    return {row.pop("file"): Picture(**row) for row in rows}

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import PAIRED_RESAMPLES, EvalRun
+from mmedexpert.evaluation.comparison import PAIRED_RESAMPLES
+from mmedexpert.evaluation.finished import EvalRun
 from mmedexpert.evaluation.stats import half_width, macro_bootstrap_ci, paired_cluster_bootstrap
 
 KIND = "needs"  # the breakdown of drawn questions by the perspective that decides them

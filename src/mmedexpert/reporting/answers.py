@@ -11,7 +11,7 @@ from pathlib import Path
 from mmedexpert.data.record import Record
 from mmedexpert.data.records import load_records
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import EvalRun
+from mmedexpert.evaluation.finished import EvalRun
 from mmedexpert.evaluation.predict import Prediction
 from mmedexpert.reporting.lineage import questions_of
 

@@ -12,7 +12,7 @@ from typing import Any
 from mmedexpert.data.images import thumbnail
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import EvalRun, by_benchmark
+from mmedexpert.evaluation.finished import EvalRun, by_benchmark
 from mmedexpert.evaluation.predict import PROTOCOLS, Prediction
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting.answers import QUESTIONS, Answers, Asked

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmedexpert.evaluation.comparison import EvalRun, by_benchmark, paired
+from mmedexpert.evaluation.comparison import paired
+from mmedexpert.evaluation.finished import EvalRun, by_benchmark
 from mmedexpert.names import BASELINES, BLANK_IMAGE, SWAPPED_IMAGE
 from mmedexpert.reporting.answers import Answers
 from mmedexpert.reporting.lineage import Made

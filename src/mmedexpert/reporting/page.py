@@ -13,7 +13,8 @@ from string import Template
 from typing import Any
 
 from mmedexpert.curation.page import PRIVATE
-from mmedexpert.evaluation.comparison import PROTOCOLS, EvalRun, Number, by_benchmark
+from mmedexpert.evaluation.comparison import PROTOCOLS, Number
+from mmedexpert.evaluation.finished import EvalRun, by_benchmark
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting.answers import answers_of, asked_of, drawn
 from mmedexpert.reporting.browser import browser_data, share
@@ -77,7 +78,7 @@ def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
     told_ = sections(compared.numbers, compared.sources, compared.perspectives)
     tables = {title: table(rows, f"{title}. {note}" if note else title) for title, note, rows in told_}
     checks = liveness_rows(compared.runs, answers, made, seed=compared.seed)
-    whole, models = given.experiment or Experiment("", "", []), dict.fromkeys(run.family for run in compared.runs)
+    whole, models = compared.experiment or Experiment("", "", []), dict.fromkeys(run.family for run in compared.runs)
     over_seeds = [table(rows, f"{name}. {note}" if note else name) for name, note, rows in whole.tables]
     before = [
         *([("experiment", "Over training seeds", over_seeds)] if over_seeds else []),
@@ -107,7 +108,7 @@ def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
         data=data_block("data", data),
     )
     style, script = asset(PACKAGE, "report.css"), asset(PACKAGE, "report.js")
-    write_atomic(path, document("Comparison", body, style=style, script=script))
+    write_atomic(path, document(whole.id or "Comparison", body, style=style, script=script))
 
 
 def _public(given: Compared) -> Compared:
@@ -119,14 +120,28 @@ def _public(given: Compared) -> Compared:
         found = {key: names.get(number[key], number[key]) for key in ("model", "against") if key in number}
         return number | found
 
-    paths = [str(run.path) for run in given.runs]
-    notes = list(given.notes)
-    for path in sorted(paths, key=len, reverse=True):
-        notes = [note.replace(path, Path(path).name) for note in notes]
+    paths = sorted((str(run.path) for run in given.runs), key=len, reverse=True)
+
+    def placeless(text: str) -> str:
+        for path in paths:
+            text = text.replace(path, Path(path).name)
+        return without_places(text)
+
+    experiment = given.experiment and replace(
+        given.experiment,
+        tables=[
+            (
+                name,
+                placeless(note),
+                [{key: placeless(names.get(cell, cell)) for key, cell in row.items()} for row in rows],
+            )
+            for name, note, rows in given.experiment.tables
+        ],
+    )
     found = {b: {names.get(m, m): one for m, one in models.items()} for b, models in given.perspectives.items()}
     return replace(
-        given, runs=runs, numbers=[*map(renamed, given.numbers)], notes=[*map(without_places, notes)],
-        perspectives=found,
+        given, runs=runs, numbers=[*map(renamed, given.numbers)], notes=[*map(placeless, given.notes)],
+        perspectives=found, experiment=experiment,
     )  # fmt: skip
 
 

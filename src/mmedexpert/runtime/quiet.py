@@ -18,7 +18,7 @@ NOISY = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "
 
 
 def silence(*, traceback: bool) -> None:
-    """Libraries report errors only; everything is heard with `debug.traceback=true`."""
+    """Libraries report errors only; all but bars is heard with `debug.traceback=true`."""
     if traceback:
         return
     warnings.filterwarnings("ignore")

@@ -65,7 +65,7 @@ VERSIONS: dict[str, int] = {
     "grams": 1,  # what of which inputs they sum
     "distil": 1,
     "breadcrumbs": 1,
-    "caci": 2,  # and the three below; 1: five or more summed as torch does, by fours where a tensor is small
+    "caci": 2,  # and dare_ties, della, ties; 1: five or more summed as torch does, by fours where a tensor is small
     "dare_linear": 1,
     "dare_ties": 2,
     "della": 2,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedexpert.data.images import changes, is_plain
-from mmedexpert.data.overlap import picture_of
+from mmedexpert.data.pictures import picture_of
 from mmedexpert.errors import UserError
 from mmedexpert.sources.dicom import is_dicom, open_picture
 from mmedexpert.sources.unpack import write_image

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmedexpert.evaluation.comparison import EvalRun, aligned, by_benchmark, read_runs
+from mmedexpert.evaluation.finished import EvalRun, aligned, by_benchmark, read_runs
 from mmedexpert.evaluation.seeds import Arm, arms_of, best_first, named, paired
 from mmedexpert.reporting.arms import (
     SAID,

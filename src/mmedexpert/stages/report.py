@@ -10,17 +10,8 @@ from pathlib import Path
 import yaml
 
 from mmedexpert.errors import UserError
-from mmedexpert.evaluation.comparison import (
-    EvalRun,
-    Number,
-    accuracies,
-    aligned,
-    by_benchmark,
-    paired,
-    paired_over_seeds,
-    read_runs,
-    seed_rows,
-)
+from mmedexpert.evaluation.comparison import Number, accuracies, paired, paired_over_seeds, seed_rows
+from mmedexpert.evaluation.finished import EvalRun, aligned, by_benchmark, read_runs
 from mmedexpert.evaluation.perspectives import measured, rows_of_numbers
 from mmedexpert.evaluation.summary import Summary
 from mmedexpert.reporting.comparison import (
