@@ -239,9 +239,10 @@ def caci(
     w = [weight for role, weights in pairs if role for weight in weights_like(role, weights, True).flatten().tolist()]
     densities = [*per_delta(experts, expert_density), *per_delta(reasoners, reasoner_density)]
     trimmed = _trim_all(deltas, densities, scope, thresholds)
-    sizes = norms_of(trimmed, norms) if equalize_vote else [1.0] * len(w)
-    elected = elect_sign([weight * (delta / size) for weight, delta, size in zip(w, trimmed, sizes, strict=True)], vote)
-    weighted = [weight * delta for weight, delta in zip(w, trimmed, strict=True)]
+    weighted = votes = _weighted(trimmed, w)
+    if equalize_vote:
+        votes = _weighted([delta / size for delta, size in zip(trimmed, norms_of(trimmed, norms), strict=True)], w)
+    elected = elect_sign(votes, vote)
     roles = ((slice(0, n), expert_scaling), (slice(n, None), reasoner_scaling))
     parts = [scale * disjoint_merge(weighted[role], w[role], elected) for role, scale in roles if w[role]]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -286,7 +287,11 @@ def _trim_all(
     return [trim(delta, share, scope, bound) for delta, share, bound in triples]
 
 
+def _weighted(deltas: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    return [delta if weight == 1 else weight * delta for delta, weight in zip(deltas, weights, strict=True)]
+
+
 def _elect_and_merge(deltas: Sequence[Tensor], weights: Tensor, vote: str, normalize: bool) -> Tensor:
     says = weights.flatten().tolist()
-    weighted = [delta if say == 1 else say * delta for delta, say in zip(deltas, says, strict=True)]
+    weighted = _weighted(deltas, says)
     return disjoint_merge(weighted, says, elect_sign(weighted, vote), normalize)

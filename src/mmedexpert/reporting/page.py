@@ -34,7 +34,7 @@ from mmedexpert.reporting.lineage import (
 )
 from mmedexpert.reporting.liveness import liveness_rows
 from mmedexpert.reporting.markup import folded, heat_map, missing, number, paragraph, section, table
-from mmedexpert.reporting.tables import Row
+from mmedexpert.reporting.tables import Captioned, Row
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.pages import asset, data_block, document
 from mmedexpert.runtime.privacy import without_places
@@ -46,11 +46,11 @@ TOGETHER = "Of questions asked under several perspectives: agreement and gain in
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's page begins with: its name, its claim, and its tables over seeds as (title, note, rows)."""
+    """What an experiment's page begins with: its name, its claim, and its tables over seeds."""
 
     id: str
     claim: str
-    tables: Sequence[tuple[str, str, Sequence[Row]]]
+    tables: Sequence[Captioned]
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def write_page(path: Path, given: Compared, *, image_mb: float) -> None:
     asked = {name: asked_of(members) for name, members in benchmarks}
     data = browser_data(compared.runs, answers, asked, made, image_bytes=image_mb * 1e6)
     told_ = sections(compared.numbers, compared.sources, compared.perspectives)
-    tables = {title: table(rows, f"{title}. {note}" if note else title) for title, note, rows in told_}
+    tables = {found[0]: _captioned(*found) for found in told_}
     checks = liveness_rows(compared.runs, answers, made, seed=compared.seed)
     whole, models = compared.experiment or Experiment("", "", []), dict.fromkeys(run.family for run in compared.runs)
-    over_seeds = [table(rows, f"{name}. {note}" if note else name) for name, note, rows in whole.tables]
+    over_seeds = [_captioned(*found) for found in whole.tables]
     before = [
         *([("experiment", "Over training seeds", over_seeds)] if over_seeds else []),
         ("headline", "Accuracy", _headline(compared.numbers)),
@@ -157,6 +157,10 @@ def _labels(runs: Sequence[EvalRun]) -> dict[str, str]:
                 same[name] += 1
                 names[label] = f"{name} [{same[name]}]" if same[name] > 1 else name
     return names
+
+
+def _captioned(title: str, note: str, rows: Sequence[Row]) -> str:
+    return table(rows, f"{title}. {note}" if note else title)
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from mmedexpert.reporting.perspectives import GROUPS, SAID, group_rows, perspect
 from mmedexpert.runtime.runs import Run, explained
 
 Row = dict[str, str]
+Captioned = tuple[str, str, Sequence[Row]]  # title, note, rows
 # columns of text
 LEFT = (
     "benchmark", "model", "job", "stage", "name", "folder", "protocol", "source", "numbers", "run_id", "state", "why",

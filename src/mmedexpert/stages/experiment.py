@@ -22,15 +22,13 @@ from mmedexpert.reporting.arms import (
     together_rows,
 )  # fmt: skip
 from mmedexpert.reporting.page import Experiment
-from mmedexpert.reporting.tables import latex, markdown, print_table
+from mmedexpert.reporting.tables import Captioned, latex, markdown, print_table
 from mmedexpert.runtime.identity import folder_of
 from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.privacy import redacted, without_places
 from mmedexpert.runtime.runs import Run, console, git_sha, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages.report import compare
-
-Table = tuple[str, str, Sequence[dict[str, str]]]
 
 
 def conclude(
@@ -54,7 +52,7 @@ def conclude(
     folder.mkdir(parents=True, exist_ok=True)
     text, first = [f"# {results.id}\n\n{results.claim}\n".replace("\n\n\n", "\n")], None
     numbers: dict[str, Any] = {}
-    tables: list[Table] = []
+    tables: list[Captioned] = []
     for benchmark, members in by_benchmark(evaluations):
         arms = best_first(arms_of(members))
         references = {arm.label: _reference(arms, arm, config) for arm in arms}
@@ -80,7 +78,7 @@ def conclude(
 
 def _tell(
     config: Config, benchmark: str, arms: Sequence[Arm], references: Mapping[str, Arm | None], notes: Sequence[str],
-    folder: Path, numbers: dict[str, Any], tables: list[Table],
+    folder: Path, numbers: dict[str, Any], tables: list[Captioned],
 ) -> list[str]:  # fmt: skip
     """One set of questions: its tables printed, drawn and as text, its numbers in `numbers`, the tables in `tables`."""
     title, labels = f"{config.results.id} on {benchmark}", {one.label for one in references.values() if one}
