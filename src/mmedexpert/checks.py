@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 import mmedexpert.resolvers  # noqa: F401  what conf/ may compute
 from mmedexpert.arms import with_arm
 from mmedexpert.checks_merge import check_merge
+from mmedexpert.checks_sampler import check_sampler
 from mmedexpert.curation.settings import MODELS, check_settings
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
@@ -191,6 +192,7 @@ def check(config: Config) -> None:
     if config.merge.method is None and config.stage.name == "caci":
         raise UserError("stage=caci merge=none has nothing to do: choose a method of conf/merge")
     check_merge(config)
+    check_sampler(config)
     _check_results(config)
     for where, judge in (("eval.llm_judge", config.eval.llm_judge), ("eval.picker", config.eval.picker)):
         if (judge.base_url is None) != (judge.model is None):

@@ -18,6 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reward.grader": ("rules", "judge", "hybrid"),
     "protocol": ("auto", "robust", "medevalkit", "pairwise", "med_rewardbench"),
     "engine.name": ("transformers", "openai"),
+    "sampler.name": ("transformers", "vllm"),
+    "sampler.correction": ("none", "truncate", "sequence_mask"),
     "eval.split": ("val", "test"),
     "eval.perspectives": ("needed", "rotate", "vote", "none", *PERSPECTIVES),
     "data.on_bad_record": ("error", "skip"),
@@ -42,7 +44,8 @@ POSITIVE = (
     "judge.lr",
     "judge.max_grad_norm", "judge.checkpoint_every", "judge.max_new_tokens", "judge.dpo_steps", "judge.dpo_lr",
     "judge.beta", "eval.best_of", "eval.top_p", "eval.picker.concurrency", "eval.picker.timeout_s",
-    "eval.picker.max_new_tokens",
+    "eval.picker.max_new_tokens", "sampler.concurrency", "sampler.timeout_s", "sampler.patience_s",
+    "sampler.truncate_at", "sampler.mask_above",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",

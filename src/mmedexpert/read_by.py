@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mmedexpert.names import BASELINES
-from mmedexpert.schema import Config
+from mmedexpert.schema import Config, SamplerConfig
 
 TRAINED = ("pretrain", "dsa", "gba", "judge")
 # the longest prefix counts, () is read by every command; the parts are those of `unread.parts`
@@ -38,6 +38,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "dsa": ("dsa",),
     "gba": ("gba",),
+    "sampler": ("gba",),
     "reward": ("gba",),
     "merge": ("caci",),
     "pairs": ("judge",),
@@ -118,9 +119,9 @@ OF_A_SERVER = (
 )  # fmt: skip
 # what is asked of which model and data
 ASKING = (
-    "specialty", "model", "pretrain", "data", "dsa", "gba", "reward", "merge", "engine", "benchmark", "protocol",
-    "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge", "eval.best_of",
-    "eval.temperature", "eval.top_p", "eval.picker",
+    "specialty", "model", "pretrain", "data", "dsa", "gba", "sampler", "reward", "merge", "engine", "benchmark",
+    "protocol", "eval.split", "eval.perspectives", "eval.models", "eval.contamination", "eval.llm_judge",
+    "eval.best_of", "eval.temperature", "eval.top_p", "eval.picker",
 )  # fmt: skip
 RULES = (
     Rule(
@@ -169,6 +170,20 @@ RULES = (
     Rule(
         ("engine.endpoint",), lambda c, _: c.engine.name != "openai",
         "engine={config.engine.name} runs the model here: add engine=openai to ask a server", ("engine",),
+    ),
+    Rule(
+        tuple(f"sampler.{one.name}" for one in fields(SamplerConfig) if one.name != "name"),
+        lambda c, _: c.sampler.name != "vllm",
+        "sampler={config.sampler.name} samples from the policy in this process: add sampler=vllm", ("sampler",),
+    ),
+    Rule(
+        ("sampler.truncate_at",), lambda c, _: c.sampler.correction != "truncate",
+        "sampler.correction={config.sampler.correction} does not truncate", ("sampler",),
+    ),
+    Rule(
+        ("sampler.mask_above",), lambda c, _: c.sampler.correction != "sequence_mask",
+        "sampler.correction={config.sampler.correction} masks nothing: add sampler.correction=sequence_mask",
+        ("sampler",),
     ),
     Rule(
         ("eval.split",), lambda c, work: "eval" in work and "own" not in work,

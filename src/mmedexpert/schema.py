@@ -333,6 +333,22 @@ class EngineConfig:
 
 
 @dataclass
+class SamplerConfig:
+    """Who samples GBA's completions, and how what a server sampled is weighed."""
+
+    name: str = MISSING
+    base_urls: list[str] = field(default_factory=list)
+    api_key_env: str | None = None
+    adapters: str | None = None
+    correction: str = "none"
+    truncate_at: float = 2.0
+    mask_above: float = 3.0
+    concurrency: int = 64
+    timeout_s: float = 600.0
+    patience_s: float = 600.0
+
+
+@dataclass
 class BenchmarkConfig:
     name: str = MISSING
     repo: str | None = None
@@ -430,6 +446,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     dsa: DsaConfig = field(default_factory=DsaConfig)
     gba: GbaConfig = field(default_factory=GbaConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)

@@ -33,9 +33,9 @@ def parts(config: Config) -> set[str]:
     everything = stage in ("caci", "pipeline") or (
         stage == "eval" and not served and (bool(by_name) or (wanted is None and not config.benchmark))
     )
-    if everything or stage == "gba":
+    if everything or stage in ("gba", "serve"):
         found.add("gba")
-    if everything or stage == "dsa" or (stage == "gba" and config.gba.init != "base"):
+    if everything or stage == "dsa" or (stage in ("gba", "serve") and config.gba.init != "base"):
         found.add("dsa")
     pays = "gba" in found and config.reward.judge_weight and config.reward.judge.run in JUDGES
     picks = asks and config.eval.best_of > 1 and config.eval.picker.run in JUDGES

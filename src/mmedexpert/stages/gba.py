@@ -31,13 +31,22 @@ from mmedexpert.stages import dsa, merge
 from mmedexpert.stages.common import Base, content_of, fit_options, ledger_of, loading, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.distil import distilled
-from mmedexpert.stages.policy import DIFFICULTY, difficulty, guidance_of, passed, policy_of, sampler_of, within
+from mmedexpert.stages.policy import (
+    DIFFICULTY,
+    difficulty,
+    guidance_of,
+    passed,
+    policy_of,
+    sampler_of,
+    servers_of,
+    within,
+)
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.stages.reasoner_key import acting, acting_reward, reasoner_key
 from mmedexpert.stages.scorers import judge_of, subject_of
 from mmedexpert.training import hacking
 from mmedexpert.training.grading import grader_of
-from mmedexpert.training.losses import LossType
+from mmedexpert.training.losses import Correction, LossType
 from mmedexpert.training.rollout_report import completion_rows, repetition, report
 from mmedexpert.training.rollouts import Guidance, Rollout, advantages
 
@@ -129,9 +138,13 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         judge = judge_of(config, paying) if paying else None
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
+        sampler = servers_of(config, start, run)
+        sample = sampler_of(
+            config, policy, encoder, image_root, grader, settings.num_generations, judge, sampler=sampler
+        )
         with run.phase("train"):
             stream = rollout_stream(
-                records, sampler_of(config, policy, encoder, image_root, grader, settings.num_generations, judge),
+                records, sample,
                 prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
                 dynamic_sampling=settings.dynamic_sampling,
                 settle=partial(_scale_by_batch, guidance_of(config)) if settings.scale_rewards == "batch" else None,
@@ -142,6 +155,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
                 checkpoint_every=settings.checkpoint_every, logger=run.logger, **fit_options(config),
             )  # fmt: skip
         dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
+        sampler.close()
         if rank() > 0:
             return metrics
         parts = [*starts, LoraAdapter.load(run.folder / "update")]
@@ -164,6 +178,7 @@ def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:
     objective = Objective(
         cast(LossType, settings.loss_type), settings.epsilon, settings.epsilon_high, settings.beta,
         settings.temperature, config.model.max_new_tokens, settings.mask_truncated_completions,
+        cast(Correction, config.sampler.correction), config.sampler.truncate_at, config.sampler.mask_above,
     )  # fmt: skip
     return GbaModule(
         policy, encoder, objective, lr=settings.lr, weight_decay=settings.weight_decay,

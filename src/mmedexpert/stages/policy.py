@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mmedexpert.checks_sampler import NO_ADDRESS
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.guidelines import instructions
@@ -23,10 +25,12 @@ from mmedexpert.scoring import Protocol
 from mmedexpert.stages.common import Base, content_of, ledger_of, loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
+from mmedexpert.stages.serve import served_start
 from mmedexpert.training.advantages import RewardScale
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Grader, grader_of
-from mmedexpert.training.rollouts import Guidance, Judge, Rollout, Sampling, roll_out
+from mmedexpert.training.rollouts import Guidance, Judge, Rollout, roll_out
+from mmedexpert.training.sampler import IN_PROCESS, Sampler, Sampling
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,22 +70,40 @@ def sampler_of(
     grader: Grader,
     completions: int,
     judge: Judge | None = None,
+    *,
+    sampler: Sampler = IN_PROCESS,
 ) -> Callable[[list[Record], list[int]], Rollout]:
     """What samples and scores a group for each record, by the record's seed."""
-    from mmedexpert.training.fit import gathered
-
     settings, guidance = config.gba, guidance_of(config)
     sampling = Sampling(completions, config.model.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
     def sample(records: list[Record], seeds: list[int]) -> Rollout:
-        with gathered(policy):
-            return roll_out(
-                policy, encoder, records, image_root, sampling=sampling, guidance=guidance,
-                reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol),
-                grader=grader, seeds=seeds, judge=judge,
-            )  # fmt: skip
+        return roll_out(
+            policy, encoder, records, image_root, sampling=sampling, guidance=guidance,
+            reward_weights=config.reward.weights, protocol=cast(Protocol, config.reward.protocol),
+            grader=grader, seeds=seeds, judge=judge, sampler=sampler,
+        )  # fmt: skip
 
     return sample
+
+
+def servers_of(config: Config, start: Run | None, run: Run) -> Sampler:
+    """What samples: the policy in this process, or servers of the model it starts from."""
+    settings = config.sampler
+    if settings.name != "vllm":
+        return IN_PROCESS
+    if not settings.base_urls:
+        raise UserError(NO_ADDRESS)
+    from mmedexpert.engines.vllm import Servers  # its library takes a second to import
+    from mmedexpert.training.sampler import Served
+
+    _, model = served_start(config, start)
+    servers = Servers(
+        settings.base_urls, model, api_key=os.environ.get(settings.api_key_env or ""),
+        concurrency=settings.concurrency, timeout_s=settings.timeout_s, patience_s=settings.patience_s,
+    )  # fmt: skip
+    folder = Path(settings.adapters) if settings.adapters else run.folder / "served"
+    return Served(servers, folder.resolve(), run.run_id)
 
 
 def difficulty(config: Config, name: str, specialties: list[str], start: Run | None) -> Run:
@@ -103,6 +125,7 @@ def difficulty(config: Config, name: str, specialties: list[str], start: Run | N
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "rules": versions("prompts", "sampling", "rewards", "difficulty", config.reward.protocol),
         "instructions": digest(instructions(config.model.instructions)),
+        **({"sampler": "vllm"} if config.sampler.name == "vllm" else {}),
     }
 
     def work(run: Run) -> dict[str, float]:
@@ -110,9 +133,11 @@ def difficulty(config: Config, name: str, specialties: list[str], start: Run | N
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         grader = grader_of(RewardConfig(grader="rules"), ledger_of(config))
-        sample = sampler_of(config, policy, encoder, image_root, grader, settings.keep_rollouts)
+        sampler = servers_of(config, start, run)
+        sample = sampler_of(config, policy, encoder, image_root, grader, settings.keep_rollouts, sampler=sampler)
         with run.phase("sample"):
             counts = _measured(run.folder / DIFFICULTY, records, sample, settings.prompts_per_step, config.seed)
+        sampler.close()
         return {
             "questions": float(len(records)),
             "solved": sum(counts.values()) / len(records) / settings.keep_rollouts,

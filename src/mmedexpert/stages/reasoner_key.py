@@ -26,9 +26,20 @@ def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "trainer": training_key(config),
         "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if weighted(config) else ())),
+        **sampler_key(config),
         "instructions": digest(instructions(config.model.instructions)),
         "guidelines": {name: text_of(name) for name in DATA} if weighted(config) else None,
     }
+
+
+def sampler_key(config: Config) -> dict[str, Any]:
+    """What of the sampler decides a reasoner, beside which completions servers draw; nothing where the policy samples
+    itself."""
+    sampler = config.sampler
+    if sampler.name != "vllm":
+        return {}
+    limits = {"truncate": sampler.truncate_at, "sequence_mask": sampler.mask_above}
+    return {"sampler": [sampler.name, sampler.correction, limits.get(sampler.correction)]}
 
 
 def acting(config: Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -18,14 +18,15 @@ from mmedexpert.models.packing import micro_batches, pack, token_logps
 from mmedexpert.runtime.ranks import gather, rank, ranks
 from mmedexpert.training.batches import Stream, batch_indices, share, step_seed
 from mmedexpert.training.fit import TrainingModule
-from mmedexpert.training.losses import LossType, masked_mean, policy_loss
+from mmedexpert.training.losses import Correction, LossType, masked_mean, policy_loss, sampler_weights
 from mmedexpert.training.rollout_report import report
 from mmedexpert.training.rollouts import Rollout
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What an update minimises (`losses.policy_loss`), and the temperature that completions were sampled at."""
+    """What an update minimises (`losses.policy_loss`), the temperature that completions were sampled at, and how what
+    another engine sampled is weighed (`losses.sampler_weights`)."""
 
     loss_type: LossType
     epsilon: float
@@ -34,6 +35,9 @@ class Objective:
     temperature: float
     max_completion_length: int
     mask_truncated_completions: bool
+    correction: Correction = "none"
+    truncate_at: float = 2.0
+    mask_above: float = 3.0
 
 
 @dataclass
@@ -47,6 +51,7 @@ class _Batch:
     logps: Tensor  # [N, T]
     entropy: Tensor  # [N, T]
     reference: Tensor | None  # [N, T], None without a KL term
+    sampled: Tensor | None  # [N, T], what the engine that sampled says of its tokens; None where that needs no weight
 
 
 class GbaModule(TrainingModule):
@@ -93,7 +98,8 @@ class GbaModule(TrainingModule):
         logps, entropy, reference = torch.zeros(3, *mask.shape, device=self.device)
         advantages = rollout.advantages.flatten().to(self.device)
         compared = reference if self.objective.beta > 0 else None
-        return _Batch(mask, advantages, rollout.old_logps, normalisers, logps, entropy, compared)
+        sampled = None if self.objective.correction == "none" else rollout.sampling_logps.to(self.device)
+        return _Batch(mask, advantages, rollout.old_logps, normalisers, logps, entropy, compared, sampled)
 
     def _micro_batch_loss(self, rollout: Rollout, batch: _Batch, rows: list[int], weight: float) -> Tensor:
         """The loss of some completions, with its graph; a part of weight 0 only keeps step with other ranks."""
@@ -112,10 +118,11 @@ class GbaModule(TrainingModule):
 
     def _loss(self, batch: _Batch, logps: Tensor, rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
         objective = self.objective
+        # at the first update the policy is the one that sampled: its log-probabilities are these, detached
+        old = logps.detach() if batch.old is None else batch.old[rows]
         return policy_loss(
             logps,
-            # at the first update the policy is the one that sampled: its log-probabilities are these, detached
-            logps.detach() if batch.old is None else batch.old[rows],
+            old,
             batch.advantages[rows],
             batch.mask[rows],
             loss_type=objective.loss_type,
@@ -124,8 +131,18 @@ class GbaModule(TrainingModule):
             beta=objective.beta,
             ref_per_token_logps=None if batch.reference is None else batch.reference[rows],
             max_completion_length=objective.max_completion_length,
+            weights=self._weights(batch, old, rows),
             **batch.normalisers,
         )
+
+    def _weights(self, batch: _Batch, old: Tensor, rows: Any) -> Tensor | None:
+        if batch.sampled is None:
+            return None
+        objective = self.objective
+        return sampler_weights(
+            old, batch.sampled[rows], batch.mask[rows], objective.correction, truncate_at=objective.truncate_at,
+            mask_above=objective.mask_above,
+        )  # fmt: skip
 
     def _log_update(self, rollout: Rollout, batch: _Batch, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         sampled = rollout.mask.to(self.device)
@@ -134,6 +151,9 @@ class GbaModule(TrainingModule):
         self.log("sampling/sampling_logp_difference/mean", mean)
         metrics["sampling/sampling_logp_difference/max"] = difference.max()
         metrics["entropy"] = masked_mean(batch.entropy, batch.mask)
+        if batch.sampled is not None:
+            weights = self._weights(batch, cast(Tensor, rollout.old_logps), slice(None))
+            metrics |= _of_weights(cast(Tensor, weights).expand_as(batch.mask)[batch.mask.bool()])
         tokens = batch.mask.sum() / batch.normalisers["num_items"].clamp(min=1)  # this rank's share of the mean
         for name, value in metrics.items():
             extreme = name[-3:] if name.endswith(("min", "max")) else None
@@ -165,6 +185,18 @@ class GbaModule(TrainingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.num_tokens = checkpoint["num_tokens"]
+
+
+def _of_weights(weights: Tensor) -> dict[str, Tensor]:
+    """TRL's names of the importance weights' least, mean and greatest, and the share of the tokens that they are worth:
+    (sum of w)^2 / (n * sum of w^2), Kish's effective sample size."""
+    weights = weights if len(weights) else weights.new_ones(1)
+    name = "sampling/importance_sampling_ratio/"
+    effective = weights.sum().square() / (len(weights) * weights.square().sum()).clamp(min=1e-12)
+    return {
+        f"{name}min": weights.min(), f"{name}mean": weights.mean(), f"{name}max": weights.max(),
+        "sampling/effective_sample_size": effective,
+    }  # fmt: skip
 
 
 def gather_rollout(rollout: Rollout) -> Rollout:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "gspo"]
+Correction = Literal["none", "truncate", "sequence_mask"]
 
 _MAX_LOG_RATIO = 20.0  # peers: verl, EasyR1 (exp(89) overflows fp32)
 _MAX_KL = 10.0  # peers: verl, EasyR1
@@ -35,6 +36,34 @@ def kl_k3(per_token_logps: Tensor, ref_per_token_logps: Tensor) -> Tensor:
     return (log_ratio.exp() - log_ratio - 1).clamp(max=_MAX_KL)
 
 
+def sampler_weights(
+    per_token_logps: Tensor,
+    sampling_logps: Tensor,
+    completion_mask: Tensor,
+    correction: Correction,
+    *,
+    truncate_at: float = 2.0,
+    mask_above: float = 3.0,
+) -> Tensor:
+    """How much likelier the trainer holds what another engine sampled: importance weights [N, T], or [N, 1], detached.
+
+    With d the trainer's log-probability less the sampler's:
+
+    - `truncate` (truncated importance sampling; Ionides 2008, verl's `rollout_is`): min(exp(d), truncate_at) per token;
+    - `sequence_mask` (TRL's default): exp(sum of d over the completion), and 0 where that is above `mask_above`.
+
+    A masked entry has weight 1, or does not count towards its completion's; ValueError for another correction.
+    """
+    mask = completion_mask.bool()
+    difference = (per_token_logps.detach() - sampling_logps).masked_fill(~mask, 0.0)
+    if correction == "truncate":
+        return difference.clamp(max=_MAX_LOG_RATIO).exp().clamp(max=truncate_at)
+    if correction == "sequence_mask":
+        weights = difference.sum(1, keepdim=True).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        return weights.masked_fill(weights > mask_above, 0.0)
+    raise ValueError(f"correction must be truncate or sequence_mask, got {correction!r}")
+
+
 def policy_loss(
     per_token_logps: Tensor,
     old_per_token_logps: Tensor,
@@ -49,6 +78,7 @@ def policy_loss(
     max_completion_length: int | None = None,
     num_items: int | Tensor | None = None,
     num_completions: int | Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy-gradient loss of GRPO and three of its variants, TRL's definitions.
 
@@ -70,6 +100,8 @@ def policy_loss(
         num_items: normaliser of `dapo`: counted tokens of the whole generation batch; those of this call when None.
         num_completions: N of the whole generation batch, for the other losses; that of this call when None. With both
             given, the losses of a batch's parts add up to the loss of the batch.
+        weights: `[N, T]` or `[N, 1]` of `sampler_weights`, by which the clipped term (not the KL) is multiplied, as
+            TRL does; None where the policy itself has sampled, which is weight 1.
 
     Returns:
         The scalar loss, and detached scalars `clip_ratio/low_mean`, `clip_ratio/low_min`, `clip_ratio/high_mean`,
@@ -97,6 +129,8 @@ def policy_loss(
     lower, upper = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     advantage = advantages.unsqueeze(1)
     per_token_loss = -torch.min(ratio * advantage, ratio.clamp(lower, upper) * advantage)
+    if weights is not None:
+        per_token_loss = per_token_loss * weights
 
     low = ((ratio < lower) & (advantage < 0)).to(ratio.dtype)
     high = ((ratio > upper) & (advantage > 0)).to(ratio.dtype)

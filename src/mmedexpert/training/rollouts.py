@@ -22,17 +22,7 @@ from mmedexpert.training import rewards
 from mmedexpert.training.advantages import RewardScale, group_relative, guideline_based, perspective_terms
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Case, Criteria, Grader
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are sampled."""
-
-    num_generations: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+from mmedexpert.training.sampler import IN_PROCESS, Sampler, Sampling
 
 
 @dataclass(frozen=True)
@@ -182,6 +172,7 @@ def roll_out(
     grader: Grader,
     seeds: Sequence[int],
     judge: Judge | None = None,
+    sampler: Sampler = IN_PROCESS,
 ) -> Rollout:
     """Sample a group per record, each by its own seed, score it and compute its advantages.
 
@@ -190,8 +181,6 @@ def roll_out(
 
     Completions of one record that share an instruction share its prefill; images are patched once per record.
     """
-    from mmedexpert.models.generate import generate  # lazily, as models/backbone.py says
-
     asked = assign_perspectives(guidance.weights, sampling.num_generations, guidance.conditioning)
     distinct = list(dict.fromkeys(asked))
     per_prompt = asked.count(distinct[0]) if len({asked.count(name) for name in distinct}) == 1 else 1
@@ -203,18 +192,8 @@ def roll_out(
     ]
     start = time.perf_counter()
     encoder.encode_images(core_of(model), prompts)
-    sampled = generate(
-        model,
-        encoder,
-        prompts,
-        banned_ids=encoder.banned_ids,
-        max_new_tokens=sampling.max_new_tokens,
-        num_generations=per_prompt,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seeds=[step_seed(seed, place) for seed in seeds for place in range(len(layout))],
-    )
+    each_seed = [step_seed(seed, place) for seed in seeds for place in range(len(layout))]
+    sampled = sampler(model, encoder, prompts, sampling, per_prompt, each_seed)
     rows = sampled.rows()
     sampling_ended = time.perf_counter()
     texts = [encoder.decode(row) for row in rows]

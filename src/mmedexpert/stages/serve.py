@@ -1,0 +1,80 @@
+"""`stage=serve`: the model that RL starts from, written once for `sampler=vllm`, and the command that serves it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mmedexpert.models.adapters import LoraAdapter
+from mmedexpert.models.backbone import load_encoder, load_model, save_backbone
+from mmedexpert.models.checkpoint import new_folder
+from mmedexpert.models.deltas import apply_deltas_
+from mmedexpert.runtime.runs import Run, console
+from mmedexpert.runtime.versions import versions
+from mmedexpert.schema import Config
+from mmedexpert.stages.common import loading, model_key, stage_run
+from mmedexpert.stages.pretrain import base_of
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
+TEXT = 1024  # ours: tokens of a question, its options and instruction, beside image and completion
+
+
+def run(config: Config) -> dict[str, Run]:
+    """Write the model that `gba` of this config starts from; prints vLLM's command."""
+    from mmedexpert.stages.gba import start
+
+    made = written(config, start(config))
+    if not config.runs.explain:
+        print_command(config, made.folder / "model", name_of(made))
+    return {"serve": made}
+
+
+def served_start(config: Config, start: Run | None) -> tuple[Path, str]:
+    """The folder that servers must serve for a reasoner that starts from `start` (None: the base), and under which
+    name: it changes with the weights, so that no other model is sampled from."""
+    made = written(config, start)
+    return made.folder / "model", name_of(made)
+
+
+def name_of(made: Run) -> str:
+    """What a served model is called."""
+    return f"start-{made.run_id}"
+
+
+def written(config: Config, start: Run | None) -> Run:
+    """The base with the start summed in, `<folder>/model`, in the dtype of the config, so that RL's own LoRA is the one
+    adapter that travels. In 16 bits the sum is rounded, where the trainer keeps the start's factors (models/lean.py):
+    the correction of `sampler` weighs the difference."""
+    base = base_of(config)
+
+    def work(run: Run) -> Mapping[str, float]:
+        told = replace(loading(config), device="cpu")
+        model, encoder = load_model(base.folder, told), load_encoder(base.folder, told)
+        if start:
+            adapter = LoraAdapter.load(start.folder / "adapter")
+            apply_deltas_(model, ((name, adapter.delta(name)) for name in adapter.modules))
+        with new_folder(run.folder / "model", model.get_memory_footprint(), replace=True) as folder:
+            save_backbone(folder, model, encoder)
+        return {"gigabytes": sum(file.stat().st_size for file in (run.folder / "model").iterdir()) / 1e9}
+
+    inputs = {"base": base.identity, **({"start": start.run_id} if start else {})}
+    key = {"model": model_key(config), "rules": versions("start")}
+    return stage_run(config, "serve", config.gba.init, key, work, inputs)
+
+
+def print_command(config: Config, folder: Path, name: str) -> None:
+    """How to start a server; one for each GPU that samples, each on a port of its own."""
+    rank = next((rank for rank in RANKS if rank >= config.model.lora.r), config.model.lora.r)
+    longest = config.model.max_pixels // 28**2 + TEXT + config.model.max_new_tokens
+    words = [
+        "vllm", "serve", str(folder.resolve()), "--served-model-name", name, "--dtype", config.model.dtype,
+        "--max-model-len", str(longest), "--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2",
+        "--max-cpu-loras", "4", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+        "--port", "8000",
+    ]  # fmt: skip
+    console.print(
+        f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {shlex.join(words)}", highlight=False, soft_wrap=True, markup=False
+    )
+    console.print("then: stage=gba sampler=vllm 'sampler.base_urls=[http://localhost:8000]'", markup=False)
