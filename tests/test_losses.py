@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmedexpert.models.logps import selected_logps
-from mmedexpert.training.losses import kl_k3, masked_mean, policy_loss
+from mmedexpert.training.losses import kl_k3, masked_mean, policy_loss, sampler_weights
 
 N, T = 5, 7
 LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "gspo"]
@@ -307,3 +307,49 @@ def test_bad_logp_arguments_are_refused() -> None:
         selected_logps(hidden, weight, ids[:2])
     with pytest.raises(ValueError, match="temperature"):
         selected_logps(hidden, weight, ids, temperature=0.0)
+
+
+@pytest.mark.parametrize("correction", ["truncate", "sequence_mask"])
+def test_weights_of_a_mismatch_are_the_published_ones(correction):
+    """verl's truncated importance sampling, min(w, 2) a token; TRL's sequence_mask, 0 where the sequence is above 3."""
+    data = batch(spread=0.9)
+    logps, sampled, mask = (data[name] for name in ("per_token_logps", "old_per_token_logps", "completion_mask"))
+    sampled = sampled.masked_fill(~mask, torch.nan)  # what a server says of no token does not count
+    found = sampler_weights(logps.requires_grad_(), sampled, mask, correction)
+    assert not found.requires_grad
+    cut = kept = 0
+    for n in range(N):
+        apart = [float(logps[n, t] - sampled[n, t]) for t in range(T) if mask[n, t]]
+        if correction == "sequence_mask":
+            ratio = np.exp(sum(apart))
+            assert float(found[n, 0]) == pytest.approx(0.0 if ratio > 3 else ratio)
+            cut, kept = cut + (ratio > 3), kept + (ratio <= 3)
+            continue
+        wanted = iter(min(np.exp(one), 2.0) for one in apart)
+        for t in range(T):
+            assert float(found[n, t]) == pytest.approx(next(wanted) if mask[n, t] else 1.0)
+        cut, kept = cut + sum(np.exp(one) > 2 for one in apart), kept + sum(np.exp(one) <= 2 for one in apart)
+    assert cut and kept, "both sides of the limit are seen"
+    with pytest.raises(ValueError, match="truncate or sequence_mask"):
+        sampler_weights(logps, sampled, mask, "none")
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_weights_act_on_the_clipped_term_and_not_on_the_kl(loss_type):
+    data, options = batch(), {"loss_type": loss_type, "max_completion_length": 11, "beta": 0.1}
+    mask = data["completion_mask"]
+    plain, _ = policy_loss(**data, **options)
+    ones, _ = policy_loss(**data, **options, weights=torch.ones(N, T))
+    assert torch.equal(plain, ones), "weight 1 changes nothing, to the bit"
+    gone, metrics = policy_loss(**data, **options, weights=torch.zeros(N, 1))
+    kl = kl_k3(data["per_token_logps"], data["ref_per_token_logps"])
+    wanted = {
+        "grpo": masked_mean(kl, mask, dim=1).sum() / N, "gspo": masked_mean(kl, mask, dim=1).sum() / N,
+        "dapo": (kl * mask).sum() / mask.sum(), "dr_grpo": (kl * mask).sum() / (N * 11),
+    }[loss_type]  # fmt: skip
+    assert gone.item() == pytest.approx(0.1 * wanted.item()) and metrics["kl"] > 0
+    data["advantages"] = torch.zeros(N)  # the clipped term is linear in its weight
+    without, _ = policy_loss(**data, **options)
+    data = batch()
+    half, _ = policy_loss(**data, **options, weights=torch.full((N, T), 0.5))
+    assert half.item() == pytest.approx((plain.item() + without.item()) / 2)

@@ -291,7 +291,7 @@ def stage(answering):
     from mmedexpert.stages import gba, serve
     from mmedexpert.stages.common import loading
 
-    settings = ["stage=gba", "gba.temperature=1.2", "gba.lr=0.003", "logger=csv", "gba.num_iterations=1"]
+    settings = ["stage=gba", "gba.temperature=1.2", "gba.lr=0.003", "logger.name=csv", "gba.num_iterations=1"]
     own = gba.run(answering(*settings))["reasoner"]
     config = answering(*settings, "sampler=vllm", "sampler.base_urls=[http://127.0.0.1:1]")
     folder, name = serve.served_start(config, gba.start(config))
@@ -323,7 +323,7 @@ def test_weights_of_the_mismatch_are_logged_and_adapters_do_not_stay(stage):
     import csv
 
     _, _, through, server = stage
-    rows = list(csv.DictReader((through.folder / "metrics.csv").open()))
+    rows = list(csv.DictReader(next(through.folder.rglob("metrics.csv")).open()))
     assert len(rows) == 2
     for row in rows:
         for name in ("min", "mean", "max"):
