@@ -190,7 +190,7 @@ class Served:
         was_training = model.training
         model.eval()
         packed = pack(model, encoder, [prompts[row] for row in rows], found.rows()[: len(rows)])
-        own, _, _ = token_logps(model, packed, sampling.temperature, banned_ids=encoder.banned_ids)
+        own, _, _ = token_logps(model, packed, sampling.temperature or 1.0, banned_ids=encoder.banned_ids)
         model.train(was_training)
         theirs = found.logps[packed.rows, packed.columns]
         apart = float((own - theirs).abs().mean())
