@@ -364,3 +364,52 @@ def test_what_samples_and_how_it_is_weighed_is_part_of_a_reasoner_and_where_is_n
 def test_what_cannot_be_sampled_by_servers_is_refused_before_anything_is_done(answering, overrides, words):
     with pytest.raises(UserError, match=words):
         answering(*overrides)
+
+
+@pytest.fixture(scope="module")
+def asked(answering, stage):
+    """The same models asked here and through a server of the base, and the reasoner through one of RL's start."""
+    from mmedexpert.models.backbone import load_encoder, load_model
+    from mmedexpert.stages import evaluation, gba, serve
+    from mmedexpert.stages.common import loading
+
+    settings = ["stage=eval", "gba.temperature=1.2", "gba.lr=0.003", "eval.contamination=false"]
+    names = "eval.models=[base,pediatrics,reasoner]"
+    here = evaluation.run(answering(*settings, names))
+    plain = answering("stage=serve", "sampler=vllm", "gba.init=base")
+    folder, name = serve.served_start(plain, None)
+    found = {}
+    with ScriptedVllm(load_model(folder, loading(plain)), load_encoder(folder, loading(plain)), name) as server:
+        through = [*settings, "engine=vllm", f"engine.base_urls=[{server.url}]"]
+        found = evaluation.run(answering(*through, names))
+        with pytest.raises(UserError, match=r"caci_vote is a whole model.*engine=openai"):
+            evaluation.run(answering(*through, "eval.models=[caci_vote]"))
+    config = answering(*settings)
+    folder, name = serve.served_start(config, gba.start(config))
+    with ScriptedVllm(load_model(folder, loading(config)), load_encoder(folder, loading(config)), name) as start:
+        through = [*settings, "engine=vllm", f"engine.base_urls=[{start.url}]", "seed=0", "eval.split=val"]
+        on_start = evaluation.run(answering(*through, "eval.models=[reasoner]"))["reasoner"]
+        with pytest.raises(UserError, match=r"serves start-.* and not start-"):
+            evaluation.run(answering(*through, "eval.models=[pediatrics]"))
+    own = evaluation.run(answering(*settings, "eval.split=val", "eval.models=[reasoner]"))["reasoner"]
+    return here, found, server, own, on_start, start
+
+
+def responses(run: Any) -> list[Any]:
+    from mmedexpert.runtime.jsonl import read_lines
+
+    return [(row["id"], row["response"], row["tokens"]) for row in read_lines(run.folder / "predictions.jsonl", ())]
+
+
+def test_models_asked_of_servers_answer_as_they_do_here(asked):
+    here, through, server, *_ = asked
+    for name in ("base", "pediatrics", "reasoner"):
+        assert here[name].run_id != through[name].run_id
+        assert sorted(responses(here[name])) == sorted(responses(through[name])), name
+    assert responses(here["base"]) != responses(here["pediatrics"])
+    assert len(server.loaded) == 2, "an adapter each, and none for the base"
+
+
+def test_a_reasoner_is_asked_of_servers_of_its_start_by_its_update(asked):
+    *_, own, on_start, start = asked
+    assert sorted(responses(own)) == sorted(responses(on_start)) and len(start.loaded) == 1

@@ -15,6 +15,16 @@ NO_ADDRESS = (
 def check_sampler(config: Config) -> None:
     """UserError for servers without an address, and for a distribution whose log-probabilities no server tells."""
     sampler, gba, stage = config.sampler, config.gba, config.stage.name
+    for key, urls in (("sampler", sampler.base_urls), ("engine", config.engine.base_urls)):
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                shown = without_password(url)
+                raise UserError(f"{key}.base_urls: {shown} is no web address: write it as http://localhost:8000")
+    if config.engine.name == "vllm" and not config.engine.base_urls:
+        raise UserError(
+            "engine=vllm needs the addresses of its servers, engine.base_urls=[http://localhost:8000]; "
+            "stage=serve sampler=vllm gba.init=base prints the command that starts one"
+        )
     if stage == "serve" and sampler.name != "vllm":
         raise UserError("stage=serve writes the model that servers sample from: add sampler=vllm")
     if sampler.name != "vllm":
@@ -30,8 +40,5 @@ def check_sampler(config: Config) -> None:
             f"{given}: vLLM's log-probabilities are then of the cut distribution, and the update's are not: sample "
             "from the whole one with gba.top_p=1 gba.top_k=0, or use sampler=transformers"
         )
-    for url in sampler.base_urls:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"sampler.base_urls: {without_password(url)} is no web address: http://localhost:8000")
     if not sampler.base_urls and stage in ("gba", "pipeline", "caci"):
         raise UserError(NO_ADDRESS)

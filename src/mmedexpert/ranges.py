@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "judge.name": ("sft", "dpo", "scalar"),
     "reward.grader": ("rules", "judge", "hybrid"),
     "protocol": ("auto", "robust", "medevalkit", "pairwise", "med_rewardbench"),
-    "engine.name": ("transformers", "openai"),
+    "engine.name": ("transformers", "openai", "vllm"),
     "sampler.name": ("transformers", "vllm"),
     "sampler.correction": ("none", "truncate", "sequence_mask"),
     "eval.split": ("val", "test"),

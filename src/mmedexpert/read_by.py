@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mmedexpert.names import BASELINES
-from mmedexpert.schema import Config, SamplerConfig
+from mmedexpert.schema import Config, EndpointConfig, SamplerConfig
 
 TRAINED = ("pretrain", "dsa", "gba", "judge")
 # the longest prefix counts, () is read by every command; the parts are those of `unread.parts`
@@ -117,6 +117,7 @@ OF_A_SERVER = (
     "api_key_env", "revision", "concurrency", "timeout_s", "retries", "requests_per_minute", "tokens_per_minute",
     "max_requests", "max_cost", "prices",
 )  # fmt: skip
+OF_VLLM = ("api_key_env", "concurrency", "timeout_s")  # of the endpoint, beside the addresses
 # what is asked of which model and data
 ASKING = (
     "specialty", "model", "pretrain", "data", "dsa", "gba", "sampler", "reward", "merge", "engine", "benchmark",
@@ -168,8 +169,21 @@ RULES = (
         ("engine",),
     ),
     Rule(
-        ("engine.endpoint",), lambda c, _: c.engine.name != "openai",
+        ("engine.endpoint",), lambda c, _: c.engine.name == "transformers",
         "engine={config.engine.name} runs the model here: add engine=openai to ask a server", ("engine",),
+    ),
+    Rule(
+        ("engine.base_urls",), lambda c, _: c.engine.name != "vllm",
+        "engine={config.engine.name} asks no vLLM servers: add engine=vllm", ("engine",),
+    ),
+    Rule(
+        tuple(f"engine.endpoint.{one.name}" for one in fields(EndpointConfig) if one.name not in OF_VLLM),
+        lambda c, _: c.engine.name == "vllm", "engine=vllm asks engine.base_urls: only " + ", ".join(OF_VLLM),
+        ("engine",),
+    ),
+    Rule(
+        ("engine.batch_size",), lambda c, _: c.engine.name == "vllm",
+        "engine=vllm sends as many at once as engine.endpoint.concurrency says", ("engine",),
     ),
     Rule(
         tuple(f"sampler.{one.name}" for one in fields(SamplerConfig) if one.name != "name"),

@@ -329,6 +329,7 @@ class TrainedJudgeConfig:
 class EngineConfig:
     name: str = MISSING
     batch_size: int = 64
+    base_urls: list[str] = field(default_factory=list)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
 

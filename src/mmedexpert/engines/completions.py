@@ -41,6 +41,7 @@ class Asking:
     temperature: float
     end_ids: Sequence[int]
     banned_ids: Sequence[int]
+    top_p: float = 1.0
 
 
 class Failed(Exception):
@@ -54,6 +55,7 @@ def request_of(one: Wanted, messages: Messages, asking: Asking) -> dict[str, Any
         "n": one.n,
         "seed": one.seed,
         "temperature": asking.temperature,
+        "top_p": asking.top_p,
         "max_tokens": asking.max_new_tokens,
         "logprobs": True,
         "top_logprobs": 0,

@@ -24,6 +24,7 @@ from mmedexpert.runtime.privacy import without_password
 TRIES = 3  # ours: of one request that a healthy server does not answer
 POLL_SECONDS = 1.0  # ours: between two looks at servers that are down
 CONNECT_SECONDS = 10.0  # ours
+KEYS = {"sampler": "sampler.api_key_env", "engine": "engine.endpoint.api_key_env"}
 LIKELIEST = 5  # first tokens that are compared
 
 
@@ -56,9 +57,11 @@ class Servers:
         concurrency: int = 64,
         timeout_s: float = 600.0,
         patience_s: float = 600.0,
+        setting: str = "sampler",
     ) -> None:
         self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
         self.model, self.concurrency, self.patience_s = model, concurrency, patience_s
+        self.setting = setting  # whose keys messages name
         self.adapter: tuple[str, Path] | None = None  # the one that answers: its name and folder
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.timeout = httpx.Timeout(timeout_s, connect=CONNECT_SECONDS)
@@ -67,6 +70,18 @@ class Servers:
         """UserError unless the servers serve `model` with room for `longest` tokens, and tell processed
         log-probabilities: those of the distribution sampled from, after temperature and banned tokens."""
         self._run(self._everywhere, lambda server: self._check(server, longest))
+
+    def choose(self, models: Sequence[str], longest: int) -> None:
+        """Ask from now on for the first of these models that all servers have, which are then checked."""
+        listed: list[set[str]] = []
+
+        async def look(server: _Server) -> None:
+            listed.append(set(await self._rows(server)))
+
+        self._run(self._everywhere, look)
+        common = set.intersection(*listed)
+        self.model = next((model for model in models if model in common), models[0])
+        self.check(longest)
 
     def publish(self, name: str, folder: Path) -> None:
         """Let the adapter in `folder` answer from now on, under a name of its own, and unload the one before.
@@ -205,7 +220,7 @@ class Servers:
         return server.alive
 
     async def _check(self, server: _Server, longest: int) -> None:
-        rows = {str(row["id"]): row for row in (await self._json(server, "/v1/models"))["data"]}
+        rows = await self._rows(server)
         if self.model not in rows:
             raise UserError(
                 f"{server.shown} serves {', '.join(rows) or 'nothing'} and not {self.model}: start it with the command "
@@ -224,6 +239,13 @@ class Servers:
                 f"{server.shown} tells log-probabilities before temperature and banned tokens, and the update needs "
                 "those of what was sampled from: start it with --logprobs-mode processed_logprobs"
             )
+
+    async def _rows(self, server: _Server) -> dict[str, dict[str, Any]]:
+        told = await self._json(server, "/v1/models")
+        try:
+            return {str(row["id"]): row for row in told["data"]}
+        except (KeyError, TypeError) as error:
+            raise Failed(f"/v1/models gave no list ({error!r})") from error
 
     async def _first(self, server: _Server, messages: Messages, temperature: float, model: str) -> dict[str, float]:
         body = {
@@ -253,7 +275,8 @@ class Servers:
             )
         raise UserError(
             f"{server.shown} refuses the adapter in {folder} ({told.status_code}: {short(told.text, 300)}): it must "
-            "see that folder (sampler.adapters=<a shared one>) and have room for its rank (--max-lora-rank)"
+            "see that folder (on a shared disk: sampler.adapters, paths.outputs) and have room for its rank "
+            "(--max-lora-rank)"
         )
 
     async def _send(self, server: _Server, path: str, body: Any = None) -> httpx.Response:
@@ -269,7 +292,7 @@ class Servers:
         reply = await self._send(server, path, body)
         text = short(reply.text, 300)
         if reply.status_code in (401, 403):
-            raise UserError(f"{server.shown} refuses the key: give its name as sampler.api_key_env")
+            raise UserError(f"{server.shown} refuses the key: give the name of its variable, {KEYS[self.setting]}")
         if reply.is_client_error and reply.status_code not in (404, 408, 429):
             raise UserError(f"{server.shown} refuses {path} ({reply.status_code}: {text})")
         if not reply.is_success:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +117,38 @@ def engine_of(
             config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
             max_new_tokens=config.model.max_new_tokens, **drawn,
         )  # fmt: skip
-    model, encoder = _loaded(config, subject, system_prompt)
     longest = longest_reply(config, subject)
+    if config.engine.name == "vllm":
+        return _served(config, subject, system_prompt, longest, drawn)
+    model, encoder = _loaded(config, subject, system_prompt)
     return TransformersEngine(model, encoder, batch_size=config.engine.batch_size, max_new_tokens=longest, **drawn)
+
+
+def _served(
+    config: Config, subject: Subject, system_prompt: str | None, longest: int, drawn: Mapping[str, Any]
+) -> Engine:
+    """vLLM servers of the base, or of the model that RL starts from, with the subject as an adapter."""
+    from mmedexpert.engines.served import ServedEngine  # its library takes a second to import
+    from mmedexpert.engines.vllm import Servers
+    from mmedexpert.stages.serve import adapters_of
+
+    if subject.folder is None or (subject.made_by is not None and subject.adapter is None):
+        raise UserError(
+            f"{subject.name} is a whole model, and engine=vllm has one base with adapters: serve its folder and ask it "
+            "with engine=openai, or use engine=transformers"
+        )
+    settings, endpoint = config.engine, config.engine.endpoint
+    servers = Servers(
+        settings.base_urls, "", api_key=os.environ.get(endpoint.api_key_env or ""), concurrency=endpoint.concurrency,
+        timeout_s=endpoint.timeout_s, patience_s=endpoint.timeout_s, setting="engine",
+    )  # fmt: skip
+    encoder = load_encoder(subject.folder, loading(config))
+    encoder.system_prompt = system_prompt
+    choices = adapters_of(config, subject.adapter, subject.made_by)
+    servers.choose(list(choices), longest)
+    if (adapter := choices[servers.model]) is not None:
+        servers.publish(f"{adapter.parent.name}-{secrets.token_hex(3)}", adapter.resolve())
+    return ServedEngine(servers, encoder, max_new_tokens=longest, **drawn)
 
 
 def longest_reply(config: Config, subject: Subject) -> int:

@@ -38,6 +38,18 @@ def served_start(config: Config, start: Run | None) -> tuple[Path, str]:
     return made.folder / "model", name_of(made)
 
 
+def adapters_of(config: Config, adapter: Path | None, made_by: Run | None) -> dict[str, Path | None]:
+    """As what a model can be asked of servers: by the name of what they serve, the adapter to load there. On the base
+    its own; a reasoner on the model that RL starts from its update alone, as in training."""
+    from mmedexpert.stages.gba import start
+
+    plain = replace(config, gba=replace(config.gba, init="base"))
+    found = {served_start(plain, None)[1]: adapter}
+    if made_by is not None and made_by.stage == "gba" and config.gba.init not in ("base", "each"):
+        found[served_start(config, start(config))[1]] = made_by.folder / "update"
+    return found
+
+
 def name_of(made: Run) -> str:
     """What a served model is called."""
     return f"start-{made.run_id}"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmedexpert.engines.asking import Ask
-from mmedexpert.engines.messages import messages_of
 from mmedexpert.errors import UserError
 from mmedexpert.models.checkpoint import new_folder
 from mmedexpert.models.encode import Encoder, Prompt
@@ -99,24 +94,19 @@ class Served:
         self, model: Any, encoder: Encoder, prompts: Sequence[Prompt], sampling: Sampling, each: int, seeds: list[int]
     ) -> Completions:
         """Raises UserError as `Servers` does, and where a server's model, adapter or prompts are not the policy's."""
-        from mmedexpert.engines.completions import Asking, Wanted
+        from mmedexpert.engines.completions import Asking
+        from mmedexpert.engines.served import wanted_with
         from mmedexpert.models.generate import Completions
 
         if not self.published:
             longest = max(len(prompt.input_ids) for prompt in prompts) + sampling.max_new_tokens
             on_first(lambda: self.servers.check(longest))
         self._publish(model)
-        url = lru_cache(maxsize=64)(lambda path: _png_url(encoder, path))
-
-        def wanted(prompt: Prompt, seed: int) -> Wanted:
-            ask = Ask("", prompt.text, prompt.paths)
-            name = str(prompt.paths[0]) if prompt.paths else repr(prompt.text[:60])
-            return Wanted(
-                name, lambda: messages_of(ask, encoder.system_prompt or "", url), prompt.input_ids, each, seed
-            )
-
+        wanted = wanted_with(encoder)
         asking = Asking(sampling.max_new_tokens, sampling.temperature, encoder.end_ids, encoder.banned_ids)
-        drawn = self.servers.complete([wanted(*pair) for pair in zip(prompts, seeds, strict=True)], asking)
+        drawn = self.servers.complete(
+            [wanted(prompt, each, seed) for prompt, seed in zip(prompts, seeds, strict=True)], asking
+        )
         rows = [one for group in drawn for one in group]
         device = next(model.parameters()).device
         lengths = torch.tensor([len(row.ids) for row in rows])
@@ -200,9 +190,3 @@ class Served:
                 f"and two engines of one model by less than {APART}: serve the folder of stage=serve, unchanged and "
                 "without quantisation"
             )
-
-
-def _png_url(encoder: Encoder, path: Path) -> str:
-    buffer = io.BytesIO()
-    encoder.resized(path).save(buffer, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,94 @@
+"""Prompts of ours sent to vLLM servers, and an engine that asks them: ids compared, images in the trainer's size."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from mmedexpert.engines.asking import Ask, Reply, refusal
+from mmedexpert.engines.completions import Asking, Drawn, Wanted
+from mmedexpert.engines.messages import messages_of
+from mmedexpert.engines.transformers import seed_of
+from mmedexpert.engines.vllm import Servers
+from mmedexpert.errors import UserError
+from mmedexpert.models.encode import Encoder, Prompt
+
+IMAGES = 64  # ours: images kept as PNG, for the instructions of one record
+WINDOW = 4  # ours: questions sent together, in multiples of the requests that servers take at once
+
+
+class ServedEngine:
+    """An Engine of `engines.asking`: the model or adapter that `servers` answer with, as `TransformersEngine` asks it.
+
+    Greedy by default; above temperature 0 each sample is drawn by `transformers.seed_of`. A question whose image or
+    text cannot be encoded gets a refusal; UserError as `Servers` raises it.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        encoder: Encoder,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.servers, self.encoder, self.seed = servers, encoder, seed
+        self.asking = Asking(max_new_tokens, temperature, encoder.end_ids, encoder.banned_ids, top_p)
+
+    def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
+        """Replies window by window; questions on one image go to one server."""
+        wanted_of = wanted_with(self.encoder)
+        order = sorted(range(len(asks)), key=lambda place: (asks[place].images, place))
+        step = self.servers.concurrency * len(self.servers.servers) * WINDOW
+        for start in range(0, len(order), step):
+            window: list[tuple[int, Prompt]] = []
+            for place in order[start : start + step]:
+                ask = asks[place]
+                try:
+                    images = [self.encoder.image(path) for path in ask.images]
+                    window.append((place, self.encoder.chat(ask.text, images, ask.images)))
+                except (UserError, ValueError) as error:
+                    yield place, refusal(" ".join(str(error).split())[:200])
+            began = time.perf_counter()
+            wanted = [wanted_of(prompt, 1, seed_of(self.seed, asks[place])) for place, prompt in window]
+            drawn = self.servers.complete(wanted, self.asking)
+            seconds = (time.perf_counter() - began) / max(len(window), 1)
+            for (place, prompt), (one,) in zip(window, drawn, strict=True):
+                yield place, self._reply(prompt, one, seconds)
+
+    def _reply(self, prompt: Prompt, one: Drawn, seconds: float) -> Reply:
+        return Reply(
+            self.encoder.decode(one.ids),
+            len(one.ids),
+            "stop" if one.finished else "length",
+            seconds,
+            sum(one.logps) / max(len(one.logps), 1),
+            prompt_tokens=len(prompt.input_ids),
+            image_tokens=prompt.input_ids.count(self.encoder.image_token_id),
+        )
+
+
+def wanted_with(encoder: Encoder) -> Callable[[Prompt, int, int], Wanted]:
+    """(prompt, n, seed) -> what a server is asked for; it is called by its first image, or by how its text begins."""
+    url = lru_cache(maxsize=IMAGES)(lambda path: _png_url(encoder, path))
+
+    def wanted(prompt: Prompt, n: int, seed: int) -> Wanted:
+        ask = Ask("", prompt.text, prompt.paths)
+        name = str(prompt.paths[0]) if prompt.paths else repr(prompt.text[:60])
+        # the last completion's seed, too, is one of 63 bits
+        seed = min(seed, 2**63 - 1 - n)
+        return Wanted(name, lambda: messages_of(ask, encoder.system_prompt or "", url), prompt.input_ids, n, seed)
+
+    return wanted
+
+
+def _png_url(encoder: Encoder, path: Path) -> str:
+    buffer = io.BytesIO()
+    encoder.resized(path).save(buffer, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
