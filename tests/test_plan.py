@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from mmedexpert.models.attention import Tree
 from mmedexpert.models.backbone import add_lora, core_of
 from mmedexpert.models.generate import generate
 from mmedexpert.models.packing import micro_batches, pack, token_logps
-from mmedexpert.models.plan import GIB, Pass, Setup, cached, passes
+from mmedexpert.models.plan import Setup, cached, passes
 from mmedexpert.models.shapes import KNOWN, known, shape_of
 from mmedexpert.models.tiny import build_model
 
@@ -102,12 +100,21 @@ def test_caches_hold_what_sampling_allocates(policy, tiny, picture, monkeypatch)
     monkeypatch.setattr(sampling, "prefill", lambda *given: read.append(prefill(*given)) or read[-1])
     for width in (3, 5, 6, 7, LENGTH):
         held.clear()
-        generate(policy, encoder, prompts, max_new_tokens=width, num_generations=2, temperature=1.0, end_ids=(), seeds=range(3))
+        generate(
+            policy,
+            encoder,
+            prompts,
+            max_new_tokens=width,
+            num_generations=2,
+            temperature=1.0,
+            end_ids=(),
+            seeds=range(3),
+        )
         own = sum(room.nbytes for layer in held[0].layers for room in layer.room.values())
         prefix = read[-1][0]
         shared = sum(t.nbytes for t in (*prefix.keys, *prefix.values))
         plan = setup_of(policy).sampling_bytes(3, len(prompts[0].input_ids), 6, width, 3 * len(prompts[0].input_ids))
-        assert plan["own keys and values"] == own and plan["prompts' keys and values"] == shared, width
+        assert plan["KV of completions"] == own and plan["KV of prompts"] == shared, width
         assert cached(width) >= width - 1
 
 
@@ -185,7 +192,10 @@ def test_what_autograd_keeps_of_a_layer(tiny, picture, dropout, sixteen):
     tokens, shape = sum(tree.lengths), shape_of(model.config.to_dict())
     plan = Setup(shape, 8, shape.lora(8, TARGETS), bytes_of, 4, bytes_of, dropout=dropout > 0)
     # on a CPU dropout's mask is of the input's dtype, and the outputs of families are joined in a tensor of their own
-    keys = sum(len(f.members) * (max(tree.lengths[s] for s in (*f.members,)) + sum(tree.lengths[s] for s in f.chain)) for f in tree.families)
+    keys = sum(
+        len(f.members) * (max(tree.lengths[s] for s in (*f.members,)) + sum(tree.lengths[s] for s in f.chain))
+        for f in tree.families
+    )
     expected = plan.layer_bytes(keys / tokens, mask=bytes_of) + bytes_of * shape.q
     print(expected, (kept[1] - kept[0]) / 2 / tokens)
     assert expected == pytest.approx((kept[1] - kept[0]) / 2 / tokens, rel=0.05)

@@ -1,8 +1,8 @@
 """What training and sampling hold and compute: bytes and FLOPs of one device, from the shapes alone.
 
-Bytes follow what autograd keeps of each operation of a decoder layer (`layer_bytes`), FLOPs are those of matrix products
-(a multiplication with its addition counts two). `tests/test_plan.py` holds both against what is really allocated and
-counted on the tiny model, and against measured figures of a 3B and a 7B.
+Bytes follow what autograd keeps of each operation of a decoder layer (`layer_bytes`), FLOPs are those of matrix
+products (a multiplication with its addition counts two). `tests/test_plan.py` holds both against what is really
+allocated and counted on the tiny model, and against measured figures of a 3B and a 7B.
 
 Units: bytes, FLOPs, seconds. T tokens of a packed row, S of them scored, P of a prompt, C of a completion.
 """
@@ -84,9 +84,9 @@ class Setup:
         """What autograd keeps of one decoder layer for its backward pass, a token.
 
         Norms keep their input in fp32 (a copy, where the input is not), attention q, k, v and its output, the MLP
-        gate, up and silu(gate). A LoRA layer keeps its input; under dropout one of its own, with a mask of so many bytes
-        an entry (one on CUDA). Frozen weights keep nothing. Keys and values of a shared prompt stand before those of
-        each completion: `seen` for each token of the row, at most twice as many in a group of long completions.
+        gate, up and silu(gate). A LoRA layer keeps its input; under dropout one of its own, with a mask of so many
+        bytes an entry (one on CUDA). Frozen weights keep nothing. Keys and values of a shared prompt stand before those
+        of each completion: `seen` for each token of the row, at most two in a group of long completions.
         """
         s, e = self.shape, self.computed
         norms = 2 * s.hidden * 4
@@ -168,8 +168,8 @@ class Setup:
         return {
             "weights": self.shape.parameters * self.weights + self.started_bytes,  # FSDP2's are whole while sampling
             "LoRA": self.lora_parameters * self.trained,
-            "prompts' keys and values": shared,
-            "own keys and values": own,
+            "KV of prompts": shared,
+            "KV of completions": own,
             "logits": logits,
             "activations": peak - own - logits,
         }
