@@ -136,7 +136,7 @@ def test_auto_takes_what_the_plan_leaves_of_a_device(tiny, monkeypatch):
     ("given", "words"),
     [
         ("0", "above 0, auto, or null"), ("many", "above 0, auto, or null"), ("-3", "above 0"),
-        ("auto trainer=fsdp", "meet in every layer"),
+        ("auto trainer=fsdp", "meet in each layer"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_refused(given, words):

@@ -220,7 +220,7 @@ def _check_passes(trainer: TrainerConfig) -> None:
     tokens = trainer.micro_batch_tokens
     if tokens == "auto" and trainer.strategy == "fsdp" and (trainer.devices != 1 or trainer.num_nodes > 1):
         raise UserError(
-            "trainer.micro_batch_tokens=auto does not go with trainer.strategy=fsdp, whose devices meet in every layer: "
+            "trainer.micro_batch_tokens=auto does not go with trainer.strategy=fsdp, whose devices meet in each layer: "
             "one out of memory would leave the others waiting; give a number (stage=plan tells the largest)"
         )
     if tokens not in (None, "auto") and (isinstance(tokens, str) or tokens < 1):

@@ -184,7 +184,7 @@ def found_shape(name_or_path: str | None, folder: Path) -> Shape:
             return shape_of(json.loads((at / "config.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{at}/config.json tells no shape of a Qwen-VL ({error!r}): give a model's folder"
+                f"{at}/config.json is none of a Qwen-VL ({error!r}): give a model's folder"
             ) from error
     if name_or_path not in known():
         raise UserError(
