@@ -51,7 +51,7 @@ def run(config: Config) -> dict[str, Run]:
 
 
 def card_of(config: Config) -> Card:
-    """The card of `plan.card`; without it the GPU that is here and known, a CPU for the embedded model, else an H100."""
+    """The card of `plan.card`; null: the GPU that is here and known, a CPU for the embedded model, else an H100."""
     name, memory = config.plan.card, config.plan.memory_gib
     if name is None and torch.cuda.is_available():
         name = named(torch.cuda.get_device_name())
