@@ -183,9 +183,7 @@ def found_shape(name_or_path: str | None, folder: Path) -> Shape:
         try:
             return shape_of(json.loads((at / "config.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{at}/config.json is none of a Qwen-VL ({error!r}): give a model's folder"
-            ) from error
+            raise UserError(f"{at}/config.json is none of a Qwen-VL ({error!r}): give a model's folder") from error
     if name_or_path not in known():
         raise UserError(
             f"model.name_or_path={name_or_path} is no folder here, and its shape is not known"
