@@ -15,6 +15,7 @@ from test_distributed import gba_module as gba
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import core_of
 from mmedexpert.runtime.curve import STEPS, read_curve
+from mmedexpert.stages.common import training_key
 from mmedexpert.training import memory
 from mmedexpert.training.batches import Samples
 from mmedexpert.training.fit import fit, trained_weights
@@ -143,3 +144,13 @@ def test_values_that_cannot_be_are_refused(given, words):
     with pytest.raises(UserError, match=words):
         composed(*f"trainer.micro_batch_tokens={given}".split())
     assert composed("trainer.micro_batch_tokens=auto").trainer.micro_batch_tokens == AUTO
+
+
+def test_auto_is_part_of_an_identity_as_the_word_and_only_with_dropout():
+    """A number that a device gave would make another run of the same command on every card."""
+    keys = [
+        training_key(composed(f"model.lora.dropout={dropout}", f"trainer.micro_batch_tokens={tokens}"))
+        for dropout in (0.0, 0.1) for tokens in ("auto", 8192)
+    ]  # fmt: skip
+    assert keys[0] == keys[1] == {"precision": "32-true"}
+    assert [key["micro_batch_tokens"] for key in keys[2:]] == [AUTO, 8192]
