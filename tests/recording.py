@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmedexpert.training.fit import TrainingModule
+from mmedexpert.training.module import TrainingModule
 
 
 @dataclass

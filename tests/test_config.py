@@ -158,7 +158,7 @@ def test_models_of_one_family_differ_in_what_their_files_say():
     for path in CONF.glob("model/*.yaml"):
         if path.stem not in ("tiny", "_qwen"):
             assert set(yaml.safe_load(path.read_text())) == {"defaults", "name", "name_or_path", "revision"}
-            assert "Memory, estimated" in path.read_text() and f"model={path.stem}" in path.read_text()
+            assert f"stage=plan model={path.stem}" in path.read_text()
 
 
 def test_code_is_named_in_one_way():

@@ -23,6 +23,7 @@ from mmedexpert.checks import typed
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import add_lora
+from mmedexpert.models.packing import token_logps
 from mmedexpert.stages import common
 from mmedexpert.training.batches import Samples, share
 from mmedexpert.training.fit import fit, gathered, trained_weights
@@ -155,6 +156,18 @@ def sampled(tiny: Any, root: Path, **devices: Any) -> str:
     return "\n".join(said)
 
 
+def short_of_memory(at: int) -> Any:
+    """`token_logps` that runs out of memory at one call."""
+    calls = itertools.count(1)
+
+    def look(model: Any, packed: Any, *given: Any, **named: Any) -> Any:
+        if next(calls) == at:
+            raise torch.OutOfMemoryError
+        return token_logps(model, packed, *given, **named)
+
+    return look
+
+
 def work(rank: int, port: int, folder: Path, tiny: Any, pictures: list[Any]) -> None:
     """One of two ranks: every case under both strategies."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
@@ -165,6 +178,13 @@ def work(rank: int, port: int, folder: Path, tiny: Any, pictures: list[Any]) -> 
         for case in CASES:
             found = update(case, tiny, pictures, folder, rank, **devices)
             save_file(found, folder / f"{case}-{strategy}-{rank}.safetensors")
+        if strategy == "ddp":  # the second rank alone runs out of memory, in its second step
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == 1:
+                    patch.setattr("mmedexpert.training.sft.token_logps", short_of_memory(at=2))
+                patch.setattr(f"{__name__}.BUDGET", "auto")
+                found = update("dsa", tiny, pictures, folder / "auto", rank, **devices)
+            save_file(found, folder / f"auto-{rank}.safetensors")
         whole, again = resumed(tiny, pictures, folder / strategy, rank, **devices)
         assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
         texts = sampled(tiny, folder, **devices)
@@ -210,6 +230,20 @@ def test_two_ranks_take_the_steps_of_one(two, tiny, tmp_path, case, strategy):
     assert set(first) - set(start) == logged and {"loss", "entropy", "grad_norm"} <= logged
     for name in logged - timed:
         assert torch.allclose(first[name], one[name], rtol=1e-4, atol=1e-6, equal_nan=True), name
+
+
+def test_ranks_agree_on_smaller_passes_where_one_of_them_has_no_room(two, tiny, tmp_path):
+    """In the second step of two, which is that of one rank all the same; both say how often."""
+    folder, pictures = two
+    start, one = trained_weights(policy_of(tiny)), update("dsa", tiny, pictures, tmp_path)
+    for rank in range(2):
+        other = load_file(folder / f"auto-{rank}.safetensors")
+        apart, moved = (
+            torch.cat([(values[name] - before[name]).flatten() for name in start])
+            for values, before in ((other, one), (one, start))
+        )
+        assert apart.norm() / moved.norm() <= 1e-5
+        assert other["memory/halved"] == 1 and other["memory/micro_batch_tokens"] > 0
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -13,7 +13,8 @@ from torch import nn
 from mmedexpert.reporting.loggers import CsvLogger, read_rows
 from mmedexpert.runtime.curve import STEPS, read_curve
 from mmedexpert.training.batches import batch_indices
-from mmedexpert.training.fit import Checkpoint, TrainingModule, damage, fit
+from mmedexpert.training.fit import Checkpoint, damage, fit
+from mmedexpert.training.module import TrainingModule
 from mmedexpert.training.sft import MuonWithAdamW
 
 

@@ -122,6 +122,7 @@ def test_every_key_of_the_schema_says_who_reads_it():
         "report",
         "clean",
         "judge",
+        "plan",
     }
     assert set().union(*READ_BY.values()) <= work
 
@@ -131,6 +132,7 @@ def test_every_key_of_the_schema_says_who_reads_it():
     [
         (["data.root=tests"], ["data.root", "data=phantom", "labelled_images"]),
         (["report.runs=[x]"], ["report.runs", "stage=report"]),
+        (["stage=dsa", "plan.card=h100"], ["plan.card", "stage=plan"]),
         (["stage=dsa", "report.common=true"], ["report.common", "stage=report"]),
         (["stage=report", "gba.steps=3"], ["gba.steps", "stage=report"]),
         (["stage=report", "benchmark=slake"], ["benchmark", "report.runs"]),
@@ -193,6 +195,8 @@ def test_what_nothing_reads_is_refused(overrides, words):
         (["stage=report", "logger=none", "debug=smoke", "trainer.accelerator=cpu", "eval.num_resamples=9", "seed=3"],
          ["trainer.accelerator"]),
         (["gba.lr=1", "gba.lr=1"], []),
+        (["stage=plan", "gba=uniform", "gba.steps=3", "gba.lr=1", "trainer=ddp", "plan.card=h100", "eval.split=val"],
+         ["gba.lr", "eval.split"]),
         (["data=medr1", "data.root=tests", "data.limit=3"], []),
         (["trainer=fsdp", "trainer.strategy=ddp"], []),
         (["protocol=robust", "benchmark=slake", "stage=eval", "eval.perspectives=vote"], []),
@@ -233,7 +237,7 @@ def test_what_a_command_does():
         everything = {"base", "data", "dsa", "gba", "caci", "eval", "own"}
         assert work() == everything == work("stage=eval") == work("stage=eval", "eval.models=[reasoner]")
         assert work("benchmark=slake", "merge=none") == everything - {"caci"} | {"benchmark"}
-        assert all(work(f"stage={name}") == {name} for name in ("report", "list", "clean", "data"))
+        assert all(work(f"stage={name}") == {name} for name in ("report", "list", "clean", "data", "plan"))
         assert work("stage=caci", "merge=ties", "merge.search={density: [1.0]}") >= {"search", "dsa", "gba"}
         assert work("stage=eval", "benchmark=slake", "eval.contamination=false", "model.name_or_path=tests") == {
             "eval", "benchmark", "base",

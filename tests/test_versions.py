@@ -156,7 +156,7 @@ def optimiser(_: Path) -> Any:
     import lightning as L
     from torch import nn
 
-    from mmedexpert.training.fit import TrainingModule
+    from mmedexpert.training.module import TrainingModule
 
     class Line(TrainingModule):
         lr, weight_decay = 0.1, 0.01

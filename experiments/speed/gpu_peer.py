@@ -31,7 +31,7 @@ __all__ = ["GPU", "TINY", "step"]
 
 def step(device: str, *, size: str, shapes: Shapes, stage: str) -> Iterator[dict[str, Any]]:
     """Images, sampling and update count together; GRPO is one cold step, SFT the faster of two after the first."""
-    lora = settings(size)[0]["lora"]
+    lora = settings(size)["lora"]
     config = LoraConfig(
         r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",

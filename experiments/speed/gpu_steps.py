@@ -1,4 +1,4 @@
-"""A DSA step and a GBA step of a random Qwen2.5-VL, beside the estimates of conf/model.
+"""A DSA step and a GBA step of a random Qwen2.5-VL, beside what models/plan.py plans for them.
 
 The model is built on the device from its sizes, in bf16, with the LoRA and the gradient checkpointing of conf/model,
 and trained under bf16 autocast. Its images are encoded and seen beforehand (`images_s`). Completions of an update are
@@ -16,7 +16,6 @@ allocator's reserve too: the one to hold against `estimate_gib`.
 
 from __future__ import annotations
 
-import re
 import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,13 +42,15 @@ from tiny_vl import (
 from torch import Tensor
 
 from mmedexpert.models.backbone import add_lora, core_of
+from mmedexpert.models.cards import card
 from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.models.generate import generate
 from mmedexpert.models.packing import Pack, micro_batches, pack, token_logps
+from mmedexpert.models.plan import GIB, Setup, passes
+from mmedexpert.models.shapes import known
 from mmedexpert.training.losses import policy_loss
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-ESTIMATES = r"DSA (\d+) \(.*\| GBA (\d+) to train .*, (\d+) to sample"  # in the headers of conf/model
 DATASHEET = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # NVIDIA: dense bf16 FLOP/s of the SXM cards
 
 
@@ -68,7 +69,7 @@ class Shapes:
     warm_up: int = 32  # ours: tokens sampled to see how many there is time for
 
 
-# ours: what the estimates of conf/model are for; batch 16 and 8,192 tokens are conf/dsa's and conf/trainer's
+# ours: two records, and a whole step; batch 16 and 8,192 tokens are conf/dsa's and conf/trainer's
 GPU = Shapes(700, 1024, 836, 8, 8, (2, 16), 8192, 633)
 TINY = Shapes(64, 16, 24, 4, 2, (2, 3), 200, 56, 2)
 
@@ -80,7 +81,7 @@ class Policy:
     model: Any
     encoder: Encoder
     optimizer: torch.optim.Optimizer
-    estimates: tuple[int | None, ...]  # GiB: DSA, GBA's update, sampling
+    estimates: tuple[float | None, ...]  # GiB: DSA of two records, GBA's update, sampling
     device: str
 
     @property
@@ -89,14 +90,29 @@ class Policy:
         return core_of(self.model)
 
 
-def settings(size: str) -> tuple[dict[str, Any], tuple[int | None, ...]]:
-    """conf/model of a size, and its estimates; the tiny one has the LoRA of 3b, and no estimates."""
+def settings(size: str) -> dict[str, Any]:
+    """conf/model of a size; the tiny one has the LoRA of 3b."""
     content = (CONF / f"qwen2_5_vl_{'3b' if size == 's' else size}.yaml").read_text(encoding="utf-8")
-    found = re.search(ESTIMATES, content)
-    if found is None:
-        raise ValueError(f"the header of {size} in {CONF} has no estimates of memory")
-    settings = yaml.safe_load((CONF / "_qwen.yaml").read_text(encoding="utf-8")) | yaml.safe_load(content)
-    return settings, (None, None, None) if size == "s" else tuple(map(int, found.groups()))
+    return {**yaml.safe_load((CONF / "_qwen.yaml").read_text(encoding="utf-8")), **yaml.safe_load(content)}
+
+
+def planned(size: str, shapes: Shapes) -> tuple[float | None, ...]:
+    """GiB of the device for a DSA step on two records, GBA's update a group a pass, and its sampling; none for tiny."""
+    if size == "s":
+        return None, None, None
+    model = settings(size)
+    shape, lora = known()[model["name_or_path"]], model["lora"]
+    setup = Setup(shape, lora["r"], shape.lora(lora["r"], lora["target_modules"]), 2, 4, 2, True, True)
+    prompt, width, group = shapes.prompt, shapes.completion, shapes.group
+    (two,) = passes(prompt, shapes.answer, 1, 2, None)
+    each, *others = passes(prompt, width, group, shapes.groups, prompt + group * width)
+    drawn = setup.sampling_bytes(shapes.groups, prompt, shapes.groups * group, width, shapes.groups * prompt)
+    held = (
+        setup.training_bytes(two.tokens, two.scored, 1),
+        setup.training_bytes(each.tokens, each.scored, 1 + len(others)),
+        {**drawn, "AdamW": setup.state_bytes},
+    )
+    return tuple((sum(one.values()) + card("h100").own) / GIB for one in held)
 
 
 def dtype_of(device: str) -> torch.dtype:
@@ -106,13 +122,13 @@ def dtype_of(device: str) -> torch.dtype:
 
 def build(size: str, device: str, shapes: Shapes) -> Policy:
     """A random model of a size as `load_model` and `add_lora` would make it, without a file."""
-    model_settings, estimates = settings(size)
+    model_settings = settings(size)
     tokenizer = byte_tokenizer()
     base = build_model(SIZES[size], tokenizer, dtype=dtype_of(device), device=device)
     checkpointing = model_settings["gradient_checkpointing"]
     model = add_lora(base, **model_settings["lora"], gradient_checkpointing=checkpointing, seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
-    policy = Policy(model, build_encoder(tokenizer, shapes.image_size), optimizer, estimates, device)
+    policy = Policy(model, build_encoder(tokenizer, shapes.image_size), optimizer, planned(size, shapes), device)
     asked(policy, 1, shapes)  # the vision tower's kernels are loaded
     return policy
 
@@ -202,7 +218,7 @@ def paced(policy: Policy, seconds: float, done: dict[str, float]) -> dict[str, f
     }
 
 
-def memory(device: str, estimate: int | None) -> dict[str, float | None]:
+def memory(device: str, estimate: float | None) -> dict[str, float | None]:
     """GiB at their most since the clock began, beside the estimate; on the CPU those of the process."""
     if not device.startswith("cuda"):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

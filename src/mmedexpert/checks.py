@@ -32,7 +32,7 @@ from mmedexpert.ranges import (
     POSITIVE,
 )
 from mmedexpert.runtime.typos import no_such_key, options
-from mmedexpert.schema import Config, EndpointConfig, RewardConfig
+from mmedexpert.schema import Config, EndpointConfig, RewardConfig, TrainerConfig
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -123,6 +123,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"model.min_pixels={config.model.min_pixels} is above model.max_pixels={config.model.max_pixels}"
         )
+    _check_passes(config.trainer)
     gba = config.gba
     if len(gba.weights) != len(PERSPECTIVES):
         raise UserError(
@@ -214,6 +215,18 @@ def check(config: Config) -> None:
         raise UserError("judge=scalar trains its head whole on each device: use trainer.strategy=ddp")
     if config.data.root is not None and not Path(config.data.root).is_dir():
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
+
+
+def _check_passes(trainer: TrainerConfig) -> None:
+    """Tokens of a pass: a number, null or auto, which needs ranks that can wait for each other between passes."""
+    tokens = trainer.micro_batch_tokens
+    if tokens == "auto" and trainer.strategy == "fsdp" and (trainer.devices != 1 or trainer.num_nodes > 1):
+        raise UserError(
+            "trainer.micro_batch_tokens=auto does not go with trainer.strategy=fsdp, whose devices meet in each layer: "
+            "one out of memory would leave the others waiting; give a number (stage=plan tells the largest)"
+        )
+    if tokens not in (None, "auto") and (isinstance(tokens, str) or tokens < 1):
+        raise UserError(f"trainer.micro_batch_tokens={tokens} must be a number above 0, auto, or null")
 
 
 def _check_results(config: Config) -> None:

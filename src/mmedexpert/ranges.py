@@ -45,9 +45,10 @@ POSITIVE = (
     "judge.max_grad_norm", "judge.checkpoint_every", "judge.max_new_tokens", "judge.dpo_steps", "judge.dpo_lr",
     "judge.beta", "eval.best_of", "eval.top_p", "eval.picker.concurrency", "eval.picker.timeout_s",
     "eval.picker.max_new_tokens", "sampler.concurrency", "sampler.timeout_s", "sampler.patience_s",
-    "sampler.truncate_at", "sampler.mask_above",
+    "sampler.truncate_at", "sampler.mask_above", "plan.questions", "plan.text_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
+    "plan.images",
     "gba.scale", "gba.beta", "gba.top_k", "gba.dynamic_sampling", "dsa.weight_decay", "gba.weight_decay",
     "seed", "data.seed", "pretrain.reading_steps", "logger.log_completions_every",
     "engine.endpoint.retries", "eval.llm_judge.retries", "reward.judge.retries", "eval.picker.retries",
@@ -65,8 +66,10 @@ ABOVE_0_OR_NULL = (
         for limit in ("requests_per_minute", "tokens_per_minute", "max_requests", "max_cost")
     ),
     "data.limit",
-    "trainer.micro_batch_tokens",
     "trainer.threads",
     "trainer.processes",
     "gba.epsilon_high",
+    "plan.memory_gib",
+    "plan.completion_tokens",
+    "plan.answer_tokens",
 )

@@ -391,13 +391,24 @@ class ReportConfig:
 
 
 @dataclass
+class PlanConfig:
+    card: str | None = None
+    memory_gib: float | None = None
+    images: int = MISSING
+    text_tokens: int = MISSING
+    completion_tokens: int | None = None
+    answer_tokens: int | None = None
+    questions: int = MISSING
+
+
+@dataclass
 class TrainerConfig:
     accelerator: str = "auto"
     strategy: str = "ddp"
     devices: int | None = 1
     num_nodes: int = 1
     precision: str = "32-true"
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | str | None = None  # or auto
     threads: int | None = None
     processes: int | None = None
 
@@ -454,6 +465,7 @@ class Config:
     judge: TrainedJudgeConfig = field(default_factory=TrainedJudgeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     benchmark: dict[str, BenchmarkConfig] = field(default_factory=dict)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

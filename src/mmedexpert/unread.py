@@ -13,7 +13,7 @@ from mmedexpert.read_by import READ_BY, RULES, not_from_the_hub, pairs_alone
 from mmedexpert.runtime.privacy import redacted
 from mmedexpert.schema import Config
 
-READING = ("report", "list", "clean")  # stages that read what is there, and load neither model nor data
+READING = ("report", "list", "clean", "plan")  # stages that read what is there, and load neither model nor data
 WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p")  # of Hydra
 
 

@@ -23,7 +23,7 @@ Captioned = tuple[str, str, Sequence[Row]]  # title, note, rows
 # columns of text
 LEFT = (
     "benchmark", "model", "job", "stage", "name", "folder", "protocol", "source", "numbers", "run_id", "state", "why",
-    "asked under", "questions", "criteria",
+    "asked under", "questions", "criteria", "GiB", "MiB",
 )  # fmt: skip
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

@@ -30,7 +30,7 @@ from mmedexpert.stages.pretrain import base_of
 if TYPE_CHECKING:  # Lightning and PEFT, which take seconds
     from peft import PeftModel
 
-    from mmedexpert.training.fit import TrainingModule
+    from mmedexpert.training.module import TrainingModule
 
 TOLD = {
     "sft": "LoRA SFT on right verdicts with a short reason",

@@ -15,9 +15,9 @@ from mmedexpert.models.attention import enable
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.models.generate import generate
-from mmedexpert.models.packing import Pack, micro_batches, pack
+from mmedexpert.models.packing import Pack, pack
 from mmedexpert.training.batches import Stream, batch_indices, step_seed
-from mmedexpert.training.fit import TrainingModule
+from mmedexpert.training.module import TrainingModule
 
 LOGITS, POSITIONS = 2**22, 256  # ours: logits of each model at a time, and positions at least, as models/logps.py
 
@@ -50,15 +50,13 @@ class DistilModule(TrainingModule):
         *,
         lr: float,
         weight_decay: float,
-        micro_batch_tokens: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
         self.model, self.encoder, self.lr, self.weight_decay = model, encoder, lr, weight_decay
-        self.micro_batch_tokens = micro_batch_tokens
         self._teacher = [teacher.requires_grad_(False).eval()]  # in a list: it is not trained, moved or saved
 
-    def training_step(self, lesson: Lesson, batch_idx: int) -> None:
+    def update(self, lesson: Lesson) -> None:
         self.encoder.encode_images(core_of(self.model), lesson.prompts)
         total, sums = sum(map(len, lesson.completions)), torch.zeros(2, device=self.device)
         parts = [(name, rows) for name in dict.fromkeys(lesson.teachers) for rows in self._cut(lesson, name)]
@@ -81,7 +79,7 @@ class DistilModule(TrainingModule):
         """The rows of one expert, in micro-batches."""
         rows = [row for row, teacher in enumerate(lesson.teachers) if teacher == name]
         own = [lesson.prompts[row] for row in rows], [lesson.completions[row] for row in rows]
-        return [[rows[i] for i in part] for part in micro_batches(self.encoder, *own, self.micro_batch_tokens)]
+        return [[rows[i] for i in part] for part in self.passes.cut(self.encoder, *own)]
 
     def _kl(self, name: str, packed: Pack) -> tuple[Tensor, Tensor]:
         """KL to an expert and whether both find the same token likeliest, of each completion token: two [S]."""

@@ -4,125 +4,25 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import get_cosine_schedule_with_warmup
 
-from mmedexpert.models.backbone import core_of
 from mmedexpert.runtime.files import sync
 from mmedexpert.runtime.progress import Bar
 from mmedexpert.runtime.ranks import gather, rank
 from mmedexpert.runtime.runs import console
-from mmedexpert.training.batches import Item, Stream, step_seed
+from mmedexpert.training.batches import Stream
 from mmedexpert.training.curve import Curve
-
-
-class TrainingModule(L.LightningModule):
-    """What every stage's module shares: the optimiser step, its schedule, checkpoints of the trained weights alone.
-
-    A batch is a whole optimiser step; `training_step` hands its loss in parts to `descend`. A step whose gradient is
-    not finite is skipped and counted as `skipped_steps`. Randomness depends on (seed, step) and the rank only, so that
-    a resumed run repeats what an uninterrupted one does. Of several devices each has its share of a batch.
-    """
-
-    automatic_optimization = False
-    model: Any
-    lr: float
-    weight_decay: float
-
-    def __init__(self, *, seed: int, steps: int, warmup_ratio: float, max_grad_norm: float) -> None:
-        super().__init__()
-        self.seed, self.steps, self.warmup_ratio, self.max_grad_norm = seed, steps, warmup_ratio, max_grad_norm
-        self.strict_loading = False
-        self.skipped_steps = 0
-        self.metrics: dict[str, float] = {}  # of the last step; a run that a kill ended after it still knows them
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over the trained parameters."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer()
-        # ours: a cosine to zero after a linear warm-up, for every stage
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_ratio * self.steps), self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(step_seed(self.seed, self.global_step) + self.global_rank)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Batches stay where they are: packing moves what it needs, once."""
-        return batch
-
-    def configure_model(self) -> None:
-        """FSDP2: decoder layers are sharded; embedding, head and vision tower are frozen, and whole on each device."""
-        if self.device_mesh is None:
-            return
-        language, mesh = core_of(self.model).model.language_model, self.device_mesh["data_parallel"]
-        for layer in language.layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        embedding = set(language.embed_tokens.parameters())
-        fully_shard(language, mesh=mesh, reshard_after_forward=True, ignored_params=embedding)
-
-    def weighted(self, parts: Sequence[Item]) -> list[tuple[Item, float]]:
-        """Micro-batches with weight 1; under FSDP2 all ranks run as many, so the first is repeated with weight 0."""
-        weighted = [(part, 1.0) for part in parts]
-        if self.device_mesh is not None:
-            most = self.over_ranks(torch.tensor(len(parts), device=self.device), "max")
-            weighted += [(parts[0], 0.0)] * (int(most) - len(parts))
-        return weighted
-
-    def descend(self, losses: Iterator[Tensor], parts: int) -> None:
-        """One optimiser step on a loss whose `parts` add up, each with a graph of its own."""
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        strategy = self.trainer.strategy
-        for left in reversed(range(parts)):
-            # DDP averages the gradients over the ranks in the last backward pass
-            alone = strategy.block_backward_sync() if left and isinstance(strategy, DDPStrategy) else nullcontext()
-            with alone:
-                self.manual_backward(next(losses))
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-        if not torch.isfinite(norm):
-            self.skipped_steps += 1
-            for parameter in parameters:
-                parameter.grad = None
-        optimizer.step()
-        self.log("learning_rate", optimizer.param_groups[0]["lr"])
-        schedule: Any = self.lr_schedulers()
-        schedule.step()
-        self.log_dict({"grad_norm": norm, "skipped_steps": float(self.skipped_steps)})
-
-    def over_ranks(self, value: Tensor, how: str = "mean") -> Tensor:
-        """The mean over the devices: a normaliser that gives each its share of the whole batch's loss; or min, max."""
-        return self.trainer.strategy.reduce(value.float(), reduce_op=how)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["metrics"] = self.metrics
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.skipped_steps, self.metrics = checkpoint["skipped_steps"], checkpoint["metrics"]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, gathered from all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+from mmedexpert.training.module import TrainingModule, whole
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mmedexpert.data.record import Record
 from mmedexpert.models.encode import Encoder
-from mmedexpert.models.packing import micro_batches, pack, token_logps
+from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.runtime.ranks import gather, rank, ranks
 from mmedexpert.training.batches import Stream, batch_indices, share, step_seed
-from mmedexpert.training.fit import TrainingModule
 from mmedexpert.training.losses import Correction, LossType, masked_mean, policy_loss, sampler_weights
+from mmedexpert.training.module import TrainingModule
 from mmedexpert.training.rollout_report import report
 from mmedexpert.training.rollouts import Rollout
 
@@ -65,18 +65,15 @@ class GbaModule(TrainingModule):
         *,
         lr: float,
         weight_decay: float,
-        micro_batch_tokens: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
         self.model, self.encoder, self.objective = model, encoder, objective
-        self.lr, self.weight_decay, self.micro_batch_tokens = lr, weight_decay, micro_batch_tokens
+        self.lr, self.weight_decay = lr, weight_decay
         self.num_tokens, self.clock = 0, 0.0
 
-    def training_step(self, rollout: Rollout, batch_idx: int) -> None:
-        parts = self.weighted(
-            micro_batches(self.encoder, rollout.prompts, rollout.completions, self.micro_batch_tokens)
-        )
+    def update(self, rollout: Rollout) -> None:
+        parts = self.weighted(self.passes.cut(self.encoder, rollout.prompts, rollout.completions))
         batch = self._batch(rollout)
         self.descend((self._micro_batch_loss(rollout, batch, *part) for part in parts), len(parts))
         loss, metrics = self._loss(batch, batch.logps, slice(None))
@@ -176,6 +173,7 @@ class GbaModule(TrainingModule):
         }
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         self.clock = time.perf_counter()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

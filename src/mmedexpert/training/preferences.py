@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder
-from mmedexpert.models.packing import Pack, micro_batches, pack, token_logps
+from mmedexpert.models.packing import Pack, pack, token_logps
 from mmedexpert.models.reward_head import RewardHead, scores
 from mmedexpert.training.batches import Preferences
-from mmedexpert.training.fit import TrainingModule
+from mmedexpert.training.module import TrainingModule
 
 
 def dpo_loss(
@@ -41,19 +41,15 @@ def bradley_terry(first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
 class _PairModule(TrainingModule):
     """What both share: pairs in micro-batches, each image seen once."""
 
-    def __init__(
-        self, model: nn.Module, encoder: Encoder, *, lr: float, weight_decay: float,
-        micro_batch_tokens: int | None = None, **training: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, encoder: Encoder, *, lr: float, weight_decay: float, **training: Any) -> None:
         super().__init__(**training)
         self.model, self.encoder, self.lr, self.weight_decay = model, encoder, lr, weight_decay
-        self.micro_batch_tokens = micro_batch_tokens
 
     def parts(self, batch: Preferences) -> list[tuple[list[int], float]]:
-        """Pairs in packs of `micro_batch_tokens`, both continuations in one; a part of weight 0 keeps step alone."""
+        """Pairs in passes, both continuations in one; a part of weight 0 keeps step alone."""
         self.encoder.encode_images(core_of(self.model), batch.prompts)
         both = [[*one, *two] for one, two in zip(batch.first, batch.second, strict=True)]
-        return self.weighted(micro_batches(self.encoder, batch.prompts, both, self.micro_batch_tokens))
+        return self.weighted(self.passes.cut(self.encoder, batch.prompts, both))
 
 
 class DpoModule(_PairModule):
@@ -67,7 +63,7 @@ class DpoModule(_PairModule):
         super().__init__(model, encoder, **training)
         self.beta, self.sft_weight = beta, sft_weight
 
-    def training_step(self, batch: Preferences, batch_idx: int) -> None:
+    def update(self, batch: Preferences) -> None:
         parts = self.parts(batch)
         pairs = self.over_ranks(torch.tensor(float(len(batch.prompts)), device=self.device))
         words = self.over_ranks(torch.tensor(float(sum(map(len, batch.first))), device=self.device))
@@ -110,7 +106,7 @@ class RewardModule(_PairModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
-    def training_step(self, batch: Preferences, batch_idx: int) -> None:
+    def update(self, batch: Preferences) -> None:
         assert batch.labels is not None
         parts, labels = self.parts(batch), batch.labels.to(self.device)
         told = self.over_ranks((~labels.isnan()).sum()).clamp(min=1e-9)  # a batch may hold none

@@ -13,9 +13,9 @@ from torch.optim import _muon
 from mmedexpert.data.record import Record
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt, target_text
-from mmedexpert.models.packing import micro_batches, pack, token_logps
+from mmedexpert.models.packing import pack, token_logps
 from mmedexpert.training.batches import Samples, Stream, batch_indices, share
-from mmedexpert.training.fit import TrainingModule
+from mmedexpert.training.module import TrainingModule
 
 
 class SftModule(TrainingModule):
@@ -32,18 +32,14 @@ class SftModule(TrainingModule):
         *,
         lr: float,
         weight_decay: float,
-        micro_batch_tokens: int | None = None,
         **training: Any,
     ) -> None:
         super().__init__(**training)
         self.model, self.encoder, self.lr, self.weight_decay = model, encoder, lr, weight_decay
-        self.micro_batch_tokens = micro_batch_tokens
 
-    def training_step(self, samples: Samples, batch_idx: int) -> None:
+    def update(self, samples: Samples) -> None:
         self.encoder.encode_images(core_of(self.model), samples.prompts)
-        parts = self.weighted(
-            micro_batches(self.encoder, samples.prompts, samples.completions, self.micro_batch_tokens)
-        )
+        parts = self.weighted(self.passes.cut(self.encoder, samples.prompts, samples.completions))
         scored = samples.scored or [[True] * len(words) for words in samples.completions]
         count = torch.tensor(float(sum(map(sum, scored))), device=self.device)
         whole, sums = self.over_ranks(count), torch.zeros(3, device=self.device)
