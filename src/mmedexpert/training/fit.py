@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -224,6 +226,18 @@ class Steps(Callback):
             self.bar.stop()
 
 
+class Warned(Callback):
+    """Leaves SIGTERM to who has taken it before: a scheduler's warning of a preemption, which submitit passes over, so
+    that the job is queued again. Lightning ends the training by it, and the job would count as ended."""
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if callable(self.handler):
+            signal.signal(signal.SIGTERM, self.handler)
+
+
 def fit(
     module: TrainingModule,
     stream: Stream,
@@ -264,7 +278,7 @@ def fit(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[checkpoint, Steps(title), Curve(folder)],
+        callbacks=[checkpoint, Steps(title), Curve(folder), Warned()],
         default_root_dir=folder,
     )
     steps = _FromStep(stream, lambda: trainer.global_step, module.steps, between=lambda: checkpoint.save(trainer))
@@ -272,6 +286,8 @@ def fit(
     try:
         start = str(path) if path.exists() and not wrong else None
         trainer.fit(module, loader, ckpt_path=start, weights_only=True)
-    except SystemExit as exit_:  # what Lightning makes of an interruption
-        raise KeyboardInterrupt from exit_
+    except SystemExit as exit_:
+        if isinstance(exit_, SIGTERMException) or isinstance(exit_.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from exit_  # of which Lightning makes an exit
+        raise  # submitit's, which begins this job anew
     return module.metrics
