@@ -41,7 +41,7 @@ GROUPS = {
 LONG = [
     "test_workers", "test_config", "test_speed_gpu", "test_real_model", "test_documented", "test_traces", "test_unread",
     "test_grading", "test_vllm", "test_before", "test_best_of", "test_judge_training", "test_rubrics", "test_stream",
-    "test_contamination", "test_names", "test_runs", "test_merge_files",
+    "test_contamination", "test_clusters", "test_names", "test_runs", "test_merge_files",
 ]  # fmt: skip
 GROUP = {file: name for name, files in GROUPS.items() for file in files}
 

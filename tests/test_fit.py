@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -213,3 +215,53 @@ def test_batches_are_the_same_from_any_start():
     few = next(batch_indices(3, 8, 1, 0))  # fewer than a batch: pass after pass, each in an order of its own
     assert [sorted(few[i : i + 3]) for i in (0, 3)] == [[0, 1, 2]] * 2 and len(few) == 8
     assert list(itertools.islice(batch_indices(10, 4, 2, 0), 9)) != whole
+
+
+@pytest.fixture()
+def handled():
+    """Sets what takes a signal, as submitit does before a job begins, until the test ends."""
+    before = {}
+
+    def take(number, handler):
+        before.setdefault(number, signal.getsignal(number))
+        signal.signal(number, handler)
+
+    yield take
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Signalled(Toy):
+    """Gets a signal in its fourth step."""
+
+    def __init__(self, steps, number):
+        super().__init__(steps)
+        self.number = number
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        if self.global_step == 4:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_warning_that_a_launcher_takes_does_not_end_the_training(tmp_path, handled):
+    """SLURM's SIGTERM before a preemption: submitit passes over it, and Lightning must, or the job counts as ended."""
+    heard = []
+    handled(signal.SIGTERM, lambda *_: heard.append("term"))
+    module = Signalled(8, signal.SIGTERM)
+    fit(module, stream, folder=tmp_path, checkpoint_every=9, accelerator="cpu")
+    assert heard == ["term"] and module.trainer.global_step == 8
+
+
+def test_without_a_launcher_a_sigterm_interrupts(tmp_path, handled):
+    handled(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Signalled(8, signal.SIGTERM), stream, folder=tmp_path, checkpoint_every=9, accelerator="cpu")
+
+
+def test_a_launchers_exit_keeps_its_code(tmp_path, handled):
+    """submitit's handler of USR2 requeues the job and leaves with a code that says so."""
+    handled(signal.SIGUSR2, lambda *_: sys.exit(144))
+    with pytest.raises(SystemExit) as caught:
+        fit(Signalled(8, signal.SIGUSR2), stream, folder=tmp_path, checkpoint_every=2, accelerator="cpu")
+    assert caught.value.code == 144 and (tmp_path / "last.ckpt").exists()

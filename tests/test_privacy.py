@@ -54,7 +54,9 @@ def test_a_sweep_tells_and_keeps_no_secret(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("gba.beta=-1") >= 2
     assert "hunter2" not in done.stderr + done.stdout
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == ["0.json", "1.json"]
+    assert not any("hunter2" in path.read_text() for path in files)
 
 
 def test_a_failure_and_a_manifest_hide_passwords(tmp_path, monkeypatch):

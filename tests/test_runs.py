@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
+import re
+import threading
 import time
 from dataclasses import replace
 
@@ -16,6 +19,7 @@ from test_config import composed
 
 from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
+from mmedexpert.runtime import runs
 from mmedexpert.runtime.quiet import one_line
 from mmedexpert.runtime.runs import execute, run_id
 from mmedexpert.schema import SpecialtyConfig
@@ -101,7 +105,7 @@ def test_a_runs_config_repeats_its_command(tmp_path):
     assert changed.gba.weights == [1.0, 0.0, 0.0, 0.0] and dataset(changed).run_id != run.run_id
     # Hydra itself writes nothing, and finds no word of its own on the screen
     assert again.hydra.output_subdir is None and again.hydra.run.dir == "." and again.hydra.job_logging.root is None
-    assert again.hydra.sweep.dir == f"{tmp_path}/multirun"
+    assert again.hydra.sweep.dir.startswith(f"{tmp_path}/multirun/20")
     with initialize_config_dir(str(run.folder), version_base="1.3"), pytest.raises(Exception) as caught:
         compose("config", ["gba.wieghts=[1,0,0,0]"])
     assert "did you mean 'gba.weights'" in one_line(caught.value)
@@ -135,3 +139,30 @@ def test_phases_are_timed(tmp_path):
     assert seconds["rest"] < 0.05 <= seconds["train"] <= manifest["wall_seconds"] and manifest["extra"] == 3
     (path,) = (tmp_path / "dsa").glob("*/manifest.json")
     assert json.loads(path.read_text()) == manifest
+
+
+def test_who_waits_for_another_process_says_for_whom(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(runs, "_told", set())
+    begun, over = threading.Event(), threading.Event()
+
+    def work(run):
+        begun.set()
+        assert over.wait(60)
+        return {"loss": 0.5}
+
+    first = threading.Thread(target=go, args=(tmp_path, work))
+    first.start()
+    assert begun.wait(60)
+    threading.Timer(0.5, over.set).start()
+    assert go(tmp_path, work).reused
+    first.join()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "waits for" in line]
+    assert re.search(rf"dsa +x +waits for process {os.getpid()} on {platform.node()}, at work on it since 20", line)
+    assert not list(tmp_path.rglob(".*.holder"))
+
+
+def test_nobody_is_told_who_does_not_wait(tmp_path, capsys):
+    go(tmp_path, lambda run: {})
+    go(tmp_path, lambda run: {})
+    assert "waits for" not in capsys.readouterr().err

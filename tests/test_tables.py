@@ -6,7 +6,8 @@ import json
 
 from test_config import composed
 
-from mmedexpert.reporting.tables import job_rows, model_rows, print_jobs, short_names, varied
+from mmedexpert.reporting.tables import job_rows, model_rows, print_jobs, short_names
+from mmedexpert.runtime.jobs import Job, varied
 from mmedexpert.runtime.runs import Run
 from mmedexpert.stages.pipeline import on_benchmarks, summarise
 
@@ -58,9 +59,10 @@ def test_jobs_show_what_was_varied_also_in_values_with_spaces(tmp_path, capsys):
     with_experts = {"base": result(0.1, "x"), "experts": {"a": result(0.2, "x"), "b": result(0.4, "x")}}
     (row,) = job_rows([("seed=1", pipeline(tmp_path / "c", with_experts))])
     assert row["base"] == "0.10" and row["best expert"] == "0.40"
-    print_jobs(jobs, [["merge=ties", "merge.search=[red]"]])
+    failed = Job(["merge=ties", "merge.search=[red]"], error="no colour")
+    print_jobs([*(Job(overrides, runs) for overrides, runs in jobs), failed])
     said = capsys.readouterr().out
-    assert "failed: merge.search=[red]" in said and all(grid in said for grid in grids)
+    assert "failed: merge.search=[red]: no colour" in said and all(grid in said for grid in grids)
 
 
 def test_which_models_a_pipeline_asks_benchmarks_of():

@@ -16,6 +16,7 @@ from rich.table import Table
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.names import BASELINES
 from mmedexpert.reporting.perspectives import GROUPS, SAID, group_rows, perspective_rows
+from mmedexpert.runtime.jobs import Job, varied
 from mmedexpert.runtime.runs import Run, explained
 
 Row = dict[str, str]
@@ -227,12 +228,6 @@ def _main_numbers(run: Run) -> dict[str, str]:
     return {"time": state, "numbers": "  ".join(numbers)}
 
 
-def varied(commands: Sequence[Sequence[str]]) -> list[str]:
-    """Of each command the words that not all of them have."""
-    common = set.intersection(*map(set, commands)) if len(commands) > 1 else set()
-    return [" ".join(word for word in words if word not in common) for words in commands]
-
-
 def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
     """Each job's name and headline numbers: a row per pipeline, or per run where a stage ran alone."""
     rows = []
@@ -256,9 +251,11 @@ def job_rows(jobs: Sequence[tuple[str, Mapping[str, Run]]]) -> list[Row]:
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
-def print_jobs(finished: Sequence[tuple[Sequence[str], Mapping[str, Run]]], failed: Sequence[Sequence[str]]) -> None:
-    """The table over the jobs of a sweep, each under what was varied; failed jobs are named below it."""
-    names = varied([*(overrides for overrides, _ in finished), *failed])
-    if finished:
-        done = list(zip(names, (runs for _, runs in finished), strict=False))
-        print_table(job_rows(done), "Jobs", "\n".join(f"failed: {name}" for name in names[len(finished) :]))
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """The table over the jobs of a sweep, each under what was varied; below it those that failed, and why."""
+    named = list(zip(varied([job.overrides for job in jobs]) if len(jobs) > 1 else ["0"], jobs, strict=True))
+    if done := [(name, job.runs) for name, job in named if job.error is None]:
+        print_table(job_rows(done), "Jobs")
+    for name, job in named:
+        if job.error is not None:
+            print(f"failed: {name}: {job.error}")

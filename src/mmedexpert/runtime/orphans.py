@@ -9,8 +9,11 @@ import time
 
 
 def follow(parent: int) -> None:
-    """Let this process end when its parent has ended, however that was, and leave interruptions to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let this process end when its parent has ended, however that was, and leave signals to the parent: interruptions,
+    and USR2, by which SLURM tells all processes of a job that its time is over."""
+    for name in ("SIGINT", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 

@@ -47,6 +47,8 @@ def _one_line(error: BaseException) -> str:
         return f"{mark.name} line {mark.line + 1}: this is not YAML: {error.problem}"
     if isinstance(error, AssertionError) and "Unexpected type for root: NoneType" in str(error):  # OmegaConf.update
         return "a key is given below one that is null with these options, such as merge.method.<key> with merge=none"
+    if module.startswith("submitit"):  # raised in the midst of a job whose time is over
+        return f"{' '.join(str(error).split())[:300]} (hydra.launcher.timeout_min, hydra.launcher.max_num_timeout)"
     if not module.startswith(("hydra", "omegaconf")):
         return (
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]} "

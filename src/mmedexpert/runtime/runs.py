@@ -12,15 +12,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mmedexpert.errors import UserError
@@ -28,12 +28,14 @@ from mmedexpert.runtime.clock import Clock
 from mmedexpert.runtime.files import sync, write_atomic
 from mmedexpert.runtime.identity import FILE as IDENTITY
 from mmedexpert.runtime.identity import FORMAT, recipe_of, remember, run_id, why_anew
+from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.privacy import redacted, without_password
 from mmedexpert.runtime.ranks import gather, on_all, on_first, rank
 
 # cheap, and what the others are decided by: made also where a command only asks what would be reused
 PREPARING = ("data", "benchmark", "overlap")
 FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
+SILENT_SECONDS = 2.0  # ours: of waiting for another process, before it is told
 TEMPORARY = ("last.ckpt", "clock.json")  # what a run needs until it is DONE
 LEFTOVERS = ("**/*.part", "**/*.partial")  # what a kill leaves of files and folders that were being written
 console = Console(stderr=True)
@@ -118,7 +120,7 @@ def execute(
         home = run.folder.parent
         if not explain or stage in PREPARING:
             _make_folder(home)
-            lock.enter_context(FileLock(home / f".{identity}.lock"))
+            lock.enter_context(_held(home, identity, f"{stage:>8}  {name}"))
         run.folder = next(iter(sorted(home.glob(f"*-{identity}"))), run.folder)  # equal, under another name
         run.reused = run.done
         if explain:
@@ -165,6 +167,26 @@ def execute(
                 _failed(run.folder, str(error), traceback.format_exc())
             raise
     return run
+
+
+@contextmanager
+def _held(home: Path, identity: str, what: str) -> Iterator[None]:
+    """A run's lock. Who has to wait for another process says so in one line, and for whom."""
+    lock, holder = FileLock(home / f".{identity}.lock"), home / f".{identity}.holder"
+    try:
+        lock.acquire(timeout=SILENT_SECONDS)
+    except Timeout:
+        by = read_object(holder)
+        line = f"waits for process {by.get('pid')} on {by.get('host')}, at work on it since {by.get('since')}"
+        console.print(f"[yellow]{what}  {line}[/yellow]", highlight=False, soft_wrap=True)
+        lock.acquire()
+    try:
+        by = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        holder.write_text(json.dumps(by), encoding="utf-8")  # the lock's own file is emptied by those who wait
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def _explained(run: Run, tree: Mapping[str, Any]) -> dict[str, str]:

@@ -27,6 +27,8 @@ def told_of_hydra(error: str, cause: str) -> str:
             groups = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
             return f"{where}{group}={name}: no such config group{_suggest(group, groups)}"
         return f"{where}{group}={name}: no such option{_suggest(name, options(group))}"
+    if "hydra/launcher/submitit" in error and "with schema" in error:
+        return "hydra-submitit-launcher has options of the same names: pip uninstall it (submitit alone is needed)"
     if "LexerNoViableAlt" in error:  # such as an unquoted ~
         return f"{lines[0].partition(': ')[2]}: this is not readable; quote its value twice, \"key='value'\""
     if merged := re.match(r"Error merging override (.*)", lines[0]):

@@ -34,7 +34,7 @@ defaults:
 hydra:  # as in conf/config.yaml
   output_subdir: null
   run: {{dir: .}}
-  sweep: {{dir: "${{home:${{paths.outputs}}}}/multirun", subdir: .}}
+  sweep: {{dir: "${{home:${{paths.outputs}}}}/multirun/${{now:%Y-%m-%d_%H-%M-%S-%f}}", subdir: .}}
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
@@ -124,6 +126,18 @@ class Steps(Callback):
             self.bar.stop()
 
 
+class Warned(Callback):
+    """Leaves SIGTERM to who has taken it before: a scheduler's warning of a preemption, which submitit passes over, so
+    that the job is queued again. Lightning ends the training by it, and the job would count as ended."""
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if callable(self.handler):
+            signal.signal(signal.SIGTERM, self.handler)
+
+
 def fit(
     module: TrainingModule,
     stream: Stream,
@@ -164,7 +178,7 @@ def fit(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[checkpoint, Steps(title), Curve(folder)],
+        callbacks=[checkpoint, Steps(title), Curve(folder), Warned()],
         default_root_dir=folder,
     )
     steps = _FromStep(stream, lambda: trainer.global_step, module.steps, between=lambda: checkpoint.save(trainer))
@@ -172,6 +186,8 @@ def fit(
     try:
         start = str(path) if path.exists() and not wrong else None
         trainer.fit(module, loader, ckpt_path=start, weights_only=True)
-    except SystemExit as exit_:  # what Lightning makes of an interruption
-        raise KeyboardInterrupt from exit_
+    except SystemExit as exit_:
+        if isinstance(exit_, SIGTERMException) or isinstance(exit_.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from exit_  # of which Lightning makes an exit
+        raise  # submitit's, which begins this job anew
     return module.metrics
