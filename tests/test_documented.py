@@ -64,7 +64,7 @@ def test_a_shown_command_composes_and_is_used_whole(path, line, tmp_path):
     assert notes(config, overrides, ()) == []
     if path.parent == CONF / "model":
         assert config.model.name == path.stem
-        if path.stem != "tiny":
+        if path.stem != "tiny" and config.stage.name != "plan":
             assert config.data.root == str(tmp_path) and config.trainer.accelerator == "gpu"
     if path.parent == CONF / "data":
         assert config.data.name == path.stem == yaml.safe_load(path.read_text(encoding="utf-8"))["name"]
