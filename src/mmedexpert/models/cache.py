@@ -27,19 +27,18 @@ class OwnLayer(DynamicLayer):
     def __init__(self, cache: RowCache) -> None:
         super().__init__()
         self.cache = cache
+        self.own: list[Tensor] = []  # keys and values, once the first are there
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the [N, K, 1, D] of one token a row; returns the columns written so far, [N, K, width, D]."""
-        if not self.is_initialized:
-            self.keys, self.values = (
-                new.new_zeros(self.cache.rows, new.shape[1], self.cache.columns, new.shape[-1])
-                for new in (key_states, value_states)
-            )
-            self.is_initialized = True
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            held.view(-1, held.shape[-1]).index_copy_(0, self.cache.at, new.reshape(-1, new.shape[-1]))
-        n, width = len(key_states), self.cache.width
-        return self.keys[:n, :, :width], self.values[:n, :, :width]
+        new = (key_states, value_states)
+        if not self.own:
+            rows, columns = self.cache.rows, self.cache.columns
+            self.own = [one.new_zeros(rows, one.shape[1], columns, one.shape[-1]) for one in new]
+        for held, one in zip(self.own, new, strict=True):
+            held.view(-1, held.shape[-1]).index_copy_(0, self.cache.at, one.reshape(-1, one.shape[-1]))
+        keys, values = (held[: len(key_states), :, : self.cache.width] for held in self.own)
+        return keys, values
 
     def get_seq_length(self) -> int:
         """The columns in use."""
@@ -56,7 +55,8 @@ class RowCache(Cache):
         """For a text model's `config`, prompts of at most `longest` tokens and completions of `new_tokens`."""
         self.rows, self.prompts, self.longest = rows, prompts, longest
         self.columns = max(new_tokens - 1, 1)  # the last token is not read
-        super().__init__(layers=[OwnLayer(self) for _ in range(config.num_hidden_layers)])
+        self.own = [OwnLayer(self) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=[*self.own])
         self.keys: list[Tensor] = []  # of prompts, for each layer [S, K, P, D], padded on the left
         self.values: list[Tensor] = []
         self.held: list[int | None] = [None] * prompts  # which prompt is in each slot
@@ -135,20 +135,18 @@ class RowCache(Cache):
         self.held = [*(self.held[slot] for slot in slots), *[None] * empty]
         for held in (self.steps, self.hidden):
             move_up(held, rows)
-        for layer in self.layers:
-            if layer.is_initialized:
-                move_up(layer.keys[:, :, : self.width], rows)
-                move_up(layer.values[:, :, : self.width], rows)
+        for layer in self.own:
+            for tensor in layer.own:
+                move_up(tensor[:, :, : self.width], rows)
         for tensor in (*self.keys, *self.values):
             move_up(tensor, slots)
         if rows:
             self._group()
 
     def _group(self) -> None:
-        self.prefix = Prefix.of(*(
-            [tensor[: max(self.owner) + 1, :, self.longest - self.reach :] for tensor in held]
-            for held in (self.keys, self.values)
-        ), self.owner)  # fmt: skip
+        count, begin = max(self.owner) + 1, self.longest - self.reach
+        keys, values = ([tensor[:count, :, begin:] for tensor in held] for held in (self.keys, self.values))
+        self.prefix = Prefix.of(keys, values, self.owner)
         self.masked = {self.lengths[slot] for slot in self.owner} != {self.reach} or len(set(self.began)) > 1
 
     def advance(self) -> Prefix:
