@@ -281,7 +281,7 @@ def test_devices_that_do_not_fit_are_told_at_once(overrides, told):
 
 
 def test_a_rank_that_trains_shards_loads_none_of_the_rest(monkeypatch, tiny, tmp_path):
-    """Under FSDP2 weights stay in their file, also on a GPU, until each rank has taken its own; all else is as it was."""
+    """Under FSDP2 weights stay in their file until each rank has taken its own, with a GPU too; all else as it was."""
     from mmedexpert.models.backbone import load_model, save_backbone
 
     config = composed("trainer=fsdp", "trainer.devices=2")
