@@ -314,6 +314,27 @@ def test_devices_that_do_not_fit_are_told_at_once(overrides, told):
         common.launch(composed(*overrides))
 
 
+def test_a_rank_that_trains_shards_loads_none_of_the_rest(monkeypatch, tiny, tmp_path):
+    """Under FSDP2 weights stay in their file until each rank has taken its own, with a GPU too; all else as it was."""
+    from mmedexpert.models.backbone import load_model, save_backbone
+
+    config = composed("trainer=fsdp", "trainer.devices=2")
+    monkeypatch.setattr(common, "device_of", lambda config: "cuda")
+    assert common.loading(config, trained=True).device == "cuda"  # one rank alone
+    monkeypatch.setattr(common, "ranks", lambda: 2)
+    assert common.loading(config).device == "cuda"
+    assert common.loading(composed("trainer=ddp"), trained=True).device == "cuda"
+    loading = common.loading(config, trained=True)
+    assert loading.device == "cpu"
+    save_backbone(tmp_path, *tiny)
+    model, maps = load_model(tmp_path, loading), Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no list of mapped files")
+    mapped = [line.split()[0].split("-") for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
+    for parameter in model.model.language_model.parameters():
+        assert any(int(begin, 16) <= parameter.data_ptr() < int(end, 16) for begin, end in mapped)
+
+
 def test_more_devices_than_gpus_and_than_processes(monkeypatch):
     config = composed("trainer.devices=4", "gba.prompts_per_step=8")
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)

@@ -184,7 +184,7 @@ def test_banned_tokens_are_banned_before_top_p(tiny, picture, warp):
     chosen = prompts(encoder, picture)[:1]
     banned = encoder.banned_ids
     with torch.no_grad():
-        _, last, _ = prefill(model, encoder, chosen)
+        *_, last, _ = prefill(model, encoder, chosen)
         others = model.lm_head(last)[0].index_fill(0, torch.tensor(banned), -torch.inf).double().logsumexp(0)
         model.lm_head.weight[banned[2]] = last[0] / last[0].norm() ** 2 * float(others + math.log(19))
         logits = model.lm_head(last)[0].double()

@@ -40,7 +40,7 @@ from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.merging import low_rank, methods
 from mmedexpert.merging.activations import regmean
 from mmedexpert.models.encode import prompt_text, target_text
-from mmedexpert.models.generate import _chances, _draw, _warp
+from mmedexpert.models.flight import draw, uniform, warp
 from mmedexpert.runtime.build import build
 from mmedexpert.runtime.versions import VERSIONS, rule_followed_by, rule_of, text_of, versions
 from mmedexpert.scoring import medevalkit, robust
@@ -295,10 +295,10 @@ def sampling(_: Path) -> Any:
     logits, chance = randn(5, 300) * 3, torch.linspace(0.01, 0.99, 5, dtype=torch.float64)
     drawn = {}
     for name, (temperature, top_p, top_k) in {"plain": (1.0, 1.0, 0), "p": (0.7, 0.8, 0), "k": (1.3, 1.0, 7)}.items():
-        chances = _warp(logits, temperature, top_p, top_k)
-        drawn[name] = [_draw(chances, chance).tolist(), chances.max(1).values.tolist()]
+        chances = warp(logits, temperature, top_p, top_k)
+        drawn[name] = [draw(chances, chance).tolist(), chances.max(1).values.tolist()]
     seeds = [step_seed(3, 7), step_seed(3, 7, 1, 0)]
-    return [drawn, seeds, _chances([3, 4], 2, 3).tolist(), assign_perspectives([1, 0, 0, 1], 8, "prompted")]
+    return [drawn, seeds, uniform([3, 4], 2, 3).tolist(), assign_perspectives([1, 0, 0, 1], 8, "prompted")]
 
 
 def advantages(_: Path) -> Any:

@@ -1,4 +1,5 @@
-"""Engine `transformers`: answers on this machine; prompts of like length in a batch, each image seen once."""
+"""Engine `transformers`: answers on this machine; prompts of like length together, each image seen once, and who waits
+takes the place of who has answered."""
 
 from __future__ import annotations
 
@@ -13,8 +14,7 @@ from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
 
 WINDOW = 8  # ours: batches whose prompts are encoded together and sorted by length
-
-PATCHES = 16384  # ours: in one call of the vision tower, 8 images of 400,000 pixels
+WINDOW_TOKENS = 2**18  # ours: of their prompts, for all their images are in memory: 16 images of 16,384 tokens
 
 
 class TransformersEngine:
@@ -41,54 +41,56 @@ class TransformersEngine:
         self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
-        """Replies batch by batch. Questions on one image come near each other, so that its features are still kept.
+        """Replies as they end. Questions on one image come near each other, so that its features are still kept.
 
         A question whose image or text cannot be encoded gets a `refusal`.
         """
         order = sorted(range(len(asks)), key=lambda place: (asks[place].images, place))
-        step = self.batch_size * WINDOW
-        for start in range(0, len(order), step):
-            window: list[tuple[int, Prompt]] = []
-            encoded: dict[tuple[Any, ...], Prompt] = {}  # the samples of a question share their prompt
-            for place in order[start : start + step]:
-                ask = asks[place]
-                key = (ask.text, ask.images)
-                try:
-                    if key not in encoded:
-                        encoded[key] = self.encoder.chat(ask.text, [self.encoder.image(path) for path in ask.images])
-                    window.append((place, encoded[key]))
-                except (UserError, ValueError) as error:  # an image; what the image processor or the template refuses
-                    yield place, refusal(" ".join(str(error).split())[:200])
-            window.sort(key=lambda item: len(item[1].input_ids))
-            for first in range(0, len(window), self.batch_size):
-                places, prompts = zip(*window[first : first + self.batch_size], strict=True)
-                seeds = [seed_of(self.seed, asks[place]) for place in places]
-                yield from zip(places, self._answer(prompts, seeds), strict=True)
+        window: list[tuple[int, Prompt]] = []
+        encoded: dict[tuple[Any, ...], Prompt] = {}  # the samples of a question share their prompt
+        tokens = 0
+        for place in order:
+            ask = asks[place]
+            key = (ask.text, ask.images)
+            try:
+                if key not in encoded:
+                    encoded[key] = self.encoder.chat(ask.text, [self.encoder.image(path) for path in ask.images])
+                    tokens += len(encoded[key].input_ids)
+                window.append((place, encoded[key]))
+            except (UserError, ValueError) as error:  # an image; what the image processor or the template refuses
+                yield place, refusal(" ".join(str(error).split())[:200])
+            if len(window) == self.batch_size * WINDOW or tokens >= WINDOW_TOKENS:
+                yield from self._answer(window, asks)
+                window, encoded, tokens = [], {}, 0
+        if window:
+            yield from self._answer(window, asks)
 
-    def _answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Reply]:
-        from mmedexpert.models.generate import generate  # lazily, as models/backbone.py says
+    def _answer(self, window: list[tuple[int, Prompt]], asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
+        from mmedexpert.models.generate import decode  # lazily, as models/backbone.py says
 
+        window.sort(key=lambda item: len(item[1].input_ids))
+        places, prompts = zip(*window, strict=True)
         start = time.perf_counter()
-        self.encoder.encode_images(core_of(self.model), prompts, patches_together=PATCHES)
-        out = generate(
+        for left in decode(
             self.model, self.encoder, prompts, banned_ids=self.encoder.banned_ids, max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seeds=seeds,
-        )  # fmt: skip
-        lengths = out.mask.sum(1)
-        means = ((out.logps * out.mask).sum(1) / lengths.clamp(min=1)).tolist()
-        seconds = (time.perf_counter() - start) / len(prompts)
-        return [
-            Reply(
-                self.encoder.decode(ids),
-                len(ids),
-                "stop" if finished else "length",
-                seconds,
-                mean,
-                prompt_tokens=len(prompt.input_ids),
-                image_tokens=prompt.input_ids.count(self.encoder.image_token_id),
-            )
-            for prompt, ids, finished, mean in zip(prompts, out.rows(), out.finished.tolist(), means, strict=True)
-        ]
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, rows=self.batch_size,
+            seeds=[seed_of(self.seed, asks[place]) for place in places],
+        ):  # fmt: skip
+            seconds = (time.perf_counter() - start) / len(left)
+            for row, said in left:
+                yield (
+                    places[row],
+                    Reply(
+                        self.encoder.decode(said.ids),
+                        len(said.ids),
+                        "stop" if said.finished else "length",
+                        seconds,
+                        float(said.logps.mean()),
+                        prompt_tokens=len(prompts[row].input_ids),
+                        image_tokens=prompts[row].input_ids.count(self.encoder.image_token_id),
+                    ),
+                )
+            start = time.perf_counter()
 
 
 def seed_of(seed: int, ask: Ask) -> int:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from mmedexpert.data.pairs import DIMENSIONS, OTHER, TIE, A, B, Pair
-from mmedexpert.engines.transformers import PATCHES
 from mmedexpert.judging.ask import COLUMNS, Judgement, with_verdicts
 from mmedexpert.judging.lessons import answer_of, question_of
 from mmedexpert.judging.prompts import orders_of
 from mmedexpert.models.backbone import core_of
-from mmedexpert.models.encode import Encoder
+from mmedexpert.models.encode import PATCHES, Encoder
 from mmedexpert.models.reward_head import RewardHead, scores
 from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines

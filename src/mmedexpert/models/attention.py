@@ -108,28 +108,34 @@ class Family:
 class Prefix:
     """Keys and values of shared prompts while their completions are decoded.
 
-    `keys`, `values`: for each layer [B, K, P, D], padded on the left; `padding` [B, P] is true there;
-    `rows` [B, G]: the batch rows of each prompt, the first of them repeated where a prompt has fewer; `back` [N]: where
-    each batch row stands in the flattened `rows`. `full`: every prompt has G rows.
+    `keys`, `values`: for each layer [B, K, P, D], padded on the left; `rows` [B, G]: the batch rows of each prompt, the
+    first of them repeated where a prompt has fewer; `back` [N]: where each batch row stands in the flattened `rows`.
+    `full`: every prompt has G rows, one prompt's behind another's. `hidden` [N, 1, 1, P + T] is true where a row does
+    not look: padding of its prompt, columns of its own that it has not written. None: nowhere.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    padding: Tensor | None
     rows: Tensor
     back: Tensor
     full: bool
+    hidden: Tensor | None = None
 
     @classmethod
-    def of(cls, keys: Sequence[Tensor], values: Sequence[Tensor], padding: Tensor | None, owner: Tensor) -> Prefix:
-        """With `owner` [N], the prompt of each batch row, in ascending order."""
-        counts = torch.bincount(owner, minlength=len(keys[0]))
-        firsts = counts.cumsum(0) - counts
-        steps = torch.arange(int(counts.max()), device=owner.device)
-        rows = firsts[:, None] + torch.where(steps < counts[:, None], steps, 0)
-        rows = rows.clamp(max=len(owner) - 1)  # a prompt without rows sees any, and is seen by none
-        back = owner * len(steps) + torch.arange(len(owner), device=owner.device) - firsts[owner]
-        return cls(keys, values, padding, rows, back, full=len(owner) == rows.numel())
+    def of(cls, keys: Sequence[Tensor], values: Sequence[Tensor], owner: Sequence[int]) -> Prefix:
+        """With the prompt of each batch row."""
+        members: list[list[int]] = [[] for _ in range(len(keys[0]))]
+        for row, prompt in enumerate(owner):
+            members[prompt].append(row)
+        group = max(map(len, members))
+        # a prompt without rows sees any, and is seen by none
+        rows = [own + (own[:1] or [0]) * (group - len(own)) for own in members]
+        back = [prompt * group + members[prompt].index(row) for row, prompt in enumerate(owner)]
+        device = keys[0].device
+        return cls(
+            keys, values, torch.tensor(rows, device=device), torch.tensor(back, device=device),
+            full=[row for own in rows for row in own] == [*range(len(owner))],
+        )  # fmt: skip
 
     def group(self, x: Tensor) -> Tensor:
         """Batch rows [N, K, R, D] by prompt: [B, K, G * R, D]."""
@@ -141,10 +147,6 @@ class Prefix:
         """The inverse of `group`."""
         by_row = x.unflatten(2, (self.rows.shape[1], -1)).transpose(1, 2).flatten(0, 1)
         return by_row if self.full else by_row[self.back]
-
-    def keep(self, owner: Tensor) -> Prefix:
-        """The same prompts with the batch rows that are left."""
-        return Prefix.of(self.keys, self.values, self.padding, owner)
 
 
 def enable(core: Any) -> None:
@@ -253,10 +255,10 @@ def behind_prefix(
     kinds = key.shape[1]
     q = query.view(n, kinds, heads // kinds, size) * (size**-0.5 if scaling is None else scaling)
     shared = prefix.group(q) @ prefix.keys[layer].transpose(-1, -2)  # [B, K, G * H / K, P]
-    if prefix.padding is not None:
-        shared = shared.masked_fill(prefix.padding[:, None, None], -torch.inf)
     length = shared.shape[-1]
     scores = torch.cat([prefix.ungroup(shared), q @ key.transpose(-1, -2)], dim=-1)  # [N, K, H / K, P + T]
+    if prefix.hidden is not None:
+        scores.masked_fill_(prefix.hidden, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     ahead = prefix.ungroup(prefix.group(weights[..., :length]) @ prefix.values[layer])
     return (ahead + weights[..., length:] @ value).reshape(n, 1, heads, size)

@@ -23,6 +23,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of the trained format: tokens of the tiny tokenizer
 MARKS = range(0xE000, 0x110000)  # characters of private use and beyond
 IGNORE = -100
+PATCHES = 16384  # ours: in one call of the vision tower, 8 images of 400,000 pixels
 CACHE_BYTES = 2 * 2**30  # ours: images an encoder keeps, as patches or, once seen, as features
 Batch = dict[str, Any]  # a model's keyword arguments
 

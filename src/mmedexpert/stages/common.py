@@ -150,16 +150,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def loading(config: Config) -> Loading:
-    """How the config's model is loaded."""
-    model = config.model
+def loading(config: Config, *, trained: bool = False) -> Loading:
+    """How the config's model is loaded. One that is to be trained under FSDP2 stays on the CPU, where its weights are
+    pages of its files that nobody has read: each rank reads its shards alone (`TrainingModule.configure_model`)."""
+    model, device = config.model, device_of(config)
+    shared = trained and config.trainer.strategy == "fsdp" and ranks() > 1
     return Loading(
         model.dtype,
-        model.attn_implementation,
+        attention(model.attn_implementation, device),
         model.min_pixels,
         model.max_pixels,
         model.system_prompt,
-        device_of(config),
+        "cpu" if shared else device,
         model.instructions,
     )
 

@@ -64,9 +64,9 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
         image_root = records_of(data, "train", names)[1]
         encoder = load_encoder(merged.folder / "model", loading(config))
         model = add_lora(
-            load_model(merged.folder / "model", loading(config)), r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
-            target_modules=lora.target_modules, gradient_checkpointing=config.model.gradient_checkpointing,
-            seed=config.seed,
+            load_model(merged.folder / "model", loading(config, trained=True)), r=lora.r, alpha=lora.alpha,
+            dropout=lora.dropout, target_modules=lora.target_modules,
+            gradient_checkpointing=config.model.gradient_checkpointing, seed=config.seed,
         )  # fmt: skip
         stream = lesson_stream(
             [(name, record) for name, records in own.items() for record in records],

@@ -92,7 +92,7 @@ def expert(config: Config, name: str, specialties: list[str]) -> Run:
         records, image_root = records_of(data, "train", specialties)
         encoder = load_encoder(base.folder, loading(config))
         model = add_lora(
-            load_model(base.folder, loading(config)), r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
+            load_model(base.folder, loading(config, trained=True)), r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
             target_modules=lora.target_modules, gradient_checkpointing=config.model.gradient_checkpointing,
             seed=config.seed,
         )  # fmt: skip

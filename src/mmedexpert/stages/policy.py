@@ -22,7 +22,7 @@ from mmedexpert.runtime.runs import Run
 from mmedexpert.runtime.versions import digest, versions
 from mmedexpert.schema import Config, RewardConfig
 from mmedexpert.scoring import Protocol
-from mmedexpert.stages.common import Base, content_of, ledger_of, loading, model_key, records_of, stage_run
+from mmedexpert.stages.common import Base, content_of, device_of, ledger_of, loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.stages.serve import served_start
@@ -42,7 +42,7 @@ def policy_of(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> Peft
     """The base with the start inside it, frozen, and a fresh LoRA on top."""
     from mmedexpert.models.lean import start_from_  # lazily, as models/backbone.py says
 
-    model, lora = load_model(base.folder, loading(config)), config.model.lora
+    model, lora = load_model(base.folder, loading(config, trained=True)), config.model.lora
     for adapter in starts:
         start_from_(model, adapter)
     return add_lora(
@@ -131,7 +131,8 @@ def difficulty(config: Config, name: str, specialties: list[str], start: Run | N
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, "train", specialties)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
-        encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
+        encoder = load_encoder(base.folder, loading(config))
+        policy = policy_of(config, base, starts).to(device_of(config))  # it is not trained here
         grader = grader_of(RewardConfig(grader="rules"), ledger_of(config))
         sampler = servers_of(config, start, run)
         sample = sampler_of(config, policy, encoder, image_root, grader, settings.keep_rollouts, sampler=sampler)

@@ -116,7 +116,8 @@ class TrainingModule(L.LightningModule):
         return batch
 
     def configure_model(self) -> None:
-        """FSDP2: decoder layers are sharded; embedding, head and vision tower are frozen, and whole on each device."""
+        """FSDP2: decoder layers are sharded, one after the other, so that a device never holds more than its shards and
+        one layer; embedding, head and vision tower are frozen, and whole on each device."""
         if self.device_mesh is None:
             return
         language, mesh = core_of(self.model).model.language_model, self.device_mesh["data_parallel"]
