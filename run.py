@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 import mmedexpert.resolvers
 import mmedexpert.schema  # noqa: F401  registers the base of conf/config.yaml
-from mmedexpert.runtime.privacy import redacted
+from mmedexpert.runtime.privacy import hide_words, redacted
 from mmedexpert.runtime.quiet import one_line, silence
 
 gc.set_threshold(10_000, 20, 50)  # ours: 4,000 modules are no garbage, and looking takes a tenth of a start
@@ -115,6 +115,7 @@ def main() -> int:
     """Run every job of the command; returns the exit code, which of several processes rank 0's alone is."""
     # a plus adds a group, and Hydra refuses it for one that stands in the defaults list
     sys.argv[1:] = [word[1:] if word.startswith("+experiment=") else word for word in sys.argv[1:]]
+    hide_words(sys.argv[1:])
     try:
         job()
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""`python counted.py COUNTS RUN.PY ...`: a command as it is, which notes each step, reply and run it finishes.
+"""A command as it is, which notes each step that it begins, and each reply and run that it finishes.
 
-A line of COUNTS each, appended by one system call before anything else goes on: a kill takes back none of them.
+A line of a file each, appended by one system call before anything else goes on: a kill takes back none of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(counts: str, script: str, words: list[str]) -> None:
-    """Run `script` with `words`."""
+    """Run `script` with `words`, and note in the file `counts`."""
     from mmedexpert.evaluation import asked
     from mmedexpert.runtime import runs
     from mmedexpert.training.fit import TrainingModule
@@ -42,7 +42,3 @@ def main(counts: str, script: str, words: list[str]) -> None:
     runs.write_atomic, asked.lines = written, replied
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,7 +1,7 @@
 """`python experiments/faults/kill.py`: a pipeline killed at random instants, started again until it ends, and compared.
 
 The command is `run.py` with `SETTINGS`: every stage. It runs once undisturbed; then `--pipelines` times anew, each
-killed (SIGKILL to its process group) `--kills` times, at instants drawn evenly over the first half of the seconds that
+killed (SIGKILL to its process group) `--kills` times, at instants drawn evenly over the first third of the seconds that
 the undisturbed command took, and started again, which goes on from where it was. What it leaves has to be what the
 undisturbed run left (same.py).
 """
@@ -14,13 +14,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import counted
 from same import differences
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -36,19 +37,48 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """The command, at work in `folder`, in a process group of its own."""
-    command = [sys.executable, str(HERE / "counted.py"), "counts", str(ROOT / "run.py"), *SETTINGS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    with (folder / "told").open("ab") as told:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=told, stderr=told, start_new_session=True
-        )  # fmt: skip
+def imported() -> None:
+    """What each process would import and draw anew."""
+    import mmedexpert.stages.pipeline
+    import mmedexpert.training.gba
+    import mmedexpert.training.sft  # noqa: F401
+    from mmedexpert.stages.pretrain import corpus
+
+    corpus(0)
 
 
-def ended(process: subprocess.Popen[bytes], folder: Path) -> None:
+def start(folder: Path) -> int:
+    """The command, at work in `folder`, in a process group of its own; forked, where the libraries are imported."""
+    if (child := os.fork()) > 0:
+        return child
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        told = os.open("told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(told, stream)
+        counted.main("counts", str(ROOT / "run.py"), SETTINGS)
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    finally:
+        os._exit(code)
+
+
+def left(process: int, seconds: float = float("inf")) -> int | None:
+    """The exit code of a process, waited for so many seconds; None where it goes on."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def ended(process: int, folder: Path) -> None:
     """Wait for a command that is left alone."""
-    if process.wait() != 0:
+    if left(process) != 0:
         raise SystemExit(f"the command fails: see {folder / 'told'}")
 
 
@@ -63,13 +93,13 @@ def killed(folder: Path, instants: list[float]) -> list[float]:
     met = []
     for instant in instants:
         process = start(folder)
-        try:
-            process.wait(timeout=instant)
+        if left(process, instant) is not None:
             break  # it had ended before
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            met.append(instant)
+        with suppress(ProcessLookupError):  # it has no group of its own yet
+            os.killpg(process, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        met.append(instant)
     ended(start(folder), folder)
     return met
 
@@ -88,6 +118,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/faults"), help="a folder that is made anew")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     given = parser.parse_args()
+    given.work = given.work.resolve()
+    imported()
     shutil.rmtree(given.work, ignore_errors=True)
     given.work.mkdir(parents=True)
     whole, work = given.work / "whole", given.work / "work"  # of one path: some files tell where they lie
@@ -100,7 +132,7 @@ def main() -> None:
     for number in range(given.pipelines):
         rng, folder = random.Random(f"{given.seed} {number}"), given.work / f"{number:02d}"
         work.mkdir()
-        met = killed(work, [rng.uniform(0, seconds / 2) for _ in range(given.kills)])
+        met = killed(work, [rng.uniform(0, seconds / 3) for _ in range(given.kills)])
         work.rename(folder)
         found = counts(folder)
         row = {

@@ -32,6 +32,7 @@ from typing import Any
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 sys.path.append(str(HERE))
 from kill import SETTINGS as OF_KILL  # noqa: E402
+from kill import imported  # noqa: E402
 from same import differences  # noqa: E402
 
 # every stage, with few images and questions: an operation more is a trial more
@@ -171,16 +172,6 @@ class Trial:
         if code:
             wrong.append(f"does not go on: {told[:300]}")
         return [*wrong, *(f"differs: {name}" for name in differences(self.whole, self.work))]
-
-
-def imported() -> None:
-    """What each process would import and draw anew."""
-    import mmedexpert.stages.pipeline
-    import mmedexpert.training.gba
-    import mmedexpert.training.sft  # noqa: F401
-    from mmedexpert.stages.pretrain import corpus
-
-    corpus(0)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import openai
 from mmedexpert.engines.asking import Reply
 from mmedexpert.engines.ledger import FAILED, REFUSED, REPLIED, Row, key_of, now
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.privacy import without_known, without_password
 
 MAX_TOKENS = 2**31  # ours: a server that tells of more is broken
 RUNS = 3  # ours: a question that failed in so many, each time by the server's reply to it, is refused from then on
@@ -99,7 +99,7 @@ def reason_of(error: Exception) -> str:
 
 def short(text: object, length: int = 200) -> str:
     """A text of a stranger in one line, without passwords."""
-    plain = str(text)[: 10 * length].encode(errors="replace").decode()
+    plain = without_known(str(text))[: 10 * length].encode(errors="replace").decode()
     return without_password(" ".join(plain.split()))[:length]
 
 

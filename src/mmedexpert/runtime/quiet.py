@@ -49,7 +49,7 @@ def _one_line(error: BaseException) -> str:
         return "a key is given below one that is null with these options, such as merge.method.<key> with merge=none"
     if not module.startswith(("hydra", "omegaconf")):
         return (
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} "
+            f"{type(error).__name__}: {' '.join(without_password(str(error)).split())[:300]} "
             "(unexpected: traceback.txt in the run's folder, or debug.traceback=true)"
         )
     cause = error.__cause__
