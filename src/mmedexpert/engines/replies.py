@@ -67,7 +67,7 @@ def reply_of(body: Any, seconds: float) -> Reply:
         usage = body.get("usage")
         tokens = int(usage["completion_tokens"]) if usage else len(logps)
         read = int(usage.get("prompt_tokens") or 0) if usage else 0
-    except (AttributeError, IndexError, TypeError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, KeyError, ValueError, OverflowError) as error:  # 1e999 tokens
         told = body.get("error") if isinstance(body, dict) else None  # some gateways send an error as 200
         raise ValueError(f"not a chat completion ({short(told or repr(error))})") from error
     if not (0 <= tokens < MAX_TOKENS and 0 <= read < MAX_TOKENS):
