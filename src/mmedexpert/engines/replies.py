@@ -73,9 +73,9 @@ def reply_of(body: Any, seconds: float) -> Reply:
     if not (0 <= tokens < MAX_TOKENS and 0 <= read < MAX_TOKENS):
         raise ValueError(f"not a chat completion (usage {short(usage)})")
     if finish in ABORTED:
-        raise ValueError(f"{BROKEN_OFF} (finish_reason {finish!r})")
+        raise ValueError(f"{BROKEN_OFF} (finish_reason {short(finish)})")
     if not isinstance(text, str) or not isinstance(finish, str):
-        raise ValueError(f"the answer is no text (finish_reason {finish!r})")
+        raise ValueError(f"the answer is no text (finish_reason {short(finish)})")
     if isinstance(thought, str):
         text = f"<think>{thought}</think>{text}" if text else f"<think>{thought}"
     text = text.encode(errors="replace").decode()  # half a surrogate pair could not be written as UTF-8

@@ -21,10 +21,10 @@ def last_step(folder: Path, identity: str) -> int:
 
 
 def _steps(path: Path) -> Iterator[int]:
-    from wandb.proto.wandb_internal_pb2 import Record  # lazily: it takes a second
+    from wandb.proto import wandb_internal_pb2  # lazily: it takes a second
 
     for data in _records(path):
-        record: Any = Record()
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         try:
             record.ParseFromString(data)
         except Exception:  # of protobuf's own kind: what a kill cut
