@@ -21,7 +21,7 @@ import mmedexpert.schema  # noqa: F401  registers the base of conf/config.yaml
 from mmedexpert.errors import UserError
 from mmedexpert.runtime import jobs
 from mmedexpert.runtime.jobs import Job
-from mmedexpert.runtime.privacy import redacted
+from mmedexpert.runtime.privacy import hide_words, redacted
 from mmedexpert.runtime.quiet import one_line, silence
 
 gc.set_threshold(10_000, 20, 50)  # ours: 4,000 modules are no garbage, and looking takes a tenth of a start
@@ -128,6 +128,7 @@ def main() -> int:
     # a plus adds a group, and Hydra refuses it for one that stands in the defaults list
     sys.argv[1:] = [word[1:] if word.startswith("+experiment=") else word for word in sys.argv[1:]]
     TYPED[:] = sys.argv
+    hide_words(sys.argv[1:])
     try:
         job()
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ GROUPS = {
     "outputs": ["test_pipeline", "test_dashboards", "test_benchmark_stage", "test_merge_search"],
     "answering": [
         "test_caci_stage", "test_regmean_stage", "test_identity", "test_gba_learning", "test_gba_stage",
-        "test_eval_stage", "test_dsa_stage", "test_durable",
+        "test_eval_stage", "test_dsa_stage", "test_durable", "test_faults",
     ],
     "real_server": ["test_curate_stage", "test_judge_grader", "test_openai_engine"],
     "distributed": ["test_distributed"],
@@ -42,6 +42,7 @@ LONG = [
     "test_workers", "test_config", "test_speed_gpu", "test_real_model", "test_documented", "test_traces", "test_unread",
     "test_grading", "test_vllm", "test_before", "test_best_of", "test_judge_training", "test_rubrics", "test_stream",
     "test_contamination", "test_clusters", "test_names", "test_runs", "test_merge_files",
+    "test_secrets",
 ]  # fmt: skip
 GROUP = {file: name for name, files in GROUPS.items() for file in files}
 

@@ -93,32 +93,21 @@ def test_weights_lora_and_moments_are_what_is_allocated(policy):
 def test_caches_hold_what_sampling_allocates(policy, tiny, picture, monkeypatch):
     encoder, held = tiny[1], []
     prompts = questions(policy, encoder, picture, rows=1)[0]
-    monkeypatch.setattr(sampling, "ROOM", 4)
-    monkeypatch.setattr("mmedexpert.models.plan.ROOM", 4)
 
-    class Kept(sampling.Cache):
-        def __init__(self, **options):
-            super().__init__(**options)
+    class Kept(sampling.RowCache):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
             held.append(self)
 
-    prefill, read = sampling.prefill, []
-    monkeypatch.setattr(sampling, "Cache", Kept)
-    monkeypatch.setattr(sampling, "prefill", lambda *given: read.append(prefill(*given)) or read[-1])
+    monkeypatch.setattr(sampling, "RowCache", Kept)
     for width in (3, 5, 6, 7, LENGTH):
         held.clear()
         generate(
-            policy,
-            encoder,
-            prompts,
-            max_new_tokens=width,
-            num_generations=2,
-            temperature=1.0,
-            end_ids=(),
+            policy, encoder, prompts, max_new_tokens=width, num_generations=2, temperature=1.0, end_ids=(),
             seeds=range(3),
-        )
-        own = sum(room.nbytes for layer in held[0].layers for room in layer.room.values())
-        prefix = read[-1][0]
-        shared = sum(t.nbytes for t in (*prefix.keys, *prefix.values))
+        )  # fmt: skip
+        own = sum(tensor.nbytes for layer in held[0].own for tensor in layer.own)
+        shared = sum(tensor.nbytes for tensor in (*held[0].keys, *held[0].values))
         plan = setup_of(policy).sampling_bytes(3, len(prompts[0].input_ids), 6, width, 3 * len(prompts[0].input_ids))
         assert plan["KV of completions"] == own and plan["KV of prompts"] == shared, width
         assert cached(width) >= width - 1

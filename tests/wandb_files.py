@@ -48,6 +48,8 @@ def records(path: Path) -> Iterator[Record]:
             place += left
             continue
         _, length, kind = HEADER.unpack_from(data, place)
+        if place + HEADER.size + length > len(data):  # a kill cut it
+            return
         whole += data[place + HEADER.size : place + HEADER.size + length]
         place += HEADER.size + length
         if kind in LAST:

@@ -15,6 +15,7 @@ from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine
 from mmedexpert.errors import UserError
 from mmedexpert.models.encode import prompt_text
+from mmedexpert.runtime.drawing import save_drawing
 
 NAME = "difficulty"
 REFUSED = "the reference model refuses it"
@@ -89,7 +90,7 @@ def figure(counts: Mapping[int, int] | list[int], path: Path, *, keep: tuple[int
     axes.set_ylabel("records")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    drawn.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_drawing(drawn, path)
     return path
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mmedexpert.curation.steps import COUNTS
 from mmedexpert.errors import UserError
+from mmedexpert.runtime.drawing import save_drawing
 
 Counts = Mapping[str, Any]  # a step's `step`, `in`, `out` and `reasons` (counts.json)
 REASONS_SHOWN = 5  # ours: in the figure, the most frequent of a step; the table has all
@@ -97,7 +98,7 @@ def funnel_figure(steps: Sequence[Counts], path: Path, title: str = TITLE) -> Pa
             axes.text(WHY + 0.2, middle, said, fontsize=9, va="center", color=SOFT)
         top += tall
         axes.axhline(top, 0.15 / WIDTH, 1 - 0.15 / WIDTH, color="#e4e7ea", linewidth=0.6)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_drawing(figure, path)
     return path
 
 

@@ -22,7 +22,7 @@ from mmedexpert.engines.messages import hash_url, messages_of
 from mmedexpert.engines.replies import Prices, kept_reply, reason_of
 from mmedexpert.engines.sending import Sending
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.privacy import hide, hide_address, without_password
 from mmedexpert.schema import EndpointConfig
 
 
@@ -82,6 +82,8 @@ class OpenAIEngine:
         self.model = model
         self.revision = revision
         self.api_key = api_key
+        hide([api_key])
+        hide_address(base_url)
         self.system_prompt = system_prompt
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed

@@ -12,7 +12,7 @@ import openai
 from mmedexpert.engines.asking import Reply
 from mmedexpert.engines.ledger import FAILED, REFUSED, REPLIED, Row, key_of, now
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.privacy import without_known, without_password
 
 MAX_TOKENS = 2**31  # ours: a server that tells of more is broken
 RUNS = 3  # ours: a question that failed in so many, each time by the server's reply to it, is refused from then on
@@ -67,15 +67,15 @@ def reply_of(body: Any, seconds: float) -> Reply:
         usage = body.get("usage")
         tokens = int(usage["completion_tokens"]) if usage else len(logps)
         read = int(usage.get("prompt_tokens") or 0) if usage else 0
-    except (AttributeError, IndexError, TypeError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, KeyError, ValueError, OverflowError) as error:  # 1e999 tokens
         told = body.get("error") if isinstance(body, dict) else None  # some gateways send an error as 200
         raise ValueError(f"not a chat completion ({short(told or repr(error))})") from error
     if not (0 <= tokens < MAX_TOKENS and 0 <= read < MAX_TOKENS):
         raise ValueError(f"not a chat completion (usage {short(usage)})")
     if finish in ABORTED:
-        raise ValueError(f"{BROKEN_OFF} (finish_reason {finish!r})")
+        raise ValueError(f"{BROKEN_OFF} (finish_reason {short(finish)})")
     if not isinstance(text, str) or not isinstance(finish, str):
-        raise ValueError(f"the answer is no text (finish_reason {finish!r})")
+        raise ValueError(f"the answer is no text (finish_reason {short(finish)})")
     if isinstance(thought, str):
         text = f"<think>{thought}</think>{text}" if text else f"<think>{thought}"
     text = text.encode(errors="replace").decode()  # half a surrogate pair could not be written as UTF-8
@@ -99,7 +99,7 @@ def reason_of(error: Exception) -> str:
 
 def short(text: object, length: int = 200) -> str:
     """A text of a stranger in one line, without passwords."""
-    plain = str(text)[: 10 * length].encode(errors="replace").decode()
+    plain = without_known(str(text))[: 10 * length].encode(errors="replace").decode()
     return without_password(" ".join(plain.split()))[:length]
 
 

@@ -28,6 +28,7 @@ from mmedexpert.engines.replies import (
     reply_of,
 )  # fmt: skip
 from mmedexpert.errors import UserError
+from mmedexpert.runtime.privacy import without_known
 
 if TYPE_CHECKING:
     from mmedexpert.engines.openai import OpenAIEngine
@@ -207,7 +208,7 @@ class Sending:
             engine.takes_formats = False
             return sent
         seconds, latency = time.perf_counter() - start, raw.elapsed.total_seconds()
-        return Sent(raw.text, raw.retries_taken + 1, latency, seconds)
+        return Sent(without_known(raw.text), raw.retries_taken + 1, latency, seconds)  # it may send the key back
 
     async def _ask(self, messages: Any, max_tokens: int, wish: Format, sample: int) -> Any:
         engine, omit = self.engine, openai.omit

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmedexpert.runtime.drawing import save_drawing
+
 NUMBERS_IN_CELLS = 40  # ours: rows or columns up to which the numbers are written into the cells
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as data pass through a layer
 
@@ -48,7 +50,7 @@ def conflict_figures(
     for name, figure in drawn.items():
         for kind in ("svg", "png"):
             paths[name] = folder / f"{name}.{kind}"
-            figure.savefig(paths[name], dpi=150, bbox_inches="tight")
+            save_drawing(figure, paths[name], bbox_inches="tight")
     return paths
 
 

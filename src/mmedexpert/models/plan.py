@@ -17,7 +17,7 @@ from mmedexpert.models.shapes import Linear, Shape
 
 GIB = 2**30
 LOGITS, ROWS = 2**22, 256  # of models/logps.py: logits at a time, and positions at least
-ROOM = 64  # of models/generate.py: tokens a cache grows by, behind the one that found it full
+PREFILL = 16_384  # of models/generate.py: tokens of prompts that are read together
 SPARE = 0.1  # ours: share of what is free that `auto` leaves, for blocks that the allocator cannot join
 
 
@@ -156,11 +156,12 @@ class Setup:
 
     def sampling_bytes(self, prompts: int, prompt: int, rows: int, width: int, packed: int) -> dict[str, float]:
         """The parts of the peak of sampling: `rows` completions of `width` tokens behind `prompts` of `prompt` each,
-        which were read as one row of `packed` tokens."""
+        which were read as rows of `packed` tokens in all, PREFILL at a time."""
         s, e = self.shape, self.computed
         shared = self.cache_bytes * prompts * prompt
         own = self.cache_bytes * rows * cached(width)
         # while prompts are read: their keys and values a second time, and a layer's values that no one keeps
+        packed = min(packed, PREFILL)
         reading = self.cache_bytes * packed + packed * (4 * e * s.inner + 10 * s.hidden)
         # logits as they come, in fp32, without the banned, as chances
         logits = rows * s.vocab * (e + 12)
@@ -237,7 +238,7 @@ class Setup:
 
 def cached(width: int) -> int:
     """Tokens that a row's cache has room for, once `width` are sampled: the last of them is not read."""
-    return (ROOM + 1) * -(-(width - 1) // (ROOM + 1))
+    return max(width - 1, 1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mmedexpert.evaluation.seeds import KIND, Arm, Paired
 from mmedexpert.evaluation.stats import half_width
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting.tables import Row, short_names
+from mmedexpert.runtime.drawing import save_drawing
 
 COLOUR, REFERENCE = "#0072B2", "#D55E00"  # of Okabe and Ito: told apart without red and green
 SAID = (
@@ -165,4 +166,4 @@ def figure(arms: Sequence[Arm], against: Mapping[str, Paired | None], reference:
         axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     drawn.suptitle(title)
-    drawn.savefig(path, dpi=150)
+    save_drawing(drawn, path)

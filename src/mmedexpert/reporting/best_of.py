@@ -8,6 +8,7 @@ from typing import Any
 
 from mmedexpert.evaluation.best_of import PAIRED, sizes
 from mmedexpert.reporting.tables import Row, interval
+from mmedexpert.runtime.drawing import save_drawing
 
 # Okabe and Ito's colours, which every kind of sight tells apart; a line is told by its mark and dash, too
 LINES = {
@@ -93,7 +94,7 @@ def figure(summary: Mapping[str, Any], title: str, path: Path) -> None:
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.legend(fontsize=8, frameon=False)
     drawn.suptitle(title.replace("$", r"\$"), fontsize=10)
-    drawn.savefig(path, dpi=150)
+    save_drawing(drawn, path)
 
 
 def _difference(found: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from mmedexpert.data.pairs import DIMENSIONS
 from mmedexpert.judging.numbers import MEAN, RATES
 from mmedexpert.reporting.tables import Row
+from mmedexpert.runtime.drawing import save_drawing
 
 HEADS = {
     "acc_strict": "right in both orders", "acc_avg": "right on average", "acc_single": "right in the first order",
@@ -103,7 +104,7 @@ def heat_map(summary: Mapping[str, Any], title: str, path: Path) -> None:
     axes.set_yticks(range(len(parts)), named)
     drawn.colorbar(image, label="percent right (50: chance)")
     drawn.suptitle(title.replace("$", r"\$"))
-    drawn.savefig(path, dpi=150)
+    save_drawing(drawn, path)
 
 
 def _percent(one: Mapping[str, float]) -> str:

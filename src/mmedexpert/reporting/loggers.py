@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmedexpert.reporting.finals import CURVES, NOISY, STEP, ends
 from mmedexpert.reporting.tracking import no_stop
+from mmedexpert.runtime.curve import STEPS, read_curve
 from mmedexpert.runtime.files import write_atomic
 
 Row = dict[str, Any]
@@ -87,10 +88,13 @@ class Wandb(WandbLogger):
     tables, too.
 
     Of a noisy curve the summary gets start, end, gain and best, of a resumed one no start: it has seen the rest alone.
+    Each step is told once: `told` is the last one that an earlier try told, and those behind it that the curve in
+    `folder` has, and W&B lost with that try, are told before this one's first.
     """
 
-    def __init__(self, experiment: Any) -> None:
+    def __init__(self, experiment: Any, folder: Path, told: int = -1) -> None:
         super().__init__(experiment=experiment)
+        self.folder, self.told = folder, told
         self.curves: dict[str, list[float]] = {}
         self.first: int | None = None
         self.live = True  # not where a curve is told from a file: memory is the process's that trains
@@ -103,10 +107,19 @@ class Wandb(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """As the parent."""
         with no_stop("W&B"):
-            self.first = step if self.first is None else self.first
+            if self.first is None and step is not None:
+                self.first = step
+                self._tell_lost(step)
             for name in metrics.keys() & set(CURVES):
                 self.curves.setdefault(name, []).append(float(metrics[name]))
-            super().log_metrics({**metrics, **(memory() if self.live else {})}, step)
+            if step is None or step > self.told:
+                super().log_metrics({**metrics, **(memory() if self.live else {})}, step)
+
+    def _tell_lost(self, first: int) -> None:
+        for row in read_curve(self.folder / STEPS):  # its steps count from 1, those of loggers from 0
+            step = row.pop("step") - 1
+            if self.told < step < first:
+                super().log_metrics(row, step)
 
     def finish(self, numbers: Mapping[str, float]) -> None:
         """The summary at a run's end: `numbers` but a noisy curve's last step, and what the curves came to."""

@@ -67,11 +67,22 @@ def logger_for(run: Run, settings: LoggerConfig, shown: Shown) -> Iterator[Logge
 
     code = 1
     try:
-        yield Wandb(started)
+        yield Wandb(started, run.folder, _told_until(run, started))
         code = 0
     finally:
         with no_stop("W&B"):
             started.finish(exit_code=code)
+
+
+def _told_until(run: Run, started: Any) -> int:
+    """The last step that W&B was told of this run by an earlier try; -1 where that is none."""
+    from mmedexpert.reporting.finals import STEP
+    from mmedexpert.reporting.offline import last_step
+
+    with no_stop("W&B"):
+        online = started.summary.get(STEP, -1) if started.resumed else -1
+        return max(int(online), last_step(run.folder, started.id))
+    return -1
 
 
 def kept(run: Run, what: str) -> dict[str, Any]:

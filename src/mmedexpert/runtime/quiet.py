@@ -51,7 +51,7 @@ def _one_line(error: BaseException) -> str:
         return f"{' '.join(str(error).split())[:300]} (hydra.launcher.timeout_min, hydra.launcher.max_num_timeout)"
     if not module.startswith(("hydra", "omegaconf")):
         return (
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]} "
+            f"{type(error).__name__}: {' '.join(without_password(str(error)).split())[:300]} "
             "(unexpected: traceback.txt in the run's folder, or debug.traceback=true)"
         )
     cause = error.__cause__

@@ -38,8 +38,9 @@ FREE_BYTES = 200_000_000  # ours: asked for before a stage starts
 SILENT_SECONDS = 2.0  # ours: of waiting for another process, before it is told
 TEMPORARY = ("last.ckpt", "clock.json")  # what a run needs until it is DONE
 LEFTOVERS = ("**/*.part", "**/*.partial")  # what a kill leaves of files and folders that were being written
+FULL, SHUT = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 console = Console(stderr=True)
-_told: set[Path] = set()  # folders this command has named already
+_named: set[Path] = set()  # folders this command has named already
 _made: set[str] = set()  # run_ids that this process has worked on
 by_workers: set[str] = set()  # those that its workers have (`workers.py`): to this command they are new
 explained: list[dict[str, str]] = []  # with runs.explain: of each run whether it is reused, and why
@@ -144,8 +145,9 @@ def execute(
                 sync(path)
         write_atomic(run.folder / "DONE", b"")
 
-    with ExitStack() as lock:
-        on_first(begin)
+    with _told(run, FULL), ExitStack() as lock:
+        with _told(run, SHUT):
+            on_first(begin)
         run.folder, run.reused = gather((run.folder, run.reused))[0]
         run.clock.path = run.folder / run.clock.path.name
         if run.reused or (explain and stage not in PREPARING):
@@ -159,11 +161,7 @@ def execute(
             on_first(lambda: clean(run.folder, TEMPORARY))
             _made.add(identity)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"the disk is full at {run.folder}: free space or set paths.outputs=<folder>"
-                ) from error
-            if rank() == 0:
+            if rank() == 0 and getattr(error, "errno", None) not in FULL:
                 _failed(run.folder, str(error), traceback.format_exc())
             raise
     return run
@@ -187,6 +185,19 @@ def _held(home: Path, identity: str, what: str) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _told(run: Run, codes: Sequence[int]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
+        if codes is FULL:
+            fix = "free space or set paths.outputs=<folder>; the same command goes on"
+            raise UserError(f"the disk is full at {run.folder}: {fix}") from error
+        raise UserError(f"cannot write to {run.folder} ({error.strerror}): set paths.outputs=<folder>") from error
 
 
 def _explained(run: Run, tree: Mapping[str, Any]) -> dict[str, str]:
@@ -216,9 +227,9 @@ def _failed(folder: Path, error: str, trace: str) -> None:
 
 
 def _tell(folder: Path, line: str) -> None:
-    if folder not in _told:
+    if folder not in _named:
         console.print(line, highlight=False, soft_wrap=True)
-        _told.add(folder)
+        _named.add(folder)
 
 
 def _make_folder(folder: Path) -> None:

@@ -47,12 +47,12 @@ def side_by_side(works: Sequence[Work]) -> None:
     assert _pool is not None and _told is not None
     with _shown():
         futures: list[Future[Any]] = [
-            _pool.submit(_work, work, set(runs._told), dict(identity._recipes)) for work in works
+            _pool.submit(_work, work, set(runs._named), dict(identity._recipes)) for work in works
         ]
         try:
             for future in _as_they_end(futures):
                 told, made = future.result()
-                runs._told |= told
+                runs._named |= told
                 runs.by_workers |= made
         except BaseException as error:
             stop()
@@ -136,9 +136,9 @@ def _begin(told: Any, terminal: bool, threads: int, parent: int) -> None:
 
 def _work(work: Work, told: set[Path], recipes: dict[str, str]) -> tuple[set[Path], set[str]]:
     """Work, with what the first process has told and found so far; returns what has been told and made since."""
-    runs._told |= told
+    runs._named |= told
     for name, recipe in recipes.items():
         identity.remember(name, recipe)
     silence(traceback=False)  # of libraries that are imported by now
     work()
-    return runs._told, runs._made
+    return runs._named, runs._made

@@ -132,9 +132,8 @@ def _best_of(
             "truncated": float(np.mean([one["finish_reason"] == "length" for one in everything])),
         }  # fmt: skip
         write_json(run.folder / "summary.json", found)
-        (run.folder / "table.md").write_text(
-            markdown(model_rows({subject.name: found})) + "\n" + markdown(size_rows(found)), encoding="utf-8"
-        )
+        table = markdown(model_rows({subject.name: found})) + "\n" + markdown(size_rows(found))
+        write_atomic(run.folder / "table.md", table.encode())
         figure(found, f"Best of {settings.best_of}: {title}", run.folder / "best_of.png")
         return flat(found)
 

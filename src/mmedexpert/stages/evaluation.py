@@ -113,7 +113,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         key |= answering_key(config, subject, system_prompt_of(config, protocol))
     data = dataset(config) if settings.contamination or subject.baseline == MAJORITY else None
 
-    def summarise(run: Run, rows: list[Prediction]) -> dict[str, float]:
+    def summarise(rows: list[Prediction]) -> dict[str, Any]:
         overlap = clean_part(config, data, questions, asked.identity) if data and settings.contamination else None
         numbers = Summary(num_resamples=settings.num_resamples, seed=config.seed)
         found = numbers.of(
@@ -129,8 +129,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         }  # fmt: skip
         found["contamination"] = overlap["found"] if overlap else None
         found["judged_by"] = _rules(config, questions)
-        write_json(run.folder / "summary.json", found)
-        return flatten(found)
+        return found
 
     def work(run: Run) -> dict[str, float]:
         shown = _shown(subject, questions, run.folder)
@@ -141,14 +140,18 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
                 perspectives=perspectives, style=config.model.instructions, shown=shown,
             )  # fmt: skip
         with run.phase("summarise"):
-            return summarise(run, rows)
+            found = summarise(rows)
+            write_json(run.folder / "summary.json", found)
+            return flatten(found)
 
     sources = {"questions": asked.source}
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs, sources=sources)
     tell_kept(subject, done)
     if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, questions):
         rows = judge_again(done.folder / "predictions.jsonl", questions)
-        write_json(done.folder / "metrics.json", summarise(done, rows))
+        found = summarise(rows)
+        write_json(done.folder / "metrics.json", flatten(found))
+        write_json(done.folder / "summary.json", found)  # last: what it says it was judged by says that all was
     if rank() == 0 and subject.baseline is None and not config.runs.explain:
         _note_in_card(config, subject, questions.name, done)
     return done

@@ -23,6 +23,7 @@ from mmedexpert.reporting.arms import (
 )  # fmt: skip
 from mmedexpert.reporting.page import Experiment
 from mmedexpert.reporting.tables import Captioned, latex, markdown, print_table
+from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.identity import folder_of
 from mmedexpert.runtime.jsonl import read_object
 from mmedexpert.runtime.privacy import redacted, without_places
@@ -66,7 +67,7 @@ def conclude(
             told.append(f"nothing to compare with: {results.against} is not among these runs")
         text += _tell(config, benchmark, arms, references, told, folder, numbers, tables)
     cost = _cost([run.path.parent for run in evaluations], outputs)
-    (folder / "table.md").write_text("\n".join([*text, _told(cost), _given(config), ""]), encoding="utf-8")
+    write_atomic(folder / "table.md", "\n".join([*text, _told(cost), _given(config), ""]).encode())
     made: dict[str, Any] = {"made_of": cost, "command": _command(), "debug": config.debug.name}
     whole = {"id": results.id, "git_sha": git_sha(), **made, "sets": numbers}
     shown = Experiment(str(results.id), results.claim, tables)
@@ -101,7 +102,7 @@ def _tell(
             print_table(found, f"{title}: {what}")
             tables.append((f"{benchmark}: {what}", "", found))
             text += [f"### {what[0].upper()}{what[1:]}\n", markdown(found)]
-    (folder / f"{place}.tex").write_text(latex(rows), encoding="utf-8")
+    write_atomic(folder / f"{place}.tex", latex(rows).encode())
     numbers[benchmark] = as_json(arms, against, name)
     for kind in ("png", "svg"):
         figure(arms, against, name, title, folder / f"{place}.{kind}")

@@ -231,8 +231,8 @@ class _Watch:
             file.write(json.dumps(line) + "\n")
         if self.every and number % self.every == 0:
             rows = completion_rows(number, records, rollout, self.image_root)
-            with (self.curve.parent / f"completions-{number:05d}.jsonl").open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            told = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomic(self.curve.parent / f"completions-{number:05d}.jsonl", told.encode())
             log_table(self.logger, "completions", rows, images=self.images)
 
 

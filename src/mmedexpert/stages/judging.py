@@ -34,6 +34,7 @@ from mmedexpert.reporting.judges import (
 )  # fmt: skip
 from mmedexpert.reporting.tables import markdown, print_table
 from mmedexpert.runtime.build import function
+from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
@@ -105,7 +106,8 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     inputs = {"questions": asked.identity, "model": subject.identity}
     trained = set((subject.judge or {}).get("trained_groups", ()))
 
-    def summarise(run: Run, rows: list[Judgement]) -> dict[str, float]:
+    def summarise(run: Run, rows: list[Judgement]) -> dict[str, Any]:
+        """The numbers, and the files that are made of them but summary.json, which says what they were judged by."""
         found = numbers_of(pairs, rows, num_resamples=config.eval.num_resamples, seed=config.seed)
         found |= {
             "protocol": protocol,
@@ -116,13 +118,12 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
         if benchmark.judge:
             found["theirs"] = function(benchmark.judge, f"benchmark.{name}.judge")(pairs, rows)
         found["rules"] = {rule: sum(row["rule"] == rule for row in rows) for rule in sorted({r["rule"] for r in rows})}
-        write_json(run.folder / "summary.json", found)
         scores = {score: per_pair(pairs, rows, score) for score in found["micro"]}
         write_json(run.folder / "per_pair.json", {"groups": [pair.group for pair in pairs], **scores})
         if table := part_rows(found):
-            (run.folder / "table.md").write_text(markdown(table), encoding="utf-8")
+            write_atomic(run.folder / "table.md", markdown(table).encode())
             heat_map(found, f"{subject.name} on {name}", run.folder / "table.png")
-        return flat(found)
+        return found
 
     def work(run: Run) -> dict[str, float]:
         with run.phase("ask"):
@@ -137,7 +138,9 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
                 engine = engine_of(config, subject, prompt)
                 rows = judge(engine, asks, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
         with run.phase("summarise"):
-            return summarise(run, rows)
+            found = summarise(run, rows)
+            write_json(run.folder / "summary.json", found)
+            return flat(found)
 
     if control is not None:
         key["rules"] = {**versions("judge_controls", "rubrics"), "guidelines": {one: text_of(one) for one in DATA}}
@@ -151,7 +154,9 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
             if lost := next((one for one in wanted if one not in kept), None):
                 raise UserError(f"{done.folder / FILE} lacks {lost[0]}: delete the folder, and judge again")
             rows = [with_verdicts(kept[one], protocol) for one in wanted]
-        write_json(done.folder / "metrics.json", summarise(done, rows))
+        found = summarise(done, rows)
+        write_json(done.folder / "metrics.json", flat(found))
+        write_json(done.folder / "summary.json", found)  # last: a kill before it has all judged again
     return done
 
 
@@ -188,7 +193,7 @@ def compare(config: Config, runs: Mapping[str, Run]) -> None:
         }
         path = judges[first].folder.parent / f"{name}-{protocol_of(config)}.md"
         text = "".join(f"## {title}\n\n{markdown(rows)}\n" for title, rows in tables.items())
-        path.write_text(f"{said}\n\n{text}", encoding="utf-8")
+        write_atomic(path, f"{said}\n\n{text}".encode())
         for title, rows in tables.items():
             print_table(rows, title, f"{said}\n{path}" if title.startswith("Judges") else "")
         lines = [

@@ -12,6 +12,7 @@ from mmedexpert.data.images import open_image
 from mmedexpert.names import MAJORITY, reasoner_names, start_names
 from mmedexpert.reporting import tables as report
 from mmedexpert.reporting.tracking import log_table
+from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.schema import Config
 from mmedexpert.stages import caci, data, dsa, evaluation, gba, pretrain
@@ -39,7 +40,7 @@ def run(config: Config) -> dict[str, Run]:
         summary = summarise(done) | {"missing_specialties": config.specialty.missing}
         write_json(run.folder / "summary.json", summary)
         rows = report.model_rows(summary)
-        (run.folder / "table.md").write_text(report.markdown(rows), encoding="utf-8")
+        write_atomic(run.folder / "table.md", report.markdown(rows).encode())
         led = [name for name in ("base", "reasoner", *done["gba"], *done["caci"]) if name in summary["models"]]
         metrics = flatten({name: summary["models"][name] for name in led} | summary["benchmarks"])
         log_table(run.logger, "models", rows)
