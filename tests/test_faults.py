@@ -29,7 +29,7 @@ def script(text: str, *words: str) -> subprocess.Popen[str]:
     """Python text as a process in a group of its own."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(FAULTS), os.environ["PYTHONPATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(FAULTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(text), *words], env=environment, start_new_session=True, text=True,

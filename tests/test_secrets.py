@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -141,9 +142,9 @@ def test_the_ledger_keeps_none_of_what_a_server_sends_back(tmp_path, echo):
 
 def test_a_sweep_and_commands_that_fail_put_them_nowhere(tmp_path, echo):
     address, _ = echo
-    sweep = command(
-        tmp_path, "-m", *served(address), "seed=0,1", "results.id=x", "report.published=null", "logger=wandb"
-    )
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments" / "published.yaml", tmp_path / "experiments")  # an experiment reads it here
+    sweep = command(tmp_path, "-m", *served(address), "seed=0,1", "results.id=x", "logger=wandb")
     assert sweep.returncode == 0 and list(tmp_path.glob("outputs/experiments/x/table.md")), sweep.stderr[-2000:]
     for words in (
         ["-m", "seed=0,1", f"+logger.api_key={TYPED}"],  # Hydra refuses it before any of our code is asked

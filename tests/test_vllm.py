@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -155,12 +154,8 @@ def test_a_server_that_died_gets_the_adapter_again(world):
     world.sample(sampler)
 
     def dies(answer: Any) -> None:
-        threading.Thread(target=back).start()
-
-    def back() -> None:
         server.stop()
-        time.sleep(0.5)
-        server.start()
+        threading.Timer(0.5, server.start).start()
 
     server.faults.append(dies)
     equal(own, world.sample(sampler))
@@ -204,6 +199,13 @@ def test_a_server_that_is_well_and_never_answers_is_given_up(world):
     world.servers[0].faults += [refuses] * 100
     with pytest.raises(UserError, match=r"is well and failed 3 times to answer .*\.png"):
         world.sample(sampler)
+
+
+def test_what_is_no_vllm_is_given_up(world, monkeypatch):
+    """It is healthy, and has no log-probabilities to tell: nothing waits for it for ever."""
+    monkeypatch.setattr(world.servers[0], "first", lambda body: {"choices": []})
+    with pytest.raises(UserError, match="is well and fails"):
+        world.sample(world.served())
 
 
 def test_a_password_is_not_told(world):
@@ -298,6 +300,7 @@ def stage(answering):
     with ScriptedVllm(load_model(folder, loading(config)), load_encoder(folder, loading(config)), name) as server:
         config.sampler.base_urls = [server.url]
         through = gba.run(config)["reasoner"]
+        server.left = [*server.adapted]
     return config, own, through, server
 
 
@@ -329,7 +332,7 @@ def test_weights_of_the_mismatch_are_logged_and_adapters_do_not_stay(stage):
         for name in ("min", "mean", "max"):
             assert float(row[f"sampling/importance_sampling_ratio/{name}"]) == pytest.approx(1, abs=1e-3)
         assert float(row["sampling/effective_sample_size"]) == pytest.approx(1, abs=1e-3)
-    assert not (through.folder / "served").exists() and list(server.adapted) == [server.name]
+    assert not (through.folder / "served").exists() and server.left == [server.name]
 
 
 def test_what_samples_and_how_it_is_weighed_is_part_of_a_reasoner_and_where_is_not(stage):

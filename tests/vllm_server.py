@@ -42,6 +42,7 @@ class ScriptedVllm:
         self.faults: list[Fault] = []
         self.silent = self.raw = False
         self.seen: list[dict[str, Any]] = []
+        self.left: list[str] = []  # what a test found loaded at the end
         self.loaded: list[str] = []  # every adapter that ever was
         self.lock = threading.Lock()
 
@@ -89,7 +90,8 @@ class ScriptedVllm:
         threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Die."""
+        """Die, with all adapters and whatever is being answered."""
+        self.adapted = {}
         self.httpd.shutdown()
         self.httpd.server_close()
 
@@ -160,7 +162,7 @@ class ScriptedVllm:
     def first(self, body: dict[str, Any]) -> dict[str, Any]:
         model = self.adapted[body["model"]]
         with self.lock:
-            _, last, _ = prefill(model, self.encoder, [self.prompt(body)])
+            last = prefill(model, self.encoder, [self.prompt(body)])[2]
             logits = core_of(model).lm_head(last)[0] / (1.0 if self.raw else body["temperature"])
         best = logits.log_softmax(-1).topk(body["top_logprobs"])
         tokens = [{"token": str(int(i)), "logprob": float(p)} for i, p in zip(best.indices, best.values, strict=True)]

@@ -138,8 +138,8 @@ class Servers:
             raise errors.exceptions[0] from None
 
     async def _everywhere(self, work: Callable[[_Server], Awaitable[None]]) -> None:
-        """Do it on every server that is well, at least on one."""
-        done = False
+        """Do it on every server that is well, at least on one; UserError where healthy ones fail `TRIES` times."""
+        done, failures = False, 0
         while not done:
             for server in self.servers:
                 try:
@@ -148,6 +148,11 @@ class Servers:
                         done = True
                 except Failed as error:
                     server.alive, server.reason = False, str(error)
+                    failures += await self._revived(server)
+                    if failures == TRIES:
+                        raise UserError(
+                            f"{server.shown} is well and fails ({error}): is it vLLM? look at its log"
+                        ) from error
             if not done:
                 await self._some_alive()
 

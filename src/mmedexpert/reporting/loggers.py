@@ -7,6 +7,7 @@ import io
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,13 @@ class CsvLogger(Logger):
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(self._text([row], head=False))
         self.whole = False
+
+    def finalize(self, status: str) -> None:
+        """A last row that a full disk refused."""
+        if self.begun and self.whole:
+            with suppress(OSError):
+                write_atomic(self.path, self._text(self.rows, head=True).encode())
+                self.whole = False
 
     def _text(self, rows: list[Row], *, head: bool) -> str:
         text = io.StringIO()
