@@ -19,7 +19,18 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 FILES = [
     *sorted(CONF.rglob("*.yaml")),
-    *(ROOT / name for name in ("README.md", "AGENTS.md", "docs/usage.md", "docs/dataset.md", "docs/judges.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "AGENTS.md",
+            "docs/usage.md",
+            "docs/dataset.md",
+            "docs/judges.md",
+            "docs/vllm.md",
+            "docs/clusters.md",
+        )
+    ),
     *sorted(ROOT.glob("experiments/*/README.md")),
 ]
 
