@@ -44,6 +44,10 @@ class Asking:
     top_p: float = 1.0
 
 
+class Refused(UserError):
+    """One prompt cannot be asked of a server; others can."""
+
+
 class Failed(Exception):
     """What may be tried again: the server was lost, hung, has lost its adapter, or gave half an answer."""
 
@@ -67,7 +71,7 @@ def request_of(one: Wanted, messages: Messages, asking: Asking) -> dict[str, Any
 
 
 def completions_of(reply: dict[str, Any], one: Wanted, asking: Asking) -> list[Drawn]:
-    """The completions in a reply; `Failed` for half a one, UserError where the prompt is not ours."""
+    """The completions in a reply; `Failed` for half a one, `Refused` where the prompt is not ours."""
     try:
         prompt, choices = list(reply["prompt_token_ids"]), sorted(reply["choices"], key=lambda row: row["index"])
         found = [
@@ -83,7 +87,7 @@ def completions_of(reply: dict[str, Any], one: Wanted, asking: Asking) -> list[D
         raise Failed(f"a reply without ids or log-probabilities ({error!r})") from error
     if prompt != one.prompt_ids:
         at = next((n for n, pair in enumerate(zip(prompt, one.prompt_ids, strict=False)) if pair[0] != pair[1]), -1)
-        raise UserError(
+        raise Refused(
             f"{one.name}: the server reads another prompt than the trainer ({len(prompt)} tokens for "
             f"{len(one.prompt_ids)}, other from token {at}): it must serve the folder of stage=serve, tokenizer, chat "
             "template and preprocessor unchanged; a question that quotes special tokens cannot be asked of a server"

@@ -25,7 +25,7 @@ class ServedEngine:
     """An Engine of `engines.asking`: the model or adapter that `servers` answer with, as `TransformersEngine` asks it.
 
     Greedy by default; above temperature 0 each sample is drawn by `transformers.seed_of`. A question whose image or
-    text cannot be encoded gets a refusal; UserError as `Servers` raises it.
+    text cannot be encoded, or that servers refuse, gets a refusal; UserError as `Servers` raises it.
     """
 
     def __init__(
@@ -57,10 +57,15 @@ class ServedEngine:
                     yield place, refusal(" ".join(str(error).split())[:200])
             began = time.perf_counter()
             wanted = [wanted_of(prompt, 1, seed_of(self.seed, asks[place])) for place, prompt in window]
-            drawn = self.servers.complete(wanted, self.asking)
+            refused: dict[int, str] = {}
+            drawn = self.servers.complete(wanted, self.asking, refused)
+            if len(refused) == len(window) > 1:  # it is not the questions
+                raise UserError(refused[0])
             seconds = (time.perf_counter() - began) / max(len(window), 1)
-            for (place, prompt), (one,) in zip(window, drawn, strict=True):
-                yield place, self._reply(prompt, one, seconds)
+            for number, (place, prompt) in enumerate(window):
+                said = drawn[number]
+                reply = self._reply(prompt, said[0], seconds) if said else refusal(refused[number])
+                yield place, reply
 
     def _reply(self, prompt: Prompt, one: Drawn, seconds: float) -> Reply:
         return Reply(

@@ -16,15 +16,18 @@ from typing import Any, cast
 import anyio
 import httpx
 
-from mmedexpert.engines.completions import Asking, Drawn, Failed, Messages, Wanted, completions_of, request_of
+from mmedexpert.engines.completions import Asking, Drawn, Failed, Messages, Refused, Wanted, completions_of, request_of
 from mmedexpert.engines.replies import reason_of, short
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.privacy import without_password
+from mmedexpert.runtime.ranks import rank
 
-TRIES = 3  # ours: of one request that a healthy server does not answer
+TRIES = 3  # ours: of one request that a healthy server does not answer, ever longer after each other
+DEATHS = 10  # ours: of servers that one request was sent to
 POLL_SECONDS = 1.0  # ours: between two looks at servers that are down
 CONNECT_SECONDS = 10.0  # ours
 KEYS = {"sampler": "sampler.api_key_env", "engine": "engine.endpoint.api_key_env"}
+PASSING = (408, 429, 502, 503, 504)  # HTTP: later it may go
 LIKELIEST = 5  # first tokens that are compared
 
 
@@ -32,6 +35,7 @@ LIKELIEST = 5  # first tokens that are compared
 class _Server:
     url: str
     alive: bool = True
+    checked: bool = False  # since it came up
     reason: str = ""
 
     @property
@@ -65,11 +69,14 @@ class Servers:
         self.adapter: tuple[str, Path] | None = None  # the one that answers: its name and folder
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.timeout = httpx.Timeout(timeout_s, connect=CONNECT_SECONDS)
+        self.longest: int | None = None  # a prompt with its completion, once servers are to be checked
 
     def check(self, longest: int) -> None:
         """UserError unless the servers serve `model` with room for `longest` tokens, and tell processed
-        log-probabilities: those of the distribution sampled from, after temperature and banned tokens."""
-        self._run(self._everywhere, lambda server: self._check(server, longest))
+        log-probabilities: those of the distribution sampled from, after temperature and banned tokens. One that comes
+        up later is checked then."""
+        self.longest = longest
+        self._run(self._everywhere, self._check)
 
     def choose(self, models: Sequence[str], longest: int) -> None:
         """Ask from now on for the first of these models that all servers have, which are then checked."""
@@ -103,21 +110,25 @@ class Servers:
 
         self._run(unload)
 
-    def complete(self, wanted: Sequence[Wanted], asking: Asking) -> list[list[Drawn]]:
-        """The n completions of each, in order; prompts that follow each other with the same `name` share a server.
+    def complete(
+        self, wanted: Sequence[Wanted], asking: Asking, refused: dict[int, str] | None = None
+    ) -> list[list[Drawn]]:
+        """The n completions of each, in order; prompts with the same `name` share a server.
 
-        UserError for a prompt that the server reads otherwise than we do.
+        A prompt that a server refuses or reads otherwise than we do is a UserError; with `refused` it has no
+        completions, and the reason there by its place.
         """
         found: list[list[Drawn]] = [[] for _ in wanted]
-        self._run(self._complete, wanted, asking, found)
+        self._run(self._complete, wanted, asking, found, refused)
         return found
 
-    def first_tokens(self, messages: Messages, *, of_base: bool = False) -> list[dict[str, float]]:
+    def first_tokens(self, messages: Messages, *, of_base: bool = False) -> dict[str, dict[str, float]]:
         """Of each server that is there the likeliest first tokens of a reply, with their log-probabilities."""
-        found: list[dict[str, float]] = []
+        found: dict[str, dict[str, float]] = {}
 
         async def look(server: _Server) -> None:
-            found.append(await self._first(server, messages, 1.0, self.model if of_base else self._answering))
+            model = self.model if of_base else self._answering
+            found[server.shown] = await self._first(server, messages, 1.0, model)
 
         self._run(self._everywhere, look)
         return found
@@ -129,7 +140,9 @@ class Servers:
     def _run(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
         async def with_client() -> None:
             self.reviving = anyio.Lock()
-            async with httpx.AsyncClient(headers=self.headers, timeout=self.timeout) as self.client:
+            limits = httpx.Limits(max_connections=None)  # a look at /health must not wait behind requests
+            client = httpx.AsyncClient(headers=self.headers, timeout=self.timeout, limits=limits)
+            async with client as self.client:
                 await work(*arguments)
 
         try:
@@ -148,6 +161,7 @@ class Servers:
                         done = True
                 except Failed as error:
                     server.alive, server.reason = False, str(error)
+                    await anyio.sleep(POLL_SECONDS * 2**failures)
                     failures += await self._revived(server)
                     if failures == TRIES:
                         raise UserError(
@@ -156,13 +170,24 @@ class Servers:
             if not done:
                 await self._some_alive()
 
-    async def _complete(self, wanted: Sequence[Wanted], asking: Asking, found: list[list[Drawn]]) -> None:
+    async def _complete(
+        self, wanted: Sequence[Wanted], asking: Asking, found: list[list[Drawn]], refused: dict[int, str] | None
+    ) -> None:
         limit = anyio.CapacityLimiter(self.concurrency * len(self.servers))
-        homes = {name: place for place, name in enumerate(dict.fromkeys(one.name for one in wanted))}
+        # each rank begins at another server
+        homes = {name: place for place, name in enumerate(dict.fromkeys(one.name for one in wanted), rank())}
+        for server in self.servers:
+            if not server.alive:
+                await self._revived(server)
 
         async def ask(place: int) -> None:
             async with limit:
-                found[place] = await self._ask(wanted[place], asking, homes[wanted[place].name])
+                try:
+                    found[place] = await self._ask(wanted[place], asking, homes[wanted[place].name])
+                except Refused as error:
+                    if refused is None:
+                        raise
+                    refused[place] = str(error)
 
         async with anyio.create_task_group() as group:
             for place in range(len(wanted)):
@@ -170,19 +195,24 @@ class Servers:
 
     async def _ask(self, one: Wanted, asking: Asking, home: int) -> list[Drawn]:
         body = request_of(one, await anyio.to_thread.run_sync(one.messages), asking)
-        failures = 0
+        failures = deaths = 0
         while True:
-            server = await self._some_alive(home)
+            at_home = self.servers[home % len(self.servers)]
+            server = at_home if at_home.alive else await self._some_alive(home)
             try:
                 reply = await self._json(server, "/v1/chat/completions", body | {"model": self._answering})
                 return completions_of(reply, one, asking)
             except Failed as error:
                 if await self._well(server, error):
                     failures += 1
-                if failures == TRIES:
+                    await anyio.sleep(POLL_SECONDS * 2**failures)
+                else:
+                    deaths += 1
+                if failures == TRIES or deaths == DEATHS:
+                    told = f"is well and failed {TRIES} times" if failures == TRIES else f"was lost {DEATHS} times"
                     raise UserError(
-                        f"{server.shown} is well and failed {TRIES} times to answer {one.name} ({error}): look at its "
-                        "log, mend it, and run the same command: it goes on where it stopped"
+                        f"{server.shown} {told} to answer {one.name} ({error}): look at its log, mend it, and run the "
+                        "same command: it goes on where it stopped"
                     ) from error
 
     async def _some_alive(self, home: int = 0) -> _Server:
@@ -213,18 +243,23 @@ class Servers:
             return server.alive
 
     async def _revived(self, server: _Server) -> bool:
-        """Whether it is healthy, and has the adapter that answers."""
+        """Whether it is healthy, the right one, and has the adapter that answers."""
+        if not server.alive:
+            server.checked = False  # another may have come up in its place
         try:
             healthy = await self.client.get(f"{server.url}/health", timeout=CONNECT_SECONDS)
             server.alive = healthy.is_success
             server.reason = "" if server.alive else f"/health says {healthy.status_code}"
+            if server.alive and self.longest is not None and not server.checked:
+                await self._check(server)
             if server.alive and self.adapter:
                 await self._load(server, *self.adapter)
         except (httpx.TransportError, Failed) as error:
             server.alive, server.reason = False, reason_of(error)
         return server.alive
 
-    async def _check(self, server: _Server, longest: int) -> None:
+    async def _check(self, server: _Server) -> None:
+        longest = cast(int, self.longest)
         rows = await self._rows(server)
         if self.model not in rows:
             raise UserError(
@@ -244,6 +279,7 @@ class Servers:
                 f"{server.shown} tells log-probabilities before temperature and banned tokens, and the update needs "
                 "those of what was sampled from: start it with --logprobs-mode processed_logprobs"
             )
+        server.checked = True
 
     async def _rows(self, server: _Server) -> dict[str, dict[str, Any]]:
         told = await self._json(server, "/v1/models")
@@ -271,8 +307,11 @@ class Servers:
 
     async def _load(self, server: _Server, name: str, folder: Path) -> None:
         told = await self._send(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if told.is_success or "already" in told.text:
+        if told.is_success or "already been loaded" in told.text:
             return
+        if told.status_code in PASSING:
+            raise Failed(f"{told.status_code}: {short(told.text)}")
+        self._refuse_key(server, told)
         if told.status_code == 404 and "adapter" not in told.text:
             raise UserError(
                 f"{server.shown} takes no adapters at run time: start it with --enable-lora and "
@@ -292,14 +331,18 @@ class Servers:
         except httpx.TransportError as error:
             raise Failed(reason_of(error)) from error
 
+    def _refuse_key(self, server: _Server, reply: httpx.Response) -> None:
+        if reply.status_code in (401, 403):
+            name = KEYS[self.setting]
+            raise UserError(f"{server.shown} refuses the key: give the name of the variable that holds it as {name}")
+
     async def _json(self, server: _Server, path: str, body: Any = None) -> dict[str, Any]:
         """What the server says; UserError where it takes the request for a wrong one."""
         reply = await self._send(server, path, body)
         text = short(reply.text, 300)
-        if reply.status_code in (401, 403):
-            raise UserError(f"{server.shown} refuses the key: give the name of its variable, {KEYS[self.setting]}")
-        if reply.is_client_error and reply.status_code not in (404, 408, 429):
-            raise UserError(f"{server.shown} refuses {path} ({reply.status_code}: {text})")
+        self._refuse_key(server, reply)
+        if reply.is_client_error and reply.status_code not in (404, *PASSING):
+            raise Refused(f"{server.shown} refuses {path} ({reply.status_code}: {text})")
         if not reply.is_success:
             raise Failed(f"{reply.status_code}: {text}")
         try:

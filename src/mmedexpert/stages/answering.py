@@ -25,6 +25,7 @@ from mmedexpert.runtime.runs import Run, console
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import Base, loading, model_key
+from mmedexpert.stages.pretrain import base_of
 
 JUDGE = "judge.json"  # beside the adapter of a trained judge: what kind it is
 
@@ -131,8 +132,9 @@ def _served(
     from mmedexpert.engines.served import ServedEngine  # its library takes a second to import
     from mmedexpert.engines.vllm import Servers
     from mmedexpert.stages.serve import adapters_of
+    from mmedexpert.training.sampler import refuse_silent
 
-    if subject.folder is None or (subject.made_by is not None and subject.adapter is None):
+    if subject.folder is None or (subject.adapter is None and subject.folder != base_of(config).folder):
         raise UserError(
             f"{subject.name} is a whole model, and engine=vllm has one base with adapters: serve its folder and ask it "
             "with engine=openai, or use engine=transformers"
@@ -148,6 +150,7 @@ def _served(
     servers.choose(list(choices), longest)
     if (adapter := choices[servers.model]) is not None:
         servers.publish(f"{adapter.parent.name}-{secrets.token_hex(3)}", adapter.resolve())
+        refuse_silent(servers, f"the adapter {adapter}")
     return ServedEngine(servers, encoder, max_new_tokens=longest, **drawn)
 
 

@@ -142,12 +142,19 @@ def _check_keys(config: Config, work: set[str]) -> None:
         if not endpoint.base_url.startswith(("http://", "https://")):
             shown = endpoint.base_url.rpartition("@")[2]  # before it stands a user and password
             raise UserError(f"{where}.base_url={shown} is no web address: write http://localhost:8000/v1")
-        variable = endpoint.api_key_env
-        if variable is not None and not os.environ.get(variable):
-            raise UserError(
-                f"the environment variable {variable} ({where}.api_key_env) is empty: export it, or set "
-                f"{where}.api_key_env=null"
-            )
+        _check_key(where, endpoint.api_key_env)
+    if "eval" in work and config.engine.name == "vllm":
+        _check_key("engine.endpoint", config.engine.endpoint.api_key_env)
+    if "gba" in work and config.sampler.name == "vllm":
+        _check_key("sampler", config.sampler.api_key_env)
+
+
+def _check_key(where: str, variable: str | None) -> None:
+    if variable is not None and not os.environ.get(variable):
+        raise UserError(
+            f"the environment variable {variable} ({where}.api_key_env) is empty: export it, or set "
+            f"{where}.api_key_env=null"
+        )
 
 
 def _check_models(config: Config) -> None:

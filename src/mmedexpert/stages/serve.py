@@ -11,13 +11,15 @@ from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.backbone import load_encoder, load_model, save_backbone
 from mmedexpert.models.checkpoint import new_folder
 from mmedexpert.models.deltas import apply_deltas_
+from mmedexpert.runtime import runs
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config
-from mmedexpert.stages.common import loading, model_key, stage_run
+from mmedexpert.stages.common import loading, stage_run
 from mmedexpert.stages.pretrain import base_of
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
+STORED = ("dtype", "min_pixels", "max_pixels")  # of the model's config
 TEXT = 1024  # ours: tokens of a question, its options and instruction, beside image and completion
 
 
@@ -44,10 +46,18 @@ def adapters_of(config: Config, adapter: Path | None, made_by: Run | None) -> di
     from mmedexpert.stages.gba import start
 
     plain = replace(config, gba=replace(config.gba, init="base"))
-    found = {served_start(plain, None)[1]: adapter}
+    found = {_name(plain, None): adapter}
     if made_by is not None and made_by.stage == "gba" and config.gba.init not in ("base", "each"):
-        found[served_start(config, start(config))[1]] = made_by.folder / "update"
+        found[_name(config, start(config))] = made_by.folder / "update"
     return found
+
+
+def _name(config: Config, start: Run | None) -> str:
+    """What `served_start` is called, without writing it."""
+    told = len(runs.explained)
+    made = written(replace(config, runs=replace(config.runs, explain=True)), start)
+    del runs.explained[told:]
+    return name_of(made)
 
 
 def name_of(made: Run) -> str:
@@ -72,13 +82,16 @@ def written(config: Config, start: Run | None) -> Run:
         return {"gigabytes": sum(file.stat().st_size for file in (run.folder / "model").iterdir()) / 1e9}
 
     inputs = {"base": base.identity, **({"start": start.run_id} if start else {})}
-    key = {"model": model_key(config), "rules": versions("start")}
-    return stage_run(config, "serve", config.gba.init, key, work, inputs)
+    # what changes the folder alone: servers and trainers may be other machines, and a base is the same for every seed
+    key = {"model": [getattr(config.model, name) for name in STORED], "rules": versions("start")}
+    return stage_run(config, "serve", config.gba.init, key, work, inputs, seed=0)
 
 
 def print_command(config: Config, folder: Path, name: str) -> None:
     """How to start a server; one for each GPU that samples, each on a port of its own."""
-    rank = next((rank for rank in RANKS if rank >= config.model.lora.r), config.model.lora.r)
+    # on the base a reasoner is as wide as the experts that it starts from and its own update
+    parts = len(config.specialty.names) + 1 if config.gba.init == "base" else 1
+    rank = next((rank for rank in RANKS if rank >= config.model.lora.r * parts), RANKS[-1])
     longest = config.model.max_pixels // 28**2 + TEXT + config.model.max_new_tokens
     words = [
         "vllm", "serve", str(folder.resolve()), "--served-model-name", name, "--dtype", config.model.dtype,

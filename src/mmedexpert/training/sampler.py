@@ -86,6 +86,9 @@ class Served:
     def __init__(self, servers: Servers, folder: Path, name: str) -> None:
         self.servers, self.folder = servers, folder
         self.name = f"{name}-{gather(secrets.token_hex(3))[0]}"
+        if rank() == 0:  # of a try that was killed
+            for old in folder.glob(f"{name}-*") if folder.is_dir() else ():
+                shutil.rmtree(old, ignore_errors=True)
         self.published: dict[str, Tensor] = {}
         self.folders: list[Path] = []
         self.compared = False
@@ -116,13 +119,15 @@ class Served:
         finished = torch.tensor([row.finished for row in rows])
         found = Completions(*(one.to(device) for one in (ids, mask, logps, finished)))
         if not self.compared:
-            self._compare(model, encoder, [prompt for prompt in prompts for _ in range(each)], found, sampling)
+            self._compare(model, encoder, prompts, each, found, sampling)
             self.compared = True
         return found
 
     def close(self) -> None:
         """Take the adapter from the servers, and its folders from the disk: the run's own are saved by now."""
-        if rank() == 0 and self.servers.adapter:
+        if rank() > 0:
+            return
+        if self.servers.adapter:
             self.servers.withdraw()
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -138,7 +143,8 @@ class Served:
         if before and all(torch.equal(weight, before[name]) for name, weight in weights.items()):
             return
         if not before:
-            on_first(lambda: self._probe(model, weights))
+            probe = self._place()
+            on_first(lambda: self._probe(model, weights, probe))
         self.published = weights
         place = self._place()
         on_first(lambda: self._send(model, weights, place))
@@ -156,37 +162,47 @@ class Served:
             model.save_pretrained(str(new), state_dict=weights)
         self.servers.publish(place.name, place)
 
-    def _probe(self, model: Any, weights: dict[str, Tensor]) -> None:
+    def _probe(self, model: Any, weights: dict[str, Tensor], place: Path) -> None:
         """UserError for a server that takes an adapter and does not apply it, as where its modules have other names."""
         drawn = torch.Generator().manual_seed(0)
         strong = {
             name: torch.randn(weight.shape, generator=drawn) * PROBE_STD if ".lora_B." in name else weight
             for name, weight in weights.items()
         }
-        self._send(model, strong, self._place())
-        pairs = zip(self.servers.first_tokens(PROBE), self.servers.first_tokens(PROBE, of_base=True), strict=False)
-        if any(adapted == plain for adapted, plain in pairs):
-            raise UserError(
-                "a server takes the policy's adapter and answers like its base: the adapter's modules "
-                f"({next(iter(weights))}, ...) are none of the served model's; serve the folder of stage=serve"
-            )
+        self._send(model, strong, place)
+        refuse_silent(self.servers, "the policy's adapter")
 
     @torch.no_grad()
     def _compare(
-        self, model: Any, encoder: Encoder, prompts: Sequence[Prompt], found: Completions, sampling: Sampling
+        self, model: Any, encoder: Encoder, prompts: Sequence[Prompt], each: int, found: Completions, sampling: Sampling
     ) -> None:
-        """UserError where the policy and the servers do not hold the same completions for about as likely."""
-        rows = range(min(COMPARED, len(prompts)))
+        """UserError where the policy and a server do not hold the same completions for about as likely; of each server
+        the completions of one prompt are read again."""
+        images = [prompt.paths or (prompt.text,) for prompt in prompts]
+        firsts = [images.index(one) for one in list(dict.fromkeys(images))[: len(self.servers.servers)]]
+        said = found.rows()
         was_training = model.training
         model.eval()
-        packed = pack(model, encoder, [prompts[row] for row in rows], found.rows()[: len(rows)])
-        own, _, _ = token_logps(model, packed, sampling.temperature or 1.0, banned_ids=encoder.banned_ids)
+        for first in firsts:
+            rows = range(first * each, first * each + min(each, COMPARED))
+            packed = pack(model, encoder, [prompts[first]] * len(rows), [said[row] for row in rows])
+            own, _, _ = token_logps(model, packed, sampling.temperature or 1.0, banned_ids=encoder.banned_ids)
+            apart = float((own - found.logps[rows.start : rows.stop][packed.rows, packed.columns]).abs().mean())
+            if not apart <= APART:
+                raise UserError(
+                    f"a server's model is not the policy: their log-probabilities differ by {apart:.2f} nats a token, "
+                    f"and two engines of one model by less than {APART}: serve the folder of stage=serve, unchanged "
+                    "and without quantisation"
+                )
         model.train(was_training)
-        theirs = found.logps[packed.rows, packed.columns]
-        apart = float((own - theirs).abs().mean())
-        if apart > APART:
+
+
+def refuse_silent(servers: Servers, what: str) -> None:
+    """UserError for a server that takes an adapter and answers like its base, as where its modules have other names."""
+    adapted, plain = servers.first_tokens(PROBE), servers.first_tokens(PROBE, of_base=True)
+    for server in adapted.keys() & plain.keys():
+        if adapted[server] == plain[server]:
             raise UserError(
-                f"the servers' model is not the policy: their log-probabilities differ by {apart:.2f} nats a token, "
-                f"and two engines of one model by less than {APART}: serve the folder of stage=serve, unchanged and "
-                "without quantisation"
+                f"{server} takes {what} and answers like its base: the adapter's modules are none of the served "
+                "model's; serve the folder of stage=serve"
             )
