@@ -36,6 +36,7 @@ class _Server:
     url: str
     alive: bool = True
     checked: bool = False  # since it came up
+    failures: int = 0  # one after the other to check it or to load the adapter, though it is healthy
     reason: str = ""
 
     @property
@@ -151,8 +152,8 @@ class Servers:
             raise errors.exceptions[0] from None
 
     async def _everywhere(self, work: Callable[[_Server], Awaitable[None]]) -> None:
-        """Do it on every server that is well, at least on one; UserError where healthy ones fail `TRIES` times."""
-        done, failures = False, 0
+        """Do it on every server that is well, at least on one."""
+        done = False
         while not done:
             for server in self.servers:
                 try:
@@ -161,12 +162,6 @@ class Servers:
                         done = True
                 except Failed as error:
                     server.alive, server.reason = False, str(error)
-                    await anyio.sleep(POLL_SECONDS * 2**failures)
-                    failures += await self._revived(server)
-                    if failures == TRIES:
-                        raise UserError(
-                            f"{server.shown} is well and fails ({error}): is it vLLM? look at its log"
-                        ) from error
             if not done:
                 await self._some_alive()
 
@@ -246,17 +241,29 @@ class Servers:
         """Whether it is healthy, the right one, and has the adapter that answers."""
         if not server.alive:
             server.checked = False  # another may have come up in its place
+        server.alive = healthy = await self._healthy(server)
         try:
-            healthy = await self.client.get(f"{server.url}/health", timeout=CONNECT_SECONDS)
-            server.alive = healthy.is_success
-            server.reason = "" if server.alive else f"/health says {healthy.status_code}"
-            if server.alive and self.longest is not None and not server.checked:
+            if healthy and self.longest is not None and not server.checked:
                 await self._check(server)
-            if server.alive and self.adapter:
+            if healthy and self.adapter:
                 await self._load(server, *self.adapter)
-        except (httpx.TransportError, Failed) as error:
-            server.alive, server.reason = False, reason_of(error)
+            server.failures = 0
+        except Failed as error:
+            server.alive, server.reason = False, str(error)
+            server.failures += 1
+            if server.failures == TRIES:
+                raise UserError(f"{server.shown} is well and fails ({error}): is it vLLM? look at its log") from error
+            await anyio.sleep(POLL_SECONDS * 2**server.failures)
         return server.alive
+
+    async def _healthy(self, server: _Server) -> bool:
+        try:
+            told = await self.client.get(f"{server.url}/health", timeout=CONNECT_SECONDS)
+        except httpx.TransportError as error:
+            server.reason = reason_of(error)
+            return False
+        server.reason = "" if told.is_success else f"/health says {told.status_code}"
+        return told.is_success
 
     async def _check(self, server: _Server) -> None:
         longest = cast(int, self.longest)
