@@ -392,6 +392,8 @@ def asked(answering, stage):
     with ScriptedVllm(load_model(folder, loading(config)), load_encoder(folder, loading(config)), name) as start:
         through = [*settings, "engine=vllm", f"engine.base_urls=[{start.url}]", "seed=0", "eval.split=val"]
         on_start = evaluation.run(answering(*through, "eval.models=[reasoner]"))["reasoner"]
+        with pytest.raises(UserError, match="is a whole model"):
+            evaluation.run(answering(*through, f"eval.models=[{folder}]"))
         with pytest.raises(UserError, match=r"serves start-.* and not start-"):
             evaluation.run(answering(*through, "eval.models=[pediatrics]"))
     own = evaluation.run(answering(*settings, "eval.split=val", "eval.models=[reasoner]"))["reasoner"]

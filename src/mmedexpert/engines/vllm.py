@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,31 +16,14 @@ import anyio
 import httpx
 
 from mmedexpert.engines.completions import Asking, Drawn, Failed, Messages, Refused, Wanted, completions_of, request_of
-from mmedexpert.engines.replies import reason_of, short
+from mmedexpert.engines.vllm_server import CONNECT_SECONDS, VllmServer
 from mmedexpert.errors import UserError
-from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
 
 TRIES = 3  # ours: of one request that a healthy server does not answer, ever longer after each other
 DEATHS = 10  # ours: of servers that one request was sent to
 POLL_SECONDS = 1.0  # ours: between two looks at servers that are down
-CONNECT_SECONDS = 10.0  # ours
 KEYS = {"sampler": "sampler.api_key_env", "engine": "engine.endpoint.api_key_env"}
-PASSING = (408, 429, 502, 503, 504)  # HTTP: later it may go
-LIKELIEST = 5  # first tokens that are compared
-
-
-@dataclass(eq=False)
-class _Server:
-    url: str
-    alive: bool = True
-    checked: bool = False  # since it came up
-    failures: int = 0  # one after the other to check it or to load the adapter, though it is healthy
-    reason: str = ""
-
-    @property
-    def shown(self) -> str:
-        return without_password(self.url)
 
 
 class Servers:
@@ -64,9 +46,8 @@ class Servers:
         patience_s: float = 600.0,
         setting: str = "sampler",
     ) -> None:
-        self.servers = [_Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.servers = [VllmServer(url.rstrip("/").removesuffix("/v1"), KEYS[setting]) for url in urls]
         self.model, self.concurrency, self.patience_s = model, concurrency, patience_s
-        self.setting = setting  # whose keys messages name
         self.adapter: tuple[str, Path] | None = None  # the one that answers: its name and folder
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.timeout = httpx.Timeout(timeout_s, connect=CONNECT_SECONDS)
@@ -77,14 +58,14 @@ class Servers:
         log-probabilities: those of the distribution sampled from, after temperature and banned tokens. One that comes
         up later is checked then."""
         self.longest = longest
-        self._run(self._everywhere, self._check)
+        self._run(self._everywhere, lambda server: server.check(self.model, longest))
 
     def choose(self, models: Sequence[str], longest: int) -> None:
         """Ask from now on for the first of these models that all servers have, which are then checked."""
         listed: list[set[str]] = []
 
-        async def look(server: _Server) -> None:
-            listed.append(set(await self._rows(server)))
+        async def look(server: VllmServer) -> None:
+            listed.append(set(await server.rows()))
 
         self._run(self._everywhere, look)
         common = set.intersection(*listed)
@@ -107,7 +88,7 @@ class Servers:
         async def unload() -> None:
             for server in self.servers:
                 with suppress(Failed):
-                    await self._send(server, "/v1/unload_lora_adapter", {"lora_name": name})
+                    await server.unload(name)
 
         self._run(unload)
 
@@ -127,9 +108,9 @@ class Servers:
         """Of each server that is there the likeliest first tokens of a reply, with their log-probabilities."""
         found: dict[str, dict[str, float]] = {}
 
-        async def look(server: _Server) -> None:
+        async def look(server: VllmServer) -> None:
             model = self.model if of_base else self._answering
-            found[server.shown] = await self._first(server, messages, 1.0, model)
+            found[server.shown] = await server.first(messages, 1.0, model)
 
         self._run(self._everywhere, look)
         return found
@@ -143,7 +124,9 @@ class Servers:
             self.reviving = anyio.Lock()
             limits = httpx.Limits(max_connections=None)  # a look at /health must not wait behind requests
             client = httpx.AsyncClient(headers=self.headers, timeout=self.timeout, limits=limits)
-            async with client as self.client:
+            async with client:
+                for server in self.servers:
+                    server.client = client
                 await work(*arguments)
 
         try:
@@ -151,7 +134,7 @@ class Servers:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _everywhere(self, work: Callable[[_Server], Awaitable[None]]) -> None:
+    async def _everywhere(self, work: Callable[[VllmServer], Awaitable[None]]) -> None:
         """Do it on every server that is well, at least on one."""
         done = False
         while not done:
@@ -195,7 +178,7 @@ class Servers:
             at_home = self.servers[home % len(self.servers)]
             server = at_home if at_home.alive else await self._some_alive(home)
             try:
-                reply = await self._json(server, "/v1/chat/completions", body | {"model": self._answering})
+                reply = await server.json("/v1/chat/completions", body | {"model": self._answering})
                 return completions_of(reply, one, asking)
             except Failed as error:
                 if await self._well(server, error):
@@ -210,7 +193,7 @@ class Servers:
                         "same command: it goes on where it stopped"
                     ) from error
 
-    async def _some_alive(self, home: int = 0) -> _Server:
+    async def _some_alive(self, home: int = 0) -> VllmServer:
         """The server of this number, or one that is well; UserError after the time that is waited for one."""
         async with self.reviving:
             deadline = time.monotonic() + self.patience_s
@@ -230,23 +213,23 @@ class Servers:
                     )
                 await anyio.sleep(min(POLL_SECONDS, self.patience_s))
 
-    async def _well(self, server: _Server, error: Failed) -> bool:
+    async def _well(self, server: VllmServer, error: Failed) -> bool:
         """Whether a server that failed is there, with its adapter; it is down for all where it is not."""
         async with self.reviving:
             if server.alive and not await self._revived(server):
                 server.reason = f"{error}; {server.reason}" if server.reason else str(error)
             return server.alive
 
-    async def _revived(self, server: _Server) -> bool:
+    async def _revived(self, server: VllmServer) -> bool:
         """Whether it is healthy, the right one, and has the adapter that answers."""
         if not server.alive:
             server.checked = False  # another may have come up in its place
-        server.alive = healthy = await self._healthy(server)
+        server.alive = healthy = await server.healthy()
         try:
             if healthy and self.longest is not None and not server.checked:
-                await self._check(server)
+                await server.check(self.model, self.longest)
             if healthy and self.adapter:
-                await self._load(server, *self.adapter)
+                await server.load(*self.adapter)
             server.failures = 0
         except Failed as error:
             server.alive, server.reason = False, str(error)
@@ -256,106 +239,7 @@ class Servers:
             await anyio.sleep(POLL_SECONDS * 2**server.failures)
         return server.alive
 
-    async def _healthy(self, server: _Server) -> bool:
-        try:
-            told = await self.client.get(f"{server.url}/health", timeout=CONNECT_SECONDS)
-        except httpx.TransportError as error:
-            server.reason = reason_of(error)
-            return False
-        server.reason = "" if told.is_success else f"/health says {told.status_code}"
-        return told.is_success
-
-    async def _check(self, server: _Server) -> None:
-        longest = cast(int, self.longest)
-        rows = await self._rows(server)
-        if self.model not in rows:
-            raise UserError(
-                f"{server.shown} serves {', '.join(rows) or 'nothing'} and not {self.model}: start it with the command "
-                "that stage=serve prints for this configuration"
-            )
-        room = rows[self.model].get("max_model_len") or longest
-        if room < longest:
-            raise UserError(
-                f"{server.shown} has room for {room} tokens, and a prompt with its completion may take {longest}: "
-                f"start it with --max-model-len {longest}"
-            )
-        question: Messages = [{"role": "user", "content": "1 + 1 ="}]
-        one, two = [await self._first(server, question, temperature, self.model) for temperature in (1.0, 2.0)]
-        if all(abs(one[token] - two[token]) < 1e-6 for token in one.keys() & two.keys()):
-            raise UserError(
-                f"{server.shown} tells log-probabilities before temperature and banned tokens, and the update needs "
-                "those of what was sampled from: start it with --logprobs-mode processed_logprobs"
-            )
-        server.checked = True
-
-    async def _rows(self, server: _Server) -> dict[str, dict[str, Any]]:
-        told = await self._json(server, "/v1/models")
-        try:
-            return {str(row["id"]): row for row in told["data"]}
-        except (KeyError, TypeError) as error:
-            raise Failed(f"/v1/models gave no list ({error!r})") from error
-
-    async def _first(self, server: _Server, messages: Messages, temperature: float, model: str) -> dict[str, float]:
-        body = {
-            "model": model, "messages": messages, "temperature": temperature, "seed": 0, "max_tokens": 1,
-            "logprobs": True, "top_logprobs": LIKELIEST,
-        }  # fmt: skip
-        reply = await self._json(server, "/v1/chat/completions", body)
-        try:
-            tokens = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            return {str(token["token"]): float(token["logprob"]) for token in tokens[:LIKELIEST]}
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise Failed(f"no log-probabilities in its reply ({error!r})") from error
-
-    async def _replace(self, server: _Server, before: tuple[str, Path] | None) -> None:
-        await self._load(server, *cast(tuple[str, Path], self.adapter))
+    async def _replace(self, server: VllmServer, before: tuple[str, Path] | None) -> None:
+        await server.load(*cast(tuple[str, Path], self.adapter))
         if before:
-            await self._send(server, "/v1/unload_lora_adapter", {"lora_name": before[0]})
-
-    async def _load(self, server: _Server, name: str, folder: Path) -> None:
-        told = await self._send(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if told.is_success or "already been loaded" in told.text:
-            return
-        if told.status_code in PASSING:
-            raise Failed(f"{told.status_code}: {short(told.text)}")
-        self._refuse_key(server, told)
-        if told.status_code == 404 and "adapter" not in told.text:
-            raise UserError(
-                f"{server.shown} takes no adapters at run time: start it with --enable-lora and "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-            )
-        raise UserError(
-            f"{server.shown} refuses the adapter in {folder} ({told.status_code}: {short(told.text, 300)}): it must "
-            "see that folder (on a shared disk: sampler.adapters, paths.outputs) and have room for its rank "
-            "(--max-lora-rank)"
-        )
-
-    async def _send(self, server: _Server, path: str, body: Any = None) -> httpx.Response:
-        try:
-            if body is None:
-                return await self.client.get(server.url + path)
-            return await self.client.post(server.url + path, json=body)
-        except httpx.TransportError as error:
-            raise Failed(reason_of(error)) from error
-
-    def _refuse_key(self, server: _Server, reply: httpx.Response) -> None:
-        if reply.status_code in (401, 403):
-            name = KEYS[self.setting]
-            raise UserError(f"{server.shown} refuses the key: give the name of the variable that holds it as {name}")
-
-    async def _json(self, server: _Server, path: str, body: Any = None) -> dict[str, Any]:
-        """What the server says; UserError where it takes the request for a wrong one."""
-        reply = await self._send(server, path, body)
-        text = short(reply.text, 300)
-        self._refuse_key(server, reply)
-        if reply.is_client_error and reply.status_code not in (404, *PASSING):
-            raise Refused(f"{server.shown} refuses {path} ({reply.status_code}: {text})")
-        if not reply.is_success:
-            raise Failed(f"{reply.status_code}: {text}")
-        try:
-            told = reply.json()
-        except ValueError as error:
-            raise Failed(f"no JSON: {text}") from error
-        if not isinstance(told, dict):
-            raise Failed(f"no JSON object: {text}")
-        return told
+            await server.unload(before[0])
