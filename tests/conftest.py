@@ -26,6 +26,10 @@ gc.set_threshold(10_000, 20, 50)  # as run.py
 os.fsync = lambda file: None
 
 
+# What takes a minute by itself, and has shorter tests beside it; .ci/run leaves these out
+long = pytest.mark.skipif("MMEDEXPERT_LONG" not in os.environ, reason="takes a minute: MMEDEXPERT_LONG=1")
+
+
 # Files whose tests share what is trained or served once (the fixtures `outputs`, `answering`, `real_server`) are one
 # worker's, as are those of any one file. These take longest: they come first, and are left out with -m "not slow".
 GROUPS = {

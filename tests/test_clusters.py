@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, words
+from conftest import long
 from test_distributed import SMALL
 from test_jobs import LOCAL, SLURM, launcher
 
@@ -69,6 +70,7 @@ def test_jobs_that_fail_and_are_killed_are_named_and_the_others_stand_in_the_tab
     assert command[0] == "run.py" and "gba.beta=0.1" in command and not {"-m", LOCAL} & set(command)
 
 
+@long
 def test_several_devices_of_a_job_are_its_tasks(tmp_path):
     out, _ = ended(begin(tmp_path, LOCAL, "stage=dsa", *SMALL, "trainer=ddp", "trainer.devices=2"), code=0)
     assert "Jobs" in out and "cardiology" in out
@@ -78,6 +80,7 @@ def test_several_devices_of_a_job_are_its_tasks(tmp_path):
     assert "MEMBER: 2/2" in second and "->" not in second  # Lightning's word for who it is; rank 0 alone tells
 
 
+@long
 def test_a_preempted_job_goes_on_and_one_out_of_time_is_told(tmp_path):
     """USR2, as SLURM sends it: a time-out, with less than ten minutes left, which is queued again once."""
     process = begin(
@@ -125,6 +128,7 @@ def test_what_sbatch_is_given(tmp_path, monkeypatch):
     assert "\nmodule load cuda\n" in text and not [line for line in asked if "null" in line or "None" in line]
 
 
+@long
 def test_jobs_run_through_sbatch_and_srun(tmp_path):
     """With scripts in their place: what is submitted is an array whose tasks find their jobs by SLURM's variables."""
     tools = tmp_path / "tools"

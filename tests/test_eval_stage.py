@@ -43,7 +43,7 @@ class Asked:
     plain: Plain
     updates: dict[str, dict[str, Any]]  # of the base, by model
     image_root: Path
-    generated: list[dict[str, Any]]  # what the sampler was given, batch by batch
+    generated: list[dict[str, Any]]  # what the sampler was given, window by window
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.runs[name].folder / "predictions.jsonl").read_text().splitlines()]
@@ -59,13 +59,13 @@ def asked(answering) -> Asked:
     )  # fmt: skip
     generated: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        generate = generating.generate
+        decode = generating.decode
 
         def watched(model: Any, encoder: Any, prompts: Any, **options: Any) -> Any:
             generated.append({"prompts": len(prompts), **options})
-            return generate(model, encoder, prompts, **options)
+            return decode(model, encoder, prompts, **options)
 
-        patch.setattr(generating, "generate", watched)
+        patch.setattr(generating, "decode", watched)
         runs = evaluation.run(config)
     records, image_root = load_records(dataset(config).folder)
     chosen = [r for r in records if r.split == "test" and r.specialties[0] in NAMES]
@@ -89,7 +89,7 @@ def test_batches_and_limits_are_those_of_the_config(asked):
     """Greedy, at most 15 new tokens, 5 questions at once, and no image placeholder in an answer."""
     vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     banned = sorted(asked.plain.tokenizer.convert_tokens_to_ids(vision))
-    assert [one["prompts"] for one in asked.generated] == [5, 5, 5, 5, 4] * 4
+    assert [(one["prompts"], one["rows"]) for one in asked.generated] == [(24, 5)] * 4
     for one in asked.generated:
         assert (one["max_new_tokens"], sorted(one["banned_ids"])) == (15, banned)
         assert not one.get("temperature") and one.get("num_generations", 1) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import wandb_files
+from conftest import long
 
 from mmedexpert.reporting.shown import Shown
 from mmedexpert.reporting.tracking import logger_for
@@ -63,7 +64,7 @@ LOGGING = """
 """
 
 
-@pytest.mark.parametrize("cut", [0, 40, 400])
+@pytest.mark.parametrize("cut", [pytest.param(0, marks=long), 40, pytest.param(400, marks=long)])
 def test_a_killed_and_resumed_curve_is_told_to_wandb_once(tmp_path, cut):
     """From a checkpoint before the kill, and also where the file of the killed run lost its end."""
     import wandb
@@ -132,6 +133,7 @@ def test_a_data_set_survives_faults_at_its_files(tmp_path):
     ])  # fmt: skip
 
 
+@long
 def test_training_survives_faults_at_its_files(tmp_path):
     faults(tmp_path, "dsa", [
         ("die", ["rename", "last.part"]), ("torn", ["mkdir", "adapter.partial"]),

@@ -143,7 +143,7 @@ def test_phases_are_timed(tmp_path):
 
 def test_who_waits_for_another_process_says_for_whom(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "SILENT_SECONDS", 0.05)
-    monkeypatch.setattr(runs, "_told", set())
+    monkeypatch.setattr(runs, "_named", set())
     begun, over = threading.Event(), threading.Event()
 
     def work(run):

@@ -148,7 +148,7 @@ def test_the_merge_agrees_with_fp64():
     assert seven == 233_046_016  # a layer of Qwen2.5-VL-7B without biases and norms
 
 
-@pytest.mark.parametrize(("size", "wanted"), [("3b", (11.0, 13.5, 12.4)), ("7b", (20.5, 24.4, 22.8)), ("s", None)])
+@pytest.mark.parametrize(("size", "wanted"), [("3b", (11.0, 13.5, 12.4)), ("7b", (20.5, 24.4, 22.7)), ("s", None)])
 def test_estimates_are_those_of_the_plan(size, wanted):
     assert gpu_steps.planned(size, gpu_steps.GPU) == ((None,) * 3 if wanted is None else pytest.approx(wanted, abs=0.1))
     settings = gpu_steps.settings(size)

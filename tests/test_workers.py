@@ -123,7 +123,7 @@ def test_experts_side_by_side_are_those_trained_one_by_one(trained, tmp_path, mo
     assert [path.parts[-3] for path in weights[0]] == [path.parts[-3] for path in weights[1]] and len(weights[0]) == 2
     for one, other in zip(*weights, strict=True):
         assert one.read_bytes() == other.read_bytes()
-    for name in ("_told", "_made", "by_workers"):  # what a new process has not seen
+    for name in ("_named", "_made", "by_workers"):  # what a new process has not seen
         monkeypatch.setattr(runs, name, set())
     again = run(two, "stage=dsa", *SMALL, "trainer.threads=1", "trainer.processes=2")
     assert again.stdout.count("reused") == 2, again.stdout
