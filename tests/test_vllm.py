@@ -286,17 +286,26 @@ def test_the_comparison_leaves_the_policy_in_training(world):
     assert world.policy.training and samplers.APART < 1
 
 
+def written(config: Any, start: Any) -> tuple[Path, str]:
+    """The folder of stage=serve, and what it is served as."""
+    from mmedexpert.stages import serve
+
+    made = serve.written(config, start)
+    assert serve.name_of(made) == serve.served_name(config, start)
+    return made.folder / "model", serve.name_of(made)
+
+
 @pytest.fixture(scope="module")
 def stage(answering):
     """Two updates of stage=gba, through a server of what stage=serve wrote and in process, from the same start."""
     from mmedexpert.models.backbone import load_encoder, load_model
-    from mmedexpert.stages import gba, serve
+    from mmedexpert.stages import gba
     from mmedexpert.stages.common import loading
 
     settings = ["stage=gba", "gba.temperature=1.2", "gba.lr=0.003", "logger.name=csv", "gba.num_iterations=1"]
     own = gba.run(answering(*settings))["reasoner"]
     config = answering(*settings, "sampler=vllm", "sampler.base_urls=[http://127.0.0.1:1]")
-    folder, name = serve.served_start(config, gba.start(config))
+    folder, name = written(config, gba.start(config))
     with ScriptedVllm(load_model(folder, loading(config)), load_encoder(folder, loading(config)), name) as server:
         config.sampler.base_urls = [server.url]
         through = gba.run(config)["reasoner"]
@@ -373,14 +382,14 @@ def test_what_cannot_be_sampled_by_servers_is_refused_before_anything_is_done(an
 def asked(answering, stage):
     """The same models asked here and through a server of the base, and the reasoner through one of RL's start."""
     from mmedexpert.models.backbone import load_encoder, load_model
-    from mmedexpert.stages import evaluation, gba, serve
+    from mmedexpert.stages import evaluation, gba
     from mmedexpert.stages.common import loading
 
     settings = ["stage=eval", "gba.temperature=1.2", "gba.lr=0.003", "eval.contamination=false"]
     names = "eval.models=[base,pediatrics,reasoner]"
     here = evaluation.run(answering(*settings, names))
     plain = answering("stage=serve", "sampler=vllm", "gba.init=base")
-    folder, name = serve.served_start(plain, None)
+    folder, name = written(plain, None)
     found = {}
     with ScriptedVllm(load_model(folder, loading(plain)), load_encoder(folder, loading(plain)), name) as server:
         through = [*settings, "engine=vllm", f"engine.base_urls=[{server.url}]"]
@@ -388,7 +397,7 @@ def asked(answering, stage):
         with pytest.raises(UserError, match=r"caci_vote is a whole model.*engine=openai"):
             evaluation.run(answering(*through, "eval.models=[caci_vote]"))
     config = answering(*settings)
-    folder, name = serve.served_start(config, gba.start(config))
+    folder, name = written(config, gba.start(config))
     with ScriptedVllm(load_model(folder, loading(config)), load_encoder(folder, loading(config)), name) as start:
         through = [*settings, "engine=vllm", f"engine.base_urls=[{start.url}]", "seed=0", "eval.split=val"]
         on_start = evaluation.run(answering(*through, "eval.models=[reasoner]"))["reasoner"]

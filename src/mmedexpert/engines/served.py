@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmedexpert.engines.asking import Ask, Reply, refusal
-from mmedexpert.engines.completions import Asking, Drawn, Wanted
+from mmedexpert.engines.completions import Asking, Wanted
 from mmedexpert.engines.messages import messages_of
-from mmedexpert.engines.transformers import seed_of
+from mmedexpert.engines.transformers import reply_to, seed_of
 from mmedexpert.engines.vllm import Servers
 from mmedexpert.errors import UserError
 from mmedexpert.models.encode import Encoder, Prompt
@@ -63,20 +63,12 @@ class ServedEngine:
                 raise UserError(refused[0])
             seconds = (time.perf_counter() - began) / max(len(window), 1)
             for number, (place, prompt) in enumerate(window):
-                said = drawn[number]
-                reply = self._reply(prompt, said[0], seconds) if said else refusal(refused[number])
-                yield place, reply
-
-    def _reply(self, prompt: Prompt, one: Drawn, seconds: float) -> Reply:
-        return Reply(
-            self.encoder.decode(one.ids),
-            len(one.ids),
-            "stop" if one.finished else "length",
-            seconds,
-            sum(one.logps) / max(len(one.logps), 1),
-            prompt_tokens=len(prompt.input_ids),
-            image_tokens=prompt.input_ids.count(self.encoder.image_token_id),
-        )
+                if number in refused:
+                    yield place, refusal(refused[number])
+                    continue
+                (said,) = drawn[number]
+                mean = sum(said.logps) / max(len(said.logps), 1)
+                yield place, reply_to(self.encoder, prompt, said.ids, said.finished, mean, seconds)
 
 
 def wanted_with(encoder: Encoder) -> Callable[[Prompt, int, int], Wanted]:

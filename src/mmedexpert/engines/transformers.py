@@ -78,19 +78,24 @@ class TransformersEngine:
         ):  # fmt: skip
             seconds = (time.perf_counter() - start) / len(left)
             for row, said in left:
-                yield (
-                    places[row],
-                    Reply(
-                        self.encoder.decode(said.ids),
-                        len(said.ids),
-                        "stop" if said.finished else "length",
-                        seconds,
-                        float(said.logps.mean()),
-                        prompt_tokens=len(prompts[row].input_ids),
-                        image_tokens=prompts[row].input_ids.count(self.encoder.image_token_id),
-                    ),
-                )
+                mean = float(said.logps.mean())
+                yield places[row], reply_to(self.encoder, prompts[row], said.ids, said.finished, mean, seconds)
             start = time.perf_counter()
+
+
+def reply_to(
+    encoder: Encoder, prompt: Prompt, ids: Sequence[int], finished: bool, mean_logp: float, seconds: float
+) -> Reply:
+    """The reply that a completion of a prompt is."""
+    return Reply(
+        encoder.decode(ids),
+        len(ids),
+        "stop" if finished else "length",
+        seconds,
+        mean_logp,
+        prompt_tokens=len(prompt.input_ids),
+        image_tokens=prompt.input_ids.count(encoder.image_token_id),
+    )
 
 
 def seed_of(seed: int, ask: Ask) -> int:

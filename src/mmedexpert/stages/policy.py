@@ -25,7 +25,7 @@ from mmedexpert.scoring import Protocol
 from mmedexpert.stages.common import Base, content_of, device_of, ledger_of, loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.stages.serve import served_start
+from mmedexpert.stages.serve import served_name
 from mmedexpert.training.advantages import RewardScale
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import Grader, grader_of
@@ -97,9 +97,8 @@ def servers_of(config: Config, start: Run | None, run: Run) -> Sampler:
     from mmedexpert.engines.vllm import Servers  # its library takes a second to import
     from mmedexpert.training.sampler import Served
 
-    _, model = served_start(config, start)
     servers = Servers(
-        settings.base_urls, model, api_key=os.environ.get(settings.api_key_env or ""),
+        settings.base_urls, served_name(config, start), api_key=os.environ.get(settings.api_key_env or ""),
         concurrency=settings.concurrency, timeout_s=settings.timeout_s, patience_s=settings.patience_s,
     )  # fmt: skip
     folder = Path(settings.adapters) if settings.adapters else run.folder / "served"

@@ -33,27 +33,21 @@ def run(config: Config) -> dict[str, Run]:
     return {"serve": made}
 
 
-def served_start(config: Config, start: Run | None) -> tuple[Path, str]:
-    """The folder that servers must serve for a reasoner that starts from `start` (None: the base), and under which
-    name: it changes with the weights, so that no other model is sampled from."""
-    made = written(config, start)
-    return made.folder / "model", name_of(made)
-
-
 def adapters_of(config: Config, adapter: Path | None, made_by: Run | None) -> dict[str, Path | None]:
     """As what a model can be asked of servers: by the name of what they serve, the adapter to load there. On the base
     its own; a reasoner on the model that RL starts from its update alone, as in training."""
     from mmedexpert.stages.gba import start
 
     plain = replace(config, gba=replace(config.gba, init="base"))
-    found = {_name(plain, None): adapter}
+    found = {served_name(plain, None): adapter}
     if made_by is not None and made_by.stage == "gba" and config.gba.init not in ("base", "each"):
-        found[_name(config, start(config))] = made_by.folder / "update"
+        found[served_name(config, start(config))] = made_by.folder / "update"
     return found
 
 
-def _name(config: Config, start: Run | None) -> str:
-    """What `served_start` is called, without writing it."""
+def served_name(config: Config, start: Run | None) -> str:
+    """What servers must call the model of a reasoner that starts from `start` (None: the base), which need not be on
+    this disk; it changes with the weights, so that no other model is sampled from."""
     told = len(runs.explained)
     made = written(replace(config, runs=replace(config.runs, explain=True)), start)
     del runs.explained[told:]
