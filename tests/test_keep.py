@@ -11,7 +11,7 @@ from commands import run
 from test_config import composed
 
 from mmedexpert.errors import UserError
-from mmedexpert.stages.policy import _measured, passed, within
+from mmedexpert.stages.measured import COLUMNS, _measured, _passed, passed, within
 from mmedexpert.stages.reasoner_key import reasoner_key
 
 RECORDS = [SimpleNamespace(id=f"q{i}") for i in range(7)]
@@ -31,16 +31,20 @@ class Sampler:
 
 def test_counts_are_per_question_and_what_is_written_is_not_sampled_again(tmp_path):
     path, first = tmp_path / "difficulty.jsonl", Sampler([])
-    counts = _measured(path, RECORDS, first, 3, seed=5)
+
+    def counted(sampler, seed=5):
+        return {row["id"]: row["passed"] for row in _measured(path, COLUMNS, RECORDS, sampler, 3, seed, _passed)}
+
+    counts = counted(first)
     assert counts == {f"q{i}": i % 4 for i in range(7)} == passed(path)
     assert [ids for ids, _ in first.asked] == [["q0", "q1", "q2"], ["q3", "q4", "q5"], ["q6"]]
     assert len({seed for _, seeds in first.asked for seed in seeds}) == 7
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:9])  # killed in the second batch
     again = Sampler([])
-    assert _measured(path, RECORDS, again, 3, seed=5) == counts == passed(path)
+    assert counted(again) == counts == passed(path)
     assert again.asked == first.asked[1:]
-    assert _measured(path, RECORDS, Sampler([]), 3, seed=6) == counts  # nothing left to ask
+    assert counted(Sampler([]), seed=6) == counts  # nothing left to ask
 
 
 def test_both_ends_of_the_range_stay_and_an_empty_one_is_refused():

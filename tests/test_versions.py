@@ -47,8 +47,9 @@ from mmedexpert.scoring import medevalkit, robust
 from mmedexpert.scoring import text as metrics
 from mmedexpert.sources import gmai, medxpertqa, mmmu, omnimedvqa, path_vqa, pmc_vqa, slake, vqa_rad
 from mmedexpert.sources.phantom import lessons
+from mmedexpert.stages.measured import weights_of
 from mmedexpert.training import losses, rewards
-from mmedexpert.training.advantages import group_relative, guideline_based
+from mmedexpert.training.advantages import followed_and_right, group_relative, guideline_based
 from mmedexpert.training.batches import batch_indices, step_seed
 from mmedexpert.training.rollouts import assign_perspectives
 from mmedexpert.training.sft import MuonWithAdamW
@@ -307,6 +308,12 @@ def advantages(_: Path) -> Any:
     weights = [1.0, 0.5, 0.0, 2.0]
     plain = [group_relative(outcome, scale).tolist() for scale in ("group", "batch", "none")]
     return [plain, guideline_based(outcome, style, weights, scale=0.5, gate=gate).tolist()]
+
+
+def learned_weights(_: Path) -> Any:
+    style, right = randn(5, 8, 4, seed=1).abs(), (randn(5, 8, seed=2) > 0).float()
+    style[:, :4, 1:] = math.nan
+    return weights_of(followed_and_right(style, right).mean(0).tolist())
 
 
 def all_losses(_: Path) -> Any:
@@ -575,6 +582,7 @@ RULES: dict[str, Callable[[Path], Any]] = {
     ),
     "rubrics": lambda _: [[adherence(text, OPTIONS, name) for name in PERSPECTIVES] for text in TEXTS],
     "advantages": advantages,
+    "learned_weights": learned_weights,
     "losses": all_losses,
     "gba": gba,
     "start": start,

@@ -138,14 +138,15 @@ def check(config: Config) -> None:
             raise UserError(f"reward.weights.{name}={weight} must be a finite number, 0 or more")
     if gba.num_generations < 2:
         raise UserError(f"gba.num_generations={gba.num_generations}: a group needs at least 2 completions")
-    active = sum(weight > 0 for weight in gba.weights) if gba.scale or gba.grouping == "perspective" else 0
+    weights = [1.0] * len(PERSPECTIVES) if gba.weights_from == "validation" else gba.weights
+    active = sum(weight > 0 for weight in weights) if gba.scale or gba.grouping == "perspective" else 0
     asked = len(PERSPECTIVES) if gba.conditioning == "prompted" else active
     if active and gba.conditioning != "free" and gba.num_generations < 2 * asked:
         raise UserError(
             f"gba.num_generations={gba.num_generations} is too small for {asked} prompted perspectives, whose "
             f"completions are compared with each other: give at least {2 * asked}, or gba.conditioning=free"
         )
-    if gba.grouping == "perspective" and (gba.conditioning == "free" or not any(gba.weights)):
+    if gba.grouping == "perspective" and (gba.conditioning == "free" or not any(weights)):
         raise UserError(
             "gba.grouping=perspective compares the completions of each perspective: it needs weights, and a "
             "gba.conditioning that asks for perspectives (prompted, prompted_weighted)"

@@ -7,6 +7,7 @@ from mmedexpert.guidelines import PERSPECTIVES
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.instructions": ("small", "full"),
     "model.grams": ("full", "span"),
+    "gba.weights_from": ("given", "validation"),
     "gba.gate": ("none", "correct"),
     "gba.conditioning": ("prompted", "prompted_weighted", "free"),
     "gba.grouping": ("question", "perspective"),

@@ -13,8 +13,8 @@ TRAINED = ("pretrain", "dsa", "gba", "judge")
 # what stage=plan does not read of dsa and gba
 _OF_A_STEP = ("lr", "warmup_ratio", "weight_decay", "max_grad_norm", "checkpoint_every")
 _OF_ROLLOUTS = (
-    "scale", "gate", "grouping", "scale_rewards", "loss_type", "dynamic_sampling", "keep", "keep_rollouts",
-    "temperature", "top_p", "top_k", "epsilon", "epsilon_high", "mask_truncated_completions",
+    "weights_from", "scale", "gate", "grouping", "scale_rewards", "loss_type", "dynamic_sampling", "keep",
+    "keep_rollouts", "temperature", "top_p", "top_k", "epsilon", "epsilon_high", "mask_truncated_completions",
 )  # fmt: skip
 # the longest prefix counts, () is read by every command; the parts are those of `unread.parts`
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -102,7 +102,7 @@ def _served(config: Config, work: set[str]) -> bool:
 
 
 def _without_weight(config: Config, _: set[str]) -> bool:
-    return not any(config.gba.weights)
+    return config.gba.weights_from == "given" and not any(config.gba.weights)
 
 
 def _only_medevalkit(config: Config, work: set[str]) -> bool:
@@ -276,6 +276,10 @@ RULES = (
     Rule(
         ("pairs.root",), lambda c, _: c.pairs.load.get("_needs_root_") is False,
         "pairs={config.pairs.name} are drawn here: add pairs=own", ("pairs",),
+    ),
+    Rule(
+        ("gba.weights",), lambda c, _: c.gba.weights_from == "validation",
+        "gba.weights_from=validation learns them: add gba.weights_from=given", ("gba.weights_from", "gba"),
     ),
     Rule(
         ("gba.scale", "gba.gate"), _without_weight,

@@ -235,6 +235,7 @@ class DsaConfig:
 class GbaConfig:
     name: str = MISSING
     weights: list[float] = MISSING
+    weights_from: str = "given"
     scale: float = MISSING
     gate: str = MISSING
     conditioning: str = MISSING

@@ -22,6 +22,7 @@ ORDER = (
     "dsa",
     "start",
     "difficulty",
+    "weights",
     "gba",
     "grams",
     "caci",

@@ -12,7 +12,7 @@ from mmedexpert.schema import Config
 
 TAG = 64  # characters, W&B's limit
 # what the label of the weights and the merge's name tell already, and what an arm is averaged over
-TOLD = ("seed", "gba", "gba.name", "gba.weights", "merge", "merge.name")
+TOLD = ("seed", "gba", "gba.name", "gba.weights", "gba.weights_from", "merge", "merge.name")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def settings_of(config: Config, sections: Collection[str]) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name in sections}
     if "gba" in settings:
         settings["gba"]["weights"] = dict(zip(PERSPECTIVES, config.gba.weights, strict=True))
+        if config.gba.weights_from == "validation":  # they are among the run's numbers
+            del settings["gba"]["weights"]
     return settings
 
 
@@ -61,7 +63,8 @@ def arm_of(config: Config, sections: Collection[str]) -> str:
     `uniform-ties`; empty for what all arms share."""
     parts = []
     if "gba" in sections:
-        parts.append(weights_label(config.gba.weights if config.gba.scale else []))
+        learned = config.gba.weights_from == "validation" and config.gba.scale
+        parts.append("learned" if learned else weights_label(config.gba.weights if config.gba.scale else []))
     if "merge" in sections and config.merge.method is not None:
         parts.append(config.merge.name)
     varied = [key for key in config.logger.swept if key not in TOLD and key.partition(".")[0] in sections]

@@ -28,10 +28,11 @@ from mmedexpert.runtime.build import build, check
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config, EndpointConfig
-from mmedexpert.stages import benchmark, train_judge
+from mmedexpert.stages import benchmark, measured, train_judge
 from mmedexpert.stages.answering import JUDGE, judge_in
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import found
+from mmedexpert.stages.reasoner_key import learns_weights
 from mmedexpert.training import rewards
 from mmedexpert.unread import parts
 
@@ -205,10 +206,11 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
                 f"eval.specialties: {name!r} has no {asked} record in data {data.name}{suggestion(name, known)}"
             )
     searched = ["val"] if config.merge.search is not None else []
-    lacks = {name: _lacking(records, name, ["train", asked, *searched]) for name in names}
+    learned = [measured.SPLIT] if "gba" in work and learns_weights(config) else []
+    lacks = {name: _lacking(records, name, ["train", asked, *searched, *learned]) for name in names}
     if config.specialty.on_missing == "error":
         needed = ["train"] * bool(work & {"dsa", "gba", "own"}) + [asked] * ("own" in work)
-        needed += searched if "search" in work else []
+        needed += [*(searched if "search" in work else []), *learned]
         for name in names:
             if splits := [split for split in lacks[name] if split in needed]:
                 known = sorted({other for record in records for other in record.specialties} - {name})

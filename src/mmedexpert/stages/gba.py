@@ -13,6 +13,7 @@ import torch
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
+from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.backbone import load_encoder
 from mmedexpert.models.checkpoint import fingerprint_base
@@ -31,18 +32,10 @@ from mmedexpert.stages import dsa, merge
 from mmedexpert.stages.common import Base, content_of, fit_options, ledger_of, loading, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.distil import distilled
-from mmedexpert.stages.policy import (
-    DIFFICULTY,
-    difficulty,
-    guidance_of,
-    passed,
-    policy_of,
-    sampler_of,
-    servers_of,
-    within,
-)
+from mmedexpert.stages.measured import DIFFICULTY, difficulty, learned_weights, passed, weights_in, within
+from mmedexpert.stages.policy import guidance_of, policy_of, sampler_of, servers_of
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.stages.reasoner_key import acting, acting_reward, reasoner_key
+from mmedexpert.stages.reasoner_key import acting, acting_reward, learns_weights, reasoner_key
 from mmedexpert.stages.scorers import judge_of, subject_of
 from mmedexpert.training import hacking
 from mmedexpert.training.grading import grader_of
@@ -125,11 +118,15 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
     hardness = difficulty(config, name, specialties, start) if settings.keep is not None else None
     if hardness:
         inputs["difficulty"] = hardness.run_id
+    learned = learned_weights(config, name, specialties, start) if learns_weights(config) else None
+    if learned:
+        inputs["weights"] = learned.run_id
 
     def work(run: Run) -> dict[str, float]:
         from mmedexpert.training.fit import fit
         from mmedexpert.training.gba import rollout_stream
 
+        acts = config if learned is None else _with_weights(config, weights_in(learned))
         records, image_root = records_of(data, "train", specialties)
         if hardness and settings.keep is not None:
             records = within(records, passed(hardness.folder / DIFFICULTY), settings.keep)
@@ -139,15 +136,13 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
         sampler = servers_of(config, start, run)
-        sample = sampler_of(
-            config, policy, encoder, image_root, grader, settings.num_generations, judge, sampler=sampler
-        )
+        sample = sampler_of(acts, policy, encoder, image_root, grader, settings.num_generations, judge, sampler=sampler)
         with run.phase("train"):
             stream = rollout_stream(
                 records, sample,
                 prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
                 dynamic_sampling=settings.dynamic_sampling,
-                settle=partial(_scale_by_batch, guidance_of(config)) if settings.scale_rewards == "batch" else None,
+                settle=partial(_scale_by_batch, guidance_of(acts)) if settings.scale_rewards == "batch" else None,
                 watch=_Watch(curve, image_root, run.logger, config.logger),
             )  # fmt: skip
             metrics = fit(
@@ -160,15 +155,19 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
             return metrics
         parts = [*starts, LoraAdapter.load(run.folder / "update")]
         dsa.save_sum(run.folder / "adapter", parts, [1.0] * len(parts), base.folder, config)
-        _write_cards(
-            config, run, base, {f"{data.name} ({len(records)} training records)": dsa.licences(records)}, starts
-        )
+        _write_cards(acts, run, base, {f"{data.name} ({len(records)} training records)": dsa.licences(records)}, starts)
         gained = _gain(curve)
         _tell_hacking(run, gained)
-        return {"train_records": float(len(records)), **metrics, **gained}
+        weights = {f"weight/{one}": row for one, row in zip(PERSPECTIVES, acts.gba.weights, strict=True)}
+        return {"train_records": float(len(records)), **metrics, **gained, **(weights if learned else {})}
 
     key, sources = reasoner_key(config, specialties), {"data": data}
     return stage_run(config, "gba", name, key, work, inputs, sources=sources, every_rank=True)
+
+
+def _with_weights(config: Config, weights: list[float]) -> Config:
+    """As with these weights given."""
+    return replace(config, gba=replace(config.gba, weights=weights, weights_from="given"))
 
 
 def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:

@@ -45,18 +45,26 @@ def sampler_key(config: Config) -> dict[str, Any]:
 def acting(config: Config) -> dict[str, Any]:
     """The settings of GBA that act: where no perspective's term has weight, scale and gate act on nothing, and weights
     on the outcomes alone that are compared by perspective."""
-    unused = ("name", "checkpoint_every", "keep_rollouts", *(() if config.gba.keep is not None else ("keep",)))
+    learned = config.gba.weights_from == "validation"  # which weights those are stands among the inputs
+    unused = {"name", "checkpoint_every", "keep_rollouts", "weights" if learned else "weights_from"}
+    unused |= {"keep"} if config.gba.keep is None else set()
     settings = {k: v for k, v in asdict(config.gba).items() if k not in unused}
     if not weighted(config):
         settings |= {"scale": 0.0, "gate": "none"}
         if config.gba.grouping == "question":
+            settings.pop("weights_from", None)
             settings["weights"] = [0.0] * len(PERSPECTIVES)
     return settings
 
 
 def weighted(config: Config) -> bool:
     """Whether any perspective has weight."""
-    return bool(config.gba.scale and any(config.gba.weights))
+    return bool(config.gba.scale and (config.gba.weights_from == "validation" or any(config.gba.weights)))
+
+
+def learns_weights(config: Config) -> bool:
+    """Whether weights have to be learned before RL: where they act on anything."""
+    return config.gba.weights_from == "validation" and bool(config.gba.scale or config.gba.grouping == "perspective")
 
 
 def acting_reward(config: Config) -> RewardConfig:
