@@ -402,6 +402,16 @@ def test_published_file_holds_what_the_notes_say(shared):
                 assert value is None or str(value) in text or f"{value:.2f}" in text, (model, value)
 
 
+def test_published_tables_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = Path("experiments/published.yaml")
+    assert report.load_published(named) == report.load_published(ROOT / named) != []
+    own = tmp_path / named
+    own.parent.mkdir()
+    own.write_text("tables: []")
+    assert report.load_published(named) == []
+
+
 def test_published_mistakes_are_told(tmp_path):
     good = {"source": "S", "note": "", "columns": {"slake": "SLAKE"}, "rows": {"M": [1.0]}}
     for fault, content in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import shutil
 import socket
@@ -18,23 +19,27 @@ from commands import ROOT, run, words
 from lightning.fabric import Fabric
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
+from vllm_server import ScriptedVllm
 
 from mmedexpert.checks import typed
 from mmedexpert.data.record import Record
+from mmedexpert.engines.vllm import Servers
 from mmedexpert.errors import UserError
 from mmedexpert.models.backbone import add_lora
 from mmedexpert.models.packing import token_logps
 from mmedexpert.stages import common
 from mmedexpert.training.batches import Samples, share
-from mmedexpert.training.fit import fit, gathered, trained_weights
+from mmedexpert.training.fit import fit, trained_weights
 from mmedexpert.training.gba import GbaModule, Objective, rollout_stream
 from mmedexpert.training.grading import RulesGrader
 from mmedexpert.training.rollouts import Guidance, Rollout, Sampling, roll_out
+from mmedexpert.training.sampler import IN_PROCESS, Sampler, Served
 from mmedexpert.training.sft import SftModule
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 TRAINING = {"lr": 0.01, "weight_decay": 0.0, "seed": 0, "warmup_ratio": 0.0, "max_grad_norm": 1e9}
 CASES = ("dsa", "grpo", "dapo")
+NAME = "start-two"
 BUDGET = 70  # tokens: several micro-batches, more of them on the rank that has more prompts
 
 
@@ -72,10 +77,10 @@ def given_rollout(encoder: Any, pictures: list[Any]) -> Rollout:
     )  # fmt: skip
 
 
-def gba_module(policy: Any, encoder: Any, loss_type: Any) -> GbaModule:
+def gba_module(policy: Any, encoder: Any, loss_type: Any, *, masks: bool = True) -> GbaModule:
     objective = Objective(
         loss_type, epsilon=0.2, epsilon_high=None, beta=0.1, temperature=1.0, max_completion_length=7,
-        mask_truncated_completions=True,
+        mask_truncated_completions=masks,
     )  # fmt: skip
     return GbaModule(policy, encoder, objective, steps=2, micro_batch_tokens=BUDGET, **TRAINING)
 
@@ -121,7 +126,7 @@ def resumed(tiny: Any, pictures: list[Any], folder: Path, rank: int, **devices: 
     return [whole, train(None, "b")]
 
 
-def sampled(tiny: Any, root: Path, **devices: Any) -> str:
+def sampled(tiny: Any, root: Path, sampler: Sampler = IN_PROCESS, **devices: Any) -> str:
     """What the completions of three prompts say, before and after an update."""
     policy, encoder, said = policy_of(tiny), tiny[1], []
     records = [
@@ -133,26 +138,28 @@ def sampled(tiny: Any, root: Path, **devices: Any) -> str:
     ]  # fmt: skip
 
     def sample(batch: list[Record], seeds: list[int]) -> Rollout:
-        with gathered(policy):
-            return roll_out(
-                policy, encoder, batch, root, sampling=Sampling(4, 6, 1.0, 1.0, 0), protocol="robust",
-                grader=RulesGrader(), guidance=Guidance((0.0,) * 4, 1.0, "none", "free", "group"),
-                reward_weights={"accuracy": 1.0, "format": 0.2}, seeds=seeds,
-            )  # fmt: skip
+        return roll_out(
+            policy, encoder, batch, root, sampling=Sampling(4, 6, 1.0, 1.0, 0), protocol="robust",
+            grader=RulesGrader(), guidance=Guidance((0.0,) * 4, 1.0, "none", "free", "group"),
+            reward_weights={"accuracy": 1.0, "format": 0.2}, seeds=seeds, sampler=sampler,
+        )  # fmt: skip
 
     def reward(texts: list[str], **_: Any) -> tuple[list[float], dict[str, list[float]]]:
         scores = [float(len(text) % 7) for text in texts]
         return scores, {"accuracy": scores, "format": scores}
 
-    module = gba_module(policy, encoder, "grpo")
+    module = gba_module(policy, encoder, "grpo", masks=False)  # six tokens end in nothing
     stream = rollout_stream(
         records, sample, prompts_per_step=3, num_iterations=1, seed=0,
         watch=lambda number, batch, rollout: said.extend([*rollout.texts, *(record.id for record in batch)]),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmedexpert.training.rewards.outcome", reward)
-        folder = root / f"sampled-{devices.get('strategy')}"
+        folder = root / f"sampled-{devices.get('strategy')}-{type(sampler).__name__}"
+        before = {name: weight.clone() for name, weight in trained_weights(policy).items()}
         fit(module, stream, folder=folder, checkpoint_every=9, accelerator="cpu", **devices)
+    after = trained_weights(policy)
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items()), "there was no update"
     return "\n".join(said)
 
 
@@ -168,7 +175,7 @@ def short_of_memory(at: int) -> Any:
     return look
 
 
-def work(rank: int, port: int, folder: Path, tiny: Any, pictures: list[Any]) -> None:
+def work(rank: int, port: int, folder: Path, tiny: Any, pictures: list[Any], url: str) -> None:
     """One of two ranks: every case under both strategies."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -189,6 +196,11 @@ def work(rank: int, port: int, folder: Path, tiny: Any, pictures: list[Any]) -> 
         assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
         texts = sampled(tiny, folder, **devices)
         (folder / f"texts-{strategy}-{rank}").write_text(texts, encoding="utf-8")
+        servers = Servers([url], NAME, timeout_s=60, patience_s=60)
+        through = Served(servers, folder / "served" / strategy, "two", lambda: 100)
+        texts = sampled(tiny, folder, through, **devices)
+        (folder / f"texts-{strategy}-served-{rank}").write_text(texts, encoding="utf-8")
+        through.close()
 
 
 def free_port() -> int:
@@ -210,7 +222,10 @@ def two(tiny: Any, tmp_path_factory: Any) -> tuple[Path, list[Any]]:
         picture.save(folder / f"{n}.png")
     for strategy in ("ddp", "fsdp"):
         (folder / strategy).mkdir()
-    multiprocessing.spawn(work, (free_port(), folder, tiny, pictures), nprocs=2)
+    model = copy.deepcopy(tiny[0])
+    with ScriptedVllm(model, copy.deepcopy(tiny[1]), NAME) as server:
+        multiprocessing.spawn(work, (free_port(), folder, tiny, pictures, server.url), nprocs=2)
+        (folder / "loaded").write_text(json.dumps([server.loaded, [*server.adapted]]))
     return folder, pictures
 
 
@@ -247,10 +262,24 @@ def test_ranks_agree_on_smaller_passes_where_one_of_them_has_no_room(two, tiny, 
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_servers_answer_all_ranks_as_one_policy(two, strategy):
+    """Rank 0 alone sends the adapters, before and after the update, and takes them back."""
+    folder, _ = two
+    for rank in range(2):
+        own, served = ((folder / f"texts-{strategy}-{kind}{rank}").read_text() for kind in ("", "served-"))
+        assert served == own
+    loaded, left = json.loads((folder / "loaded").read_text())
+    assert left == [NAME]
+    assert len(loaded) == 6 and len({name.rpartition("-v")[0] for name in loaded}) == 2  # probe and two, by strategy
+    assert not list((folder / "served" / strategy).glob("*"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_completions_do_not_depend_on_the_number_of_ranks(two, tiny, strategy):
     """Also where weights are sharded, and ranks decode different numbers of tokens."""
     folder, _ = two
-    shutil.rmtree(folder / "sampled-None", ignore_errors=True)  # of the other strategy: it would go on from there
+    # of the other strategy: it would go on from there
+    shutil.rmtree(folder / "sampled-None-InProcess", ignore_errors=True)
     texts = sampled(tiny, folder)
     for rank in range(2):
         assert (folder / f"texts-{strategy}-{rank}").read_text(encoding="utf-8") == texts

@@ -69,7 +69,11 @@ class World:
         return Servers(urls, NAME, **{"timeout_s": 20.0, "patience_s": 20.0, **settings})
 
     def served(self, **settings: Any) -> Served:
-        return Served(self.client(**settings), self.root / "served", "run")
+        return Served(self.client(**settings), self.root / "served", "run", self.longest)
+
+    def longest(self) -> int:
+        told = max(self.encoder.instructions.values(), key=lambda text: len(self.encoder.tokenizer(text).input_ids))
+        return max(self.encoder.length(record, self.root, told) for record in self.records)
 
     def sample(self, sampler: Any, seed: int = 0, **options: Any) -> Any:
         settings = {"num_generations": 8, "max_new_tokens": 6, "temperature": 1.3, "top_p": 1.0, "top_k": 0, **options}
@@ -394,6 +398,7 @@ def asked(answering, stage):
     with ScriptedVllm(load_model(folder, loading(plain)), load_encoder(folder, loading(plain)), name) as server:
         through = [*settings, "engine=vllm", f"engine.base_urls=[{server.url}]"]
         found = evaluation.run(answering(*through, names))
+        server.left = [one for one in server.adapted if one != name]
         with pytest.raises(UserError, match=r"caci_vote is a whole model.*engine=openai"):
             evaluation.run(answering(*through, "eval.models=[caci_vote]"))
     config = answering(*settings)
@@ -422,6 +427,7 @@ def test_models_asked_of_servers_answer_as_they_do_here(asked):
         assert sorted(responses(here[name])) == sorted(responses(through[name])), name
     assert responses(here["base"]) != responses(here["pediatrics"])
     assert len(server.loaded) == 2, "an adapter each, and none for the base"
+    assert server.left == [], "each was taken back when its questions were answered"
 
 
 def test_a_reasoner_is_asked_of_servers_of_its_start_by_its_update(asked):

@@ -133,6 +133,15 @@ def check_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[str,
     return changes(open_image(path, max_pixels=max_pixels))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height by the header alone, as the file has them. Raises UserError for what is no image."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be read ({_short(error)})") from error
+
+
 def check_shape(picture: Image.Image, name: str) -> None:
     """UserError for a picture that Qwen-VL cannot patch: its own rule is asked (one side over 200 times the other)."""
     width, height = picture.size

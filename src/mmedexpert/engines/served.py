@@ -14,6 +14,7 @@ from mmedexpert.engines.completions import Asking, Wanted
 from mmedexpert.engines.messages import messages_of
 from mmedexpert.engines.transformers import reply_to, seed_of
 from mmedexpert.engines.vllm import Servers
+from mmedexpert.engines.vllm_server import PROBE
 from mmedexpert.errors import UserError
 from mmedexpert.models.encode import Encoder, Prompt
 
@@ -24,7 +25,8 @@ WINDOW = 4  # ours: questions sent together, in multiples of the requests that s
 class ServedEngine:
     """An Engine of `engines.asking`: the model or adapter that `servers` answer with, as `TransformersEngine` asks it.
 
-    Greedy by default; above temperature 0 each sample is drawn by `transformers.seed_of`. A question whose image or
+    Greedy by default; above temperature 0 each sample is drawn by `transformers.seed_of`. The adapter, a name and the
+    folder that servers can read, is theirs while they are asked. A question whose image or
     text cannot be encoded, or that servers refuse, gets a refusal; UserError as `Servers` raises it.
     """
 
@@ -33,16 +35,27 @@ class ServedEngine:
         servers: Servers,
         encoder: Encoder,
         *,
+        adapter: tuple[str, Path] | None = None,
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
-        self.servers, self.encoder, self.seed = servers, encoder, seed
+        self.servers, self.encoder, self.adapter, self.seed = servers, encoder, adapter, seed
         self.asking = Asking(max_new_tokens, temperature, encoder.end_ids, encoder.banned_ids, top_p)
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         """Replies window by window; questions on one image go to one server."""
+        try:
+            if self.adapter:
+                self.servers.publish(*self.adapter)
+                refuse_silent(self.servers, f"the adapter {self.adapter[1]}")
+            yield from self._replies(asks)
+        finally:
+            if self.servers.adapter:
+                self.servers.withdraw()
+
+    def _replies(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         wanted_of = wanted_with(self.encoder)
         order = sorted(range(len(asks)), key=lambda place: (asks[place].images, place))
         step = self.servers.concurrency * len(self.servers.servers) * WINDOW
@@ -69,6 +82,17 @@ class ServedEngine:
                 (said,) = drawn[number]
                 mean = sum(said.logps) / max(len(said.logps), 1)
                 yield place, reply_to(self.encoder, prompt, said.ids, said.finished, mean, seconds)
+
+
+def refuse_silent(servers: Servers, what: str) -> None:
+    """UserError for a server that takes an adapter and answers like its base, as where its modules have other names."""
+    adapted, plain = servers.first_tokens(PROBE), servers.first_tokens(PROBE, of_base=True)
+    for server in adapted.keys() & plain.keys():
+        if adapted[server] == plain[server]:
+            raise UserError(
+                f"{server} takes {what} and answers like its base: the adapter's modules are none of the served "
+                "model's; serve the folder of stage=serve"
+            )
 
 
 def wanted_with(encoder: Encoder) -> Callable[[Prompt, int, int], Wanted]:

@@ -15,6 +15,7 @@ from mmedexpert.runtime.privacy import without_password
 
 CONNECT_SECONDS = 10.0  # ours
 PASSING = (408, 429, 502, 503, 504)  # HTTP: later it may go
+PROBE: Messages = [{"role": "user", "content": "1 + 1 ="}]
 LIKELIEST = 5  # first tokens that are compared
 
 
@@ -59,8 +60,7 @@ class VllmServer:
                 f"{self.shown} has room for {room} tokens, and a prompt with its completion may take {longest}: "
                 f"start it with --max-model-len {longest}"
             )
-        question: Messages = [{"role": "user", "content": "1 + 1 ="}]
-        one, two = [await self.first(question, temperature, model) for temperature in (1.0, 2.0)]
+        one, two = [await self.first(PROBE, temperature, model) for temperature in (1.0, 2.0)]
         if all(abs(one[token] - two[token]) < 1e-6 for token in one.keys() & two.keys()):
             raise UserError(
                 f"{self.shown} tells log-probabilities before temperature and banned tokens, and the update needs "

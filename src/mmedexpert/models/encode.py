@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmedexpert.data.images import open_image
+from mmedexpert.data.images import image_size, open_image
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import instructions
 
@@ -213,6 +213,13 @@ class Encoder:
         """The encoded prompt of a record; UserError for an image that cannot be opened."""
         paths = [image_root / path for path in record.images]
         return self.chat(prompt_text(record, instruction), [self.image(path) for path in paths], paths)
+
+    def length(self, record: Record, image_root: Path, instruction: str = "") -> int:
+        """How many tokens `prompt` gives; of an image the header alone is read. UserError where that cannot be."""
+        sizes = [image_size(image_root / path) for path in record.images]
+        patches = [self.image_processor.get_number_of_image_patches(height, width) for width, height in sizes]
+        images = [EncodedImage(torch.tensor([1, 1, count]), None) for count in patches]
+        return len(self.chat(prompt_text(record, instruction), images).input_ids)
 
     def save_pretrained(self, folder: Path) -> None:
         """Tokenizer and image processor, as transformers loads them."""

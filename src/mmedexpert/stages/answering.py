@@ -132,7 +132,6 @@ def _served(
     from mmedexpert.engines.served import ServedEngine  # its library takes a second to import
     from mmedexpert.engines.vllm import Servers
     from mmedexpert.stages.serve import adapters_of
-    from mmedexpert.training.sampler import refuse_silent
 
     if subject.folder is None or (subject.adapter is None and subject.folder != base_of(config).folder):
         raise UserError(
@@ -148,10 +147,9 @@ def _served(
     encoder.system_prompt = system_prompt
     choices = adapters_of(config, subject.adapter, subject.made_by)
     servers.choose(list(choices), longest)
-    if (adapter := choices[servers.model]) is not None:
-        servers.publish(f"{adapter.parent.name}-{secrets.token_hex(3)}", adapter.resolve())
-        refuse_silent(servers, f"the adapter {adapter}")
-    return ServedEngine(servers, encoder, max_new_tokens=longest, **drawn)
+    adapter = choices[servers.model]
+    named = (f"{adapter.parent.name}-{secrets.token_hex(3)}", adapter.resolve()) if adapter else None
+    return ServedEngine(servers, encoder, adapter=named, max_new_tokens=longest, **drawn)
 
 
 def longest_reply(config: Config, subject: Subject) -> int:

@@ -135,7 +135,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         judge = judge_of(config, paying) if paying else None
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
-        sampler = servers_of(config, start, run)
+        sampler = servers_of(config, start, run, encoder, records, image_root)
         sample = sampler_of(acts, policy, encoder, image_root, grader, settings.num_generations, judge, sampler=sampler)
         with run.phase("train"):
             stream = rollout_stream(

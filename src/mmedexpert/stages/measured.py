@@ -61,7 +61,7 @@ def difficulty(config: Config, name: str, specialties: list[str], start: Run | N
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, "train", specialties)
         reward = RewardConfig(grader="rules")
-        with _sampling(config, start, run, image_root, reward, settings.keep_rollouts) as sample:
+        with _sampling(config, start, run, records, image_root, reward, settings.keep_rollouts) as sample:
             lines = _measured(
                 run.folder / DIFFICULTY, COLUMNS, records, sample, settings.prompts_per_step, config.seed,
                 _passed,
@@ -91,7 +91,9 @@ def learned_weights(config: Config, name: str, specialties: list[str], start: Ru
 
     def work(run: Run) -> dict[str, float]:
         records, image_root = records_of(data, SPLIT, specialties)
-        with _sampling(uniform, start, run, image_root, acting_reward(uniform), settings.num_generations) as sample:
+        with _sampling(
+            uniform, start, run, records, image_root, acting_reward(uniform), settings.num_generations
+        ) as sample:
             lines = _measured(
                 run.folder / FOLLOWED, ("id", "right", "adherence"), records, sample, settings.prompts_per_step,
                 config.seed, _followed,
@@ -162,14 +164,21 @@ def _inputs(config: Config, split: str, specialties: list[str], start: Run | Non
 
 @contextmanager
 def _sampling(
-    config: Config, start: Run | None, run: Run, image_root: Path, reward: RewardConfig, completions: int
+    config: Config,
+    start: Run | None,
+    run: Run,
+    records: Sequence[Record],
+    image_root: Path,
+    reward: RewardConfig,
+    completions: int,
 ) -> Iterator[Sample]:
     """What samples and scores groups of the start, which is not trained here."""
     base = base_of(config)
     starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
     encoder = load_encoder(base.folder, loading(config))
     policy = policy_of(config, base, starts).to(device_of(config))
-    grader, sampler = grader_of(reward, ledger_of(config)), servers_of(config, start, run)
+    grader = grader_of(reward, ledger_of(config))
+    sampler = servers_of(config, start, run, encoder, records, image_root)
     with run.phase("sample"):
         yield sampler_of(config, policy, encoder, image_root, grader, completions, sampler=sampler)
     sampler.close()

@@ -76,8 +76,11 @@ def sampler_of(
     return sample
 
 
-def servers_of(config: Config, start: Run | None, run: Run) -> Sampler:
-    """What samples: the policy in this process, or servers of the model it starts from."""
+def servers_of(
+    config: Config, start: Run | None, run: Run, encoder: Encoder, records: Sequence[Record], image_root: Path
+) -> Sampler:
+    """What samples: the policy in this process, or servers of the model it starts from, which have room for every one
+    of these records."""
     settings = config.sampler
     if settings.name != "vllm":
         return IN_PROCESS
@@ -91,4 +94,10 @@ def servers_of(config: Config, start: Run | None, run: Run) -> Sampler:
         concurrency=settings.concurrency, timeout_s=settings.timeout_s, patience_s=settings.patience_s,
     )  # fmt: skip
     folder = Path(settings.adapters) if settings.adapters else run.folder / "served"
-    return Served(servers, folder.resolve(), run.run_id)
+
+    def longest() -> int:
+        told = [""] if config.gba.conditioning == "free" else encoder.instructions.values()
+        instruction = max(told, key=lambda text: len(encoder.tokenizer(text)["input_ids"]))
+        return max(encoder.length(record, image_root, instruction) for record in records)
+
+    return Served(servers, folder.resolve(), run.run_id, longest)

@@ -31,6 +31,8 @@ from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.runs import Run, run_id, write_json
 from mmedexpert.schema import Config
 
+CHECKOUT = Path(__file__).parents[3]
+
 
 def run(config: Config) -> dict[str, Run]:
     """Compare `report.runs`, print and write the tables; trains nothing, so there is no run to return."""
@@ -101,12 +103,14 @@ def perspectives_of(runs: Sequence[EvalRun], *, num_resamples: int, seed: int) -
 
 
 def load_published(path: Path) -> list[Source]:
-    """The tables of experiments/published.yaml.
+    """The tables of experiments/published.yaml; a relative path that is not below the working folder is the checkout's.
 
     Raises:
         UserError: the file is missing, is no such YAML, or a row has not one number or null per column.
     """
     fix = "mend it, or report.published=null"
+    if not path.exists() and (CHECKOUT / path).is_file():
+        path = CHECKOUT / path
     try:
         tables = [Source(**table) for table in yaml.safe_load(path.read_text(encoding="utf-8"))["tables"]]
         rows = [(table, model, values) for table in tables for model, values in table.rows.items()]

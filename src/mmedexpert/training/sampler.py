@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +27,6 @@ APART = 0.1  # ours: nats a token by which two engines may differ on average; bf
 COMPARED = 8  # ours: completions of the first rollout that the policy reads again
 PROBE_STD = 0.05  # ours: of the entries of B in an adapter that no server can overlook
 KEPT = 2  # ours: versions of the adapter whose folders stay, for a server that is slow to read them
-PROBE = [{"role": "user", "content": "1 + 1 ="}]
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,12 @@ class Served:
 
     The adapter travels whenever its weights have changed, as a folder under `folder` that the servers can read, with a
     name that is used once (`name`, this process, a number). Before the first completion counts, the servers have shown
-    that they serve the right model, tell the right log-probabilities, apply an adapter, and agree with the policy.
+    that they serve the right model with room for every prompt (`longest` counts the tokens of the longest one), tell
+    the right log-probabilities, apply an adapter, and agree with the policy.
     """
 
-    def __init__(self, servers: Servers, folder: Path, name: str) -> None:
-        self.servers, self.folder = servers, folder
+    def __init__(self, servers: Servers, folder: Path, name: str, longest: Callable[[], int]) -> None:
+        self.servers, self.folder, self.longest = servers, folder, longest
         self.name = f"{name}-{gather(secrets.token_hex(3))[0]}"
         if rank() == 0:  # of a try that was killed
             for old in folder.glob(f"{name}-*") if folder.is_dir() else ():
@@ -102,8 +102,7 @@ class Served:
         from mmedexpert.models.generate import Completions
 
         if not self.published:
-            longest = max(len(prompt.input_ids) for prompt in prompts) + sampling.max_new_tokens
-            on_first(lambda: self.servers.check(longest))
+            on_first(lambda: self.servers.check(self.longest() + sampling.max_new_tokens))
         self._publish(model)
         wanted = wanted_with(encoder)
         asking = Asking(sampling.max_new_tokens, sampling.temperature, encoder.end_ids, encoder.banned_ids)
@@ -169,6 +168,8 @@ class Served:
             name: torch.randn(weight.shape, generator=drawn) * PROBE_STD if ".lora_B." in name else weight
             for name, weight in weights.items()
         }
+        from mmedexpert.engines.served import refuse_silent
+
         self._send(model, strong, place)
         refuse_silent(self.servers, "the policy's adapter")
 
@@ -195,14 +196,3 @@ class Served:
                     "and without quantisation"
                 )
         model.train(was_training)
-
-
-def refuse_silent(servers: Servers, what: str) -> None:
-    """UserError for a server that takes an adapter and answers like its base, as where its modules have other names."""
-    adapted, plain = servers.first_tokens(PROBE), servers.first_tokens(PROBE, of_base=True)
-    for server in adapted.keys() & plain.keys():
-        if adapted[server] == plain[server]:
-            raise UserError(
-                f"{server} takes {what} and answers like its base: the adapter's modules are none of the served "
-                "model's; serve the folder of stage=serve"
-            )
