@@ -224,6 +224,12 @@ def test_native_json_without_images_says_where_they_go(tmp_path: Path) -> None:
         vqa_rad.load(tmp_path, tmp_path / "out")
 
 
+def test_a_cell_that_is_no_text_refuses_its_row_alone(tmp_path: Path) -> None:
+    said = pa.array([b"yes", b"\xff\xfe", b"no"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"question": ["Q?"] * 3, "answer": said}), tmp_path / "a.parquet")
+    assert [row["answer"] for row in read_parquet(tmp_path / "a.parquet")] == ["yes", None, "no"]
+
+
 def test_real_vqa_rad_has_the_published_counts(shared: Path, tmp_path: Path) -> None:
     root = shared / "data" / "vqa_rad"
     records, image_root, bad = vqa_rad.load(root, tmp_path)

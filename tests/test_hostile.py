@@ -11,7 +11,9 @@ import hostile
 
 def test_nothing_crashes_and_nothing_is_miscounted(tmp_path):
     found = hostile.hostile(200, 1, tmp_path)
-    assert {kind: one["wrong"] for kind, one in found.items()} == {kind: {} for kind in (*hostile.KINDS, "row")}
+    assert {kind: one["wrong"] for kind, one in found.items()} == {
+        kind: {} for kind in (*hostile.KINDS, *hostile.FILES)
+    }
     assert all(sum(one["came_to"].values()) > 100 for one in found.values())
     assert (
         found["body"]["came_to"]["read"] and found["row"]["came_to"]["usable"] and found["response"]["came_to"]["wrong"]

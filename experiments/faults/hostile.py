@@ -8,7 +8,6 @@ stands with each kind. Nothing may raise but what a caller expects, and reading 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import random
@@ -20,14 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from drawn import OPTIONS, WEIRD, WORDS, text, value
+from tables import hub_files, prepared, table
 
 from mmedexpert.curation.verifier import derived, essentials, examined
 from mmedexpert.data.pairs import DIMENSIONS
 from mmedexpert.data.record import Record
-from mmedexpert.data.records import line_of, record_of
-from mmedexpert.data.validation import validate
 from mmedexpert.engines.asking import Reply
 from mmedexpert.engines.ledger import canonical
 from mmedexpert.engines.replies import Sent, body_of, kept_reply, replied_row, reply_of
@@ -35,80 +32,6 @@ from mmedexpert.evaluation.judge import verdict_of
 from mmedexpert.guidelines.rubrics import grades
 from mmedexpert.judging.verdicts import read
 from mmedexpert.scoring import medevalkit, robust
-from mmedexpert.sources import vqa_table
-
-OPTIONS = {"A": "Cyst", "B": "Mass (2 cm)", "C": "cyst", "D": "None of these"}
-ODD = ["\0", "\ud800", "\udfff", "\u2028", "\u202e", "\ufeff", "\u0130", "e\u0301", "\U0001f9e0", "\r", "\x85", "  \n"]
-TAGS = [
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<ANSWER>",
-    "\\boxed{",
-    "}",
-    "**",
-    "```json\n",
-    "```",
-    "</",
-    "<",
-]
-WORDS = """A B C D E (A) B. C: answer is the not no yes or and neither cyst mass none of these 2 cm because However ,
-Option differential most likely probability 0.7 95% rules out therefore""".split()
-LONG = [
-    "<answer>",
-    "A or ",
-    "not ",
-    "(",
-    "{",
-    "[[",
-    "\\boxed{",
-    "the answer is ",
-    "cyst, ",
-    " ",
-    "1",
-    "\n",
-    "A B C D ",
-    '"a":',
-]
-WEIRD: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    " ",
-    "\0",
-    "A",
-    {},
-    [],
-    [[]],
-    [None],
-    {"A": None},
-]
-
-
-def text(rng: random.Random, words: list[str]) -> str:
-    """A text of such words; one in twenty has a run of some thousand."""
-    made = [
-        rng.choice(rng.choice([words, TAGS, ODD] if rng.random() < 0.5 else [words, TAGS]))
-        for _ in range(rng.randrange(40))
-    ]
-    if rng.random() < 0.05:
-        made.insert(rng.randrange(len(made) + 1), rng.choice(LONG) * rng.randrange(100, 5000))
-    return rng.choice(["", " "]).join(made)
-
-
-def value(rng: random.Random, depth: int = 3) -> Any:
-    """Any JSON value, and some that are none."""
-    if depth == 0 or rng.random() < 0.4:
-        return rng.choice(WEIRD) if rng.random() < 0.6 else text(rng, WORDS)
-    if rng.random() < 0.5:
-        return [value(rng, depth - 1) for _ in range(rng.randrange(4))]
-    return {str(rng.choice(["A", "a", "", "text", "verdict"])): value(rng, depth - 1) for _ in range(rng.randrange(4))}
 
 
 def question(rng: random.Random) -> Record:
@@ -197,90 +120,24 @@ def body(rng: random.Random, folder: Path) -> str:
     return "read"
 
 
-def row(rng: random.Random) -> Any:
-    """A row of a table, most of them with something odd in a cell or two."""
-    made: dict[str, Any] = {
-        "id": f"q{rng.randrange(10**9)}", "image": "a.png", "question": "What is it?", "answer": "B",
-        "options": {"A": "Cyst", "B": "Mass"},
-    }  # fmt: skip
-    for _ in range(rng.randrange(3)):
-        name = rng.choice([*made])
-        odd = {
-            "image": ["../a.png", "/etc/hostname", "link.png", "a.png\0", "x/../../a.png", "bad.png", "", "sub"],
-            "options": [{"A": "x"}, {"A": "x", "B": "x"}, "A) x, B) y", '{"A": "x"', ["x", "y"], [{"letter": "A"}]],
-            "answer": ["A", "b", "C", "Mass", "x" * 20000, "Cyst and Mass"], "id": ["q1", "../q", "q\n1"],
-        }.get(name, [])  # fmt: skip
-        made[name] = rng.choice([*odd, value(rng)])
-        if rng.random() < 0.1:
-            del made[name]
-    return made if rng.random() < 0.97 else value(rng)
-
-
-def table(rng: random.Random, folder: Path, size: int = 50) -> Counter[str]:
-    """A file of rows, read as a data set: every row is a record or refused with one line, and no record leaves the
-    root; those that are usable can be written and read again."""
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    given, kind = [row(rng) for _ in range(size)], rng.choice(["jsonl", "csv", "json"])
-    path = folder / f"rows.{kind}"
-    if kind == "csv":
-        rows = [
-            {k: v if isinstance(v, str) else json.dumps(v) for k, v in one.items()}
-            for one in given
-            if isinstance(one, dict)
-        ]
-        given = [one for one in rows if any(one.get(name) for name in ("id", "image", "question", "options", "answer"))]
-        with path.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
-            writer = csv.DictWriter(file, ["id", "image", "question", "options", "answer"], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(given)
-    else:
-        lines = [json.dumps(one, ensure_ascii=rng.random() < 0.5) for one in given]
-        whole = "\n".join(lines) + "\n" if kind == "jsonl" else f"[{','.join(lines)}]"
-        path.write_bytes(whole.encode("utf-8", "surrogatepass"))
-    columns = {name: name for name in ("id", "image", "question", "options", "answer")}
-    records, root, bad = vqa_table.load(folder, folder / "out", files=path.name, columns=columns)
-    path.unlink()
-    assert len(records) + len(bad) == len(given), (
-        f"{len(given)} rows, {len(records)} records and {len(bad)} refused ({kind})"
-    )
-    good, left = validate(records, root, bad=bad, on_bad_record="skip")
-    assert len(good) + len(left) == len(given), f"{len(given)} rows, {len(good)} usable and {len(left)} left out"
-    for record in good:
-        assert record_of(line_of(record)) == record, "it is not read as it was written"
-        inside = [not Path(name).is_absolute() and ".." not in Path(name).parts for name in record.images]
-        assert all(inside), f"an image outside of the root: {record.images}"  # links are the user's own
-        robust.judge(record, "A")
-    assert len({record.id for record in good}) == len(good), "an id stands twice"
-    return Counter(usable=len(good), refused=len(left))
-
-
-def prepared(folder: Path) -> Path:
-    """The images that rows name, in `folder`/root, and one outside of it."""
-    root = folder / "root"
-    root.mkdir(parents=True)
-    for number, name in enumerate(("a.png", "b.png", "../a.png")):
-        noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(root / name)
-    (root / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    (root / "link.png").symlink_to("../a.png")
-    (root / "sub").mkdir()
-    return root
-
-
-KINDS: dict[str, Callable[[random.Random, Path], str]] = {"response": response, "verdict": verdict, "body": body}
+Draw = Callable[[random.Random, Path], str | Counter[str]]
+KINDS: dict[str, Draw] = {"response": response, "verdict": verdict, "body": body}
+ROWS = 50  # of a file
+FILES: dict[str, Draw] = {"row": table, "parquet": hub_files}
 
 
 def hostile(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """So many of each kind: what they came to, the slowest one's CPU seconds, and what went wrong, by its number."""
     root = prepared(folder)
     found: dict[str, Any] = {}
-    for kind in (*KINDS, "row"):
+    for kind, drawn in {**KINDS, **FILES}.items():
         came_to: Counter[str] = Counter()
-        wrong, slowest, size = {}, 0.0, 1 if kind != "row" else 50
+        wrong, slowest, size = {}, 0.0, ROWS if kind in FILES else 1
         for number in range(math.ceil(count / size)):
             rng, begun = random.Random(f"{seed} {kind} {number}"), time.process_time()
             try:
-                came_to += table(rng, root) if kind == "row" else Counter([KINDS[kind](rng, root)])
+                told = drawn(rng, root)
+                came_to += told if isinstance(told, Counter) else Counter([told])
             except Exception as error:  # whatever a reader lets through
                 wrong[number] = f"{type(error).__name__}: {error}"[:300]
             slowest = max(slowest, time.process_time() - begun)

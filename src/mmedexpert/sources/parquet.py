@@ -37,7 +37,7 @@ def read_parquet(
     path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as {column: value}, a batch at a time; `optional` columns only where it has them.
-    None: all columns.
+    None: all columns. A cell of text that is no UTF-8 is None: its row is refused, and not the file.
 
     Raises UserError for a file that is truncated or no Parquet file, and for one without the columns.
     """
@@ -53,9 +53,23 @@ def read_parquet(
         wanted = names if columns is None else [*columns, *(name for name in optional if name in names)]
         try:
             for batch in file.iter_batches(batch_size=BATCH, columns=wanted):
-                yield from batch.to_pylist()
+                yield from _rows(batch)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(_unreadable(path, error)) from error
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [{name: _cell(batch.column(name)[row]) for name in batch.schema.names} for row in range(len(batch))]
+
+
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def store_image(cell: Any, folder: Path) -> str:
