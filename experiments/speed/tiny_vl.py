@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from mmedexpert.models.encode import Encoder
+from mmedexpert.models.shapes import known
 from mmedexpert.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, build_image_processor, build_tokenizer
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # peft and TRL
@@ -55,10 +56,18 @@ class Size:
     full_attention: tuple[int, ...]
 
 
+def _published(model: str) -> Size:
+    shape = known()[model]
+    return Size(
+        shape.hidden, shape.inner, shape.layers, shape.heads, shape.kv_heads, shape.vocab, shape.tied, shape.v_hidden,
+        shape.v_inner, shape.v_layers, shape.v_heads, shape.v_full,
+    )  # fmt: skip
+
+
 SIZES = {
     "s": Size(256, 768, 4, 4, 2, 8192, False, 160, 320, 4, 4, (3,)),
-    "3b": Size(2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16, (7, 15, 23, 31)),
-    "7b": Size(3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16, (7, 15, 23, 31)),
+    "3b": _published("Qwen/Qwen2.5-VL-3B-Instruct"),
+    "7b": _published("Qwen/Qwen2.5-VL-7B-Instruct"),
 }
 
 
