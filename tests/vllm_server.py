@@ -55,7 +55,7 @@ class ScriptedVllm:
 
     def start(self) -> None:
         """Come up, with no adapter, as a server does that was started again."""
-        self.adapted = {self.name: self.model}
+        self.adapted, self.dead = {self.name: self.model}, False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -71,7 +71,7 @@ class ScriptedVllm:
                 self.give(outer.post(self.path, body))
 
             def give(self, answer: Answer | None) -> None:
-                if answer is None:
+                if answer is None or outer.dead:
                     self.close_connection = True
                     return
                 status, body = answer
@@ -91,7 +91,7 @@ class ScriptedVllm:
 
     def stop(self) -> None:
         """Die, with all adapters and whatever is being answered."""
-        self.adapted = {}
+        self.dead = True
         self.httpd.shutdown()
         self.httpd.server_close()
 
