@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,32 @@ def test_guards(world, monkeypatch, guard):
         world.servers[0].adapted = {"other": world.servers[0].model}
     with pytest.raises(UserError, match=words):
         world.sample(world.served())
+
+
+def test_room_is_asked_for_the_longest_prompt_of_all_records(world, tmp_path):
+    """Not of those of the first step: a question too long would be found hours later."""
+    from types import SimpleNamespace
+
+    from test_config import composed
+
+    from mmedexpert.stages.policy import servers_of
+
+    long = replace(world.records[1], question="heart rate is low " * 40)
+    records, run = [world.records[0], long], SimpleNamespace(folder=tmp_path, run_id="run")
+    lengths = [
+        len(world.encoder.prompt(record, world.root, told).input_ids)
+        for record in records
+        for told in world.encoder.instructions.values()
+    ]
+    given = ("sampler=vllm", f"sampler.base_urls=[{world.servers[0].url}]")
+    sampler = servers_of(composed(*given), None, run, world.encoder, records, world.root)
+    assert sampler.longest() == max(lengths)
+    free = servers_of(composed(*given, "gba.conditioning=free"), None, run, world.encoder, records, world.root)
+    assert free.longest() == len(world.encoder.prompt(long, world.root).input_ids)
+    sampler = Served(world.client(), tmp_path, "run", lambda: 4096 - 5)
+    with pytest.raises(UserError, match=r"room for 4096 tokens, .* may take 4097"):
+        world.sample(sampler)
+    assert not world.servers[0].seen and not world.servers[0].loaded
 
 
 def test_images_are_resized_by_the_client(world, monkeypatch):
