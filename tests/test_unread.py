@@ -10,14 +10,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from hydra import compose, initialize_config_dir
 
-from mmedexpert import schema
+from mmedexpert import schema, schema_data
 from mmedexpert.checks import typed
 from mmedexpert.errors import UserError
 from mmedexpert.schema import Config, keys
 from mmedexpert.unread import READ_BY, below, leaves, notes, parts, readers_of, swept_keys
 
 ROOT = Path(__file__).parents[1]
-DATA = {name: one for name, one in vars(schema).items() if is_dataclass(one)}
+DATA = {name: one for name, one in {**vars(schema_data), **vars(schema)}.items() if is_dataclass(one)}
 UNREAD = {("RewardConfig", "name"), ("DebugConfig", "traceback")}  # the last by run.py's argv
 # sizes of the model, settings of a step of the funnel: they go as keywords to what refuses an unknown one
 BY_AS_DICT = {"ArchitectureConfig", "DuplicatesConfig", "DecontaminateConfig", "StructureConfig", "BalanceConfig"}
@@ -75,7 +75,11 @@ class Reads(ast.NodeVisitor):
 
 
 def read_in_source() -> set[tuple[str, str]]:
-    files = [p for p in (ROOT / "src").rglob("*.py") if p.name not in ("schema.py", "checks.py", "unread.py")]
+    files = [
+        p
+        for p in (ROOT / "src").rglob("*.py")
+        if p.name not in ("schema.py", "schema_data.py", "checks.py", "unread.py")
+    ]
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in [*files, ROOT / "run.py"]}
     functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     given = {node.name: ast.unparse(node.returns) for node in functions if node.returns}

@@ -32,7 +32,8 @@ from mmedexpert.ranges import (
     POSITIVE,
 )
 from mmedexpert.runtime.typos import no_such_key, options
-from mmedexpert.schema import Config, EndpointConfig, RewardConfig, TrainerConfig
+from mmedexpert.schema import Config, RewardConfig, TrainerConfig
+from mmedexpert.schema_data import EndpointConfig
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mmedexpert.names import BASELINES
-from mmedexpert.schema import Config, EndpointConfig, SamplerConfig
+from mmedexpert.schema import Config, SamplerConfig
+from mmedexpert.schema_data import EndpointConfig
 
 TRAINED = ("pretrain", "dsa", "gba", "judge")
 # what stage=plan does not read of dsa and gba

@@ -1,4 +1,4 @@
-"""Which settings of the funnel are possible: what the types of `schema.CurateConfig` cannot say."""
+"""Which settings of the funnel are possible: what the types of `CurateConfig` cannot say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mmedexpert.data.record import KINDS, NO_TRACE
 from mmedexpert.errors import UserError, suggestion
 from mmedexpert.guidelines import PERSPECTIVES
-from mmedexpert.schema import CurateConfig
+from mmedexpert.schema_data import CurateConfig
 
 MOST_BITS = 64  # ours: a quarter; other images of one kind start at 10 to 44 (data/overlap.py)
 MODELS = ("labels", "blind", "difficulty", "teacher", "verifier")  # who asks one

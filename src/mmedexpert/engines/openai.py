@@ -23,7 +23,7 @@ from mmedexpert.engines.replies import Prices, kept_reply, reason_of
 from mmedexpert.engines.sending import Sending
 from mmedexpert.errors import UserError
 from mmedexpert.runtime.privacy import hide, hide_address, without_password
-from mmedexpert.schema import EndpointConfig
+from mmedexpert.schema_data import EndpointConfig
 
 
 class OpenAIEngine:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mmedexpert.engines.asking import Engine
-from mmedexpert.schema import AskedConfig, Config
+from mmedexpert.schema import Config
+from mmedexpert.schema_data import AskedConfig
 from mmedexpert.stages.common import ledger_of, loading, model_key
 from mmedexpert.stages.pretrain import base_of
 

@@ -27,7 +27,8 @@ from mmedexpert.names import JUDGES, known_names, reasoner_names
 from mmedexpert.runtime.build import build, check
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console
-from mmedexpert.schema import Config, EndpointConfig
+from mmedexpert.schema import Config
+from mmedexpert.schema_data import EndpointConfig
 from mmedexpert.stages import benchmark, measured, train_judge
 from mmedexpert.stages.answering import JUDGE, judge_in
 from mmedexpert.stages.data import dataset

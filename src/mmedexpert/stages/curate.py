@@ -17,7 +17,8 @@ from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.runtime.fingerprints import file_digest
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import digest, rule_of, text_of, versions
-from mmedexpert.schema import Config, CurateConfig
+from mmedexpert.schema import Config
+from mmedexpert.schema_data import CurateConfig
 from mmedexpert.stages.asked import engine_for, identity_of
 from mmedexpert.stages.common import stage_run
 from mmedexpert.stages.sources import IMAGES, REPORT, benchmark_of, content_of, folders_of, ingested, say

@@ -23,7 +23,8 @@ from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
-from mmedexpert.schema import Config, EndpointConfig
+from mmedexpert.schema import Config
+from mmedexpert.schema_data import EndpointConfig
 from mmedexpert.stages import benchmark, best_of, judging
 from mmedexpert.stages.answering import Subject, answering_key, engine_of, tell_kept
 from mmedexpert.stages.common import content_of, ledger_of, records_of, stage_run, together
