@@ -3,7 +3,8 @@
 The command is `run.py` with `SETTINGS`: every stage. It runs once undisturbed; then `--pipelines` times anew, each
 killed (SIGKILL to its process group) `--kills` times, at instants drawn evenly over the first third of the seconds that
 the undisturbed command took, and started again, which goes on from where it was. What it leaves has to be what the
-undisturbed run left (same.py).
+undisturbed run left (same.py). Most tries are forked from a process that has imported the libraries, so that instants
+fall into work; the first of each pipeline is a new process, whose instant falls anywhere into its start and its work.
 """
 
 from __future__ import annotations
@@ -37,32 +38,40 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def imported() -> None:
-    """What each process would import and draw anew."""
+def imported() -> float:
+    """What each process would import and draw anew; the seconds that this took."""
+    begun = time.monotonic()
     import mmedexpert.stages.pipeline
     import mmedexpert.training.gba
     import mmedexpert.training.sft  # noqa: F401
     from mmedexpert.stages.pretrain import corpus
 
     corpus(0)
+    return time.monotonic() - begun
 
 
-def start(folder: Path) -> int:
-    """The command, at work in `folder`, in a process group of its own; forked, where the libraries are imported."""
+def start(folder: Path, *, anew: bool = False) -> int:
+    """The command, at work in `folder`, in a process group of its own: forked, where the libraries are imported, or
+    `anew`, where they are not."""
     if (child := os.fork()) > 0:
         return child
-    code = 1
+    status = 1
     try:
         os.setsid()
         os.chdir(folder)
         told = os.open("told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(told, stream)
-        counted.main("counts", str(ROOT / "run.py"), SETTINGS)
+        words = ["counts", str(ROOT / "run.py"), *SETTINGS]
+        if anew:
+            os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{ROOT / 'src'}"
+            code = f"import counted, sys; counted.main({words[0]!r}, sys.argv[1], sys.argv[2:])"
+            os.execv(sys.executable, [sys.executable, "-c", code, *words[1:]])
+        counted.main(words[0], words[1], words[2:])
     except SystemExit as exit_:
-        code = int(exit_.code or 0)
+        status = int(exit_.code or 0)
     finally:
-        os._exit(code)
+        os._exit(status)
 
 
 def left(process: int, seconds: float = float("inf")) -> int | None:
@@ -87,12 +96,12 @@ def counts(folder: Path) -> Counter[str]:
     return Counter((folder / "counts").read_text(encoding="utf-8").splitlines())
 
 
-def killed(folder: Path, instants: list[float]) -> list[float]:
-    """Start the command in `folder` and kill it after each of `instants` seconds; then let it end. Those that it
-    lived to see."""
+def killed(folder: Path, instants: list[float], anew: int = 1) -> list[float]:
+    """Start the command in `folder` and kill it after each of `instants` seconds, the first `anew` as new processes;
+    then let it end. Those that it lived to see."""
     met = []
-    for instant in instants:
-        process = start(folder)
+    for number, instant in enumerate(instants):
+        process = start(folder, anew=number < anew)
         if left(process, instant) is not None:
             break  # it had ended before
         with suppress(ProcessLookupError):  # it has no group of its own yet
@@ -113,13 +122,13 @@ def main() -> None:
     """Kill, compare, and write results.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipelines", type=int, default=10)
-    parser.add_argument("--kills", type=int, default=5, help="of each pipeline")
+    parser.add_argument("--kills", type=int, default=6, help="of each pipeline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("outputs/faults"), help="a folder that is made anew")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     given = parser.parse_args()
     given.work = given.work.resolve()
-    imported()
+    begins = imported()
     shutil.rmtree(given.work, ignore_errors=True)
     given.work.mkdir(parents=True)
     whole, work = given.work / "whole", given.work / "work"  # of one path: some files tell where they lie
@@ -132,7 +141,7 @@ def main() -> None:
     for number in range(given.pipelines):
         rng, folder = random.Random(f"{given.seed} {number}"), given.work / f"{number:02d}"
         work.mkdir()
-        met = killed(work, [rng.uniform(0, seconds / 3) for _ in range(given.kills)])
+        met = killed(work, [rng.uniform(0, seconds / 3 + (not place) * begins) for place in range(given.kills)])
         work.rename(folder)
         found = counts(folder)
         row = {
@@ -148,6 +157,7 @@ def main() -> None:
         result = {
             "command": "python experiments/faults/kill.py " + " ".join(sys.argv[1:]),
             "settings": SETTINGS, "seed": given.seed, "seconds_undisturbed": round(seconds, 1),
+            "seconds_of_start": round(begins, 1),
             "steps_needed": of(needed, "step"), "replies_needed": of(needed, "reply"), "runs_needed": of(needed, "run"),
             "kills": sum(len(one["kills"]) for one in rows), "pipelines": len(rows),
             "equal": sum(not one["differences"] for one in rows),
