@@ -224,10 +224,14 @@ def test_native_json_without_images_says_where_they_go(tmp_path: Path) -> None:
         vqa_rad.load(tmp_path, tmp_path / "out")
 
 
-def test_a_cell_that_is_no_text_refuses_its_row_alone(tmp_path: Path) -> None:
-    said = pa.array([b"yes", b"\xff\xfe", b"no"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"question": ["Q?"] * 3, "answer": said}), tmp_path / "a.parquet")
-    assert [row["answer"] for row in read_parquet(tmp_path / "a.parquet")] == ["yes", None, "no"]
+@pytest.mark.parametrize("cells", [
+    pa.array([b"yes", b"\xff\xfe"], pa.binary()).view(pa.string()),
+    pa.array([0, 2**62], pa.int64()).view(pa.timestamp("us")),
+])  # fmt: skip
+def test_a_cell_that_cannot_be_read_refuses_its_file(tmp_path: Path, cells: pa.Array) -> None:
+    pq.write_table(pa.table({"question": ["Q?"] * 2, "answer": cells}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has a cell that cannot be read .*: download it again"):
+        list(read_parquet(tmp_path / "a.parquet"))
 
 
 def test_real_vqa_rad_has_the_published_counts(shared: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import _here
+from conftest import long
 from curating import (
     CONF,
     FAILED,
@@ -211,7 +212,7 @@ def test_nothing_is_asked_twice_even_where_the_runs_are_deleted(taught, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("die_after", [3, 290])
+@pytest.mark.parametrize("die_after", [3, pytest.param(290, marks=long)])
 def test_a_server_that_dies_is_told_in_one_line_and_the_same_command_goes_on(taught, root, tmp_path, server, die_after):
     run, _, _ = taught
     server.die_after = die_after
@@ -291,6 +292,7 @@ def test_killed_in_each_step_in_turn_the_release_is_that_of_an_uninterrupted_run
     assert not [path for path in tmp_path.rglob("*.part*")]
 
 
+@long
 @pytest.mark.slow
 def test_two_processes_equal_one(plain, root, tmp_path):
     twin = dataset(composed(root, tmp_path, "trainer.processes=2"))
@@ -361,6 +363,7 @@ def test_where_no_record_is_left_the_step_that_took_the_last_one_is_named(root, 
 # --- a real server, and what comes after ------------------------------------------------------------------------------
 
 
+@long
 @pytest.mark.slow
 def test_a_real_server_that_knows_nothing_leaves_no_trace_and_says_so(real_server, root, tmp_path):
     ends = [

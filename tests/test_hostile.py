@@ -15,6 +15,7 @@ def test_nothing_crashes_and_nothing_is_miscounted(tmp_path):
         kind: {} for kind in (*hostile.KINDS, *hostile.FILES)
     }
     assert all(sum(one["came_to"].values()) > 100 for one in found.values())
+    assert found["parquet"]["came_to"]["usable"] > 0
     assert (
         found["body"]["came_to"]["read"] and found["row"]["came_to"]["usable"] and found["response"]["came_to"]["wrong"]
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import long
 from plain import Plain, Weights, added, conversation, deltas
 from recording import watch_steps
 from safetensors.torch import load_file
@@ -84,7 +85,7 @@ class Merged:
         self.plain = plain_of(self.config)
 
 
-@pytest.fixture(scope="module", params=["full", "span"])
+@pytest.fixture(scope="module", params=[pytest.param("full", marks=long), "span"])
 def merged(request, answering) -> Merged:
     return Merged(answering, f"merge.grams={request.param}")
 
@@ -246,7 +247,7 @@ def test_distillation_lowers_the_kl(answering):
     assert run.metrics["kl"] < 0.5 * curve[0] and sum(curve[-5:]) < 0.5 * sum(curve[:5])
 
 
-@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("on_policy", [pytest.param(False, marks=long), True])
 def test_a_killed_distillation_goes_on_to_the_same_bits(answering, on_policy, monkeypatch):
     policy = f"merge.distil_on_policy={on_policy}"
     whole = answering(*DISTIL, policy, "dsa.weight_decay=0.01")

@@ -12,6 +12,7 @@ import torch
 from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.models import generate as generating
+from mmedexpert.models.encode import Encoder
 from mmedexpert.models.generate import Completions
 from mmedexpert.training import rollouts
 from mmedexpert.training.advantages import group_relative
@@ -261,9 +262,10 @@ def test_an_open_question_with_two_images_takes_the_same_path(tiny, picture, tmp
         ("free", (1.0,) * 4, [None], 8),
     ],
 )  # fmt: skip
-def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, conditioning, weights, distinct, each):
+@pytest.mark.parametrize("style", ["small", "full"])
+def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, style, conditioning, weights, distinct, each):
     """Every setting of the sampler arrives; completions that share an instruction are asked for together."""
-    model, encoder = copy.deepcopy(tiny[0]), tiny[1]
+    model, encoder = copy.deepcopy(tiny[0]), Encoder(tiny[1].tokenizer, tiny[1].image_processor, style=style)
     asked, group = records(2), 8
     for n in range(2):
         picture(n).save(tmp_path / f"{n}.png")
@@ -302,7 +304,7 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, condition
     }  # fmt: skip
     assert call["banned_ids"] == encoder.banned_ids
     assert call["seeds"] == [step_seed(seed, place) for seed in (11, 12) for place in range(len(distinct))]
-    told = [instructions()[name] if name else "" for name in distinct]
+    told = [instructions(style)[name] if name else "" for name in distinct]
     expected = [encoder.prompt(record, tmp_path, text).input_ids for record in asked for text in told]
     assert [prompt.input_ids for prompt in call["prompts"]] == expected
     images = [(tmp_path / f"{n}.png",) for n in range(2) for _ in range(group)]

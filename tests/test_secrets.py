@@ -148,10 +148,8 @@ def test_a_sweep_and_commands_that_fail_put_them_nowhere(tmp_path, echo):
     assert sweep.returncode == 0 and list(tmp_path.glob("outputs/experiments/x/table.md")), sweep.stderr[-2000:]
     for words in (
         ["-m", "seed=0,1", f"+logger.api_key={TYPED}"],  # Hydra refuses it before any of our code is asked
-        [f"+logger.password={TYPED}"],
         ["stage=eval", "engine=openai", f"engine.endpoint.base_url=ftp://someone:{PASSWORD}@h/v1?token={TOKEN}"],
         [*served("127.0.0.1:9"), "logger=csv"],  # nobody answers
-        [*served(address), f"engine.endpoint.base_url=http://someone:{PASSWORD}@{address}/v1?token={TOKEN}", "eval=x"],
         [*served(address), f"engine.endpoint.model={TYPED}", f"+x.token={TYPED}"],
     ):
         assert command(tmp_path, *words).returncode != 0, words

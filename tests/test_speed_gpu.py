@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import long
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "speed"))
 import gpu
@@ -110,6 +111,7 @@ def test_the_same_in_bf16_as_on_cuda(monkeypatch):
     assert 1e-4 < sampling["logp_difference_mean"] < 0.05
 
 
+@long
 @pytest.mark.slow
 def test_the_peer_takes_the_same_steps(tmp_path):
     """As a command: the peer silences logging. That it trains on the tokens asked for is asserted there."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, Done, _here, run, words
+from conftest import long
 from test_config import composed
 from working import fails, nothing, told
 
@@ -129,7 +130,7 @@ def test_experts_side_by_side_are_those_trained_one_by_one(trained, tmp_path, mo
     assert again.stdout.count("reused") == 2, again.stdout
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=long)])
 def test_workers_end_with_their_command_and_the_next_goes_on(trained, ending):
     folder = trained[0]  # holds the base and the data set
     long = ["dsa.steps=400", "dsa.checkpoint_every=2", f"dsa.lr=0.00{int(ending)}", "trainer.processes=2"]

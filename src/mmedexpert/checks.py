@@ -147,6 +147,11 @@ def check(config: Config) -> None:
             f"gba.num_generations={gba.num_generations} is too small for {asked} prompted perspectives, whose "
             f"completions are compared with each other: give at least {2 * asked}, or gba.conditioning=free"
         )
+    if gba.weights_from == "validation" and gba.conditioning == "prompted_weighted":
+        raise UserError(
+            "gba.conditioning=prompted_weighted asks for perspectives with weight, and gba.weights_from=validation "
+            "learns weights from all four: use gba.conditioning=prompted"
+        )
     if gba.grouping == "perspective" and (gba.conditioning == "free" or not any(weights)):
         raise UserError(
             "gba.grouping=perspective compares the completions of each perspective: it needs weights, and a "

@@ -26,7 +26,7 @@ class ServedEngine:
     """An Engine of `engines.asking`: the model or adapter that `servers` answer with, as `TransformersEngine` asks it.
 
     Greedy by default; above temperature 0 each sample is drawn by `transformers.seed_of`. The adapter, a name and the
-    folder that servers can read, is theirs while they are asked. A question whose image or
+    folder that servers can read, is theirs while they are asked, or from `hold` on. A question whose image or
     text cannot be encoded, or that servers refuse, gets a refusal; UserError as `Servers` raises it.
     """
 
@@ -46,14 +46,22 @@ class ServedEngine:
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         """Replies window by window; questions on one image go to one server."""
+        if self.servers.adapter or not self.adapter:
+            yield from self._replies(asks)
+            return
         try:
-            if self.adapter:
-                self.servers.publish(*self.adapter)
-                refuse_silent(self.servers, f"the adapter {self.adapter[1]}")
+            self.hold()
             yield from self._replies(asks)
         finally:
             if self.servers.adapter:
                 self.servers.withdraw()
+
+    def hold(self) -> None:
+        """Let servers have the adapter from now on: for one that is asked again and again. UserError where one refuses
+        it or does not apply it."""
+        if self.adapter:
+            self.servers.publish(*self.adapter)
+            refuse_silent(self.servers, f"the adapter {self.adapter[1]}")
 
     def _replies(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
         wanted_of = wanted_with(self.encoder)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 
 from mmedexpert.engines.completions import Failed, Messages, Refused
@@ -109,8 +110,9 @@ class VllmServer:
         )
 
     async def unload(self, name: str) -> None:
-        """Let an adapter go."""
-        await self.send("/v1/unload_lora_adapter", {"lora_name": name})
+        """Let an adapter go, or leave it where the server does not answer soon."""
+        with anyio.move_on_after(CONNECT_SECONDS):
+            await self.send("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def send(self, path: str, body: Any = None) -> httpx.Response:
         """What it answers, whatever it is; `Failed` for a lost connection."""

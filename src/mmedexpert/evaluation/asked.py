@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,8 +44,9 @@ def ask_missing(
     write_atomic(path, lines(rows.values()))
     todo = [key for key in asks if key not in rows]
     done = correct = refused = 0
-    with Bar(f"{doing} {title}", len(todo)) as bar, path.open("ab") as file:
-        for place, reply in engine([asks[key] for key in todo]):
+    replies = engine([asks[key] for key in todo])
+    with Bar(f"{doing} {title}", len(todo)) as bar, path.open("ab") as file, closed(replies):
+        for place, reply in replies:
             rows[todo[place]] = row = row_of(todo[place], reply)
             file.write(lines([row]))
             file.flush()
@@ -61,6 +63,16 @@ def ask_missing(
             " at the settings of the server or the data; the same command asks only these again"
         )
     return [rows[key] for key in asks]
+
+
+@contextmanager
+def closed(replies: Iterator[Any]) -> Iterator[None]:
+    """What answers gives back what it has taken, also where the caller stops or fails."""
+    try:
+        yield
+    finally:
+        if isinstance(replies, Generator):
+            replies.close()
 
 
 def lines(rows: Iterable[Row]) -> bytes:

@@ -43,7 +43,11 @@ def finals(run: Run, metrics: Mapping[str, float], inputs: Mapping[str, str], sp
         found = {f"{split}/{key}": value for key, value in {**asked, **led}.items()} | public
         for name, run_id in inputs.items():
             if name.startswith("gba/"):
-                found |= {f"{name}/{key}": v for key, v in _metrics(run, "gba", run_id).items() if _is_end(key)}
+                found |= {
+                    f"{name}/{key}": v
+                    for key, v in _metrics(run, "gba", run_id).items()
+                    if _is_end(key) or key.startswith("weight/")
+                }
         return found
     return {key: value for key, value in metrics.items() if not key.startswith(ASIDE)}
 

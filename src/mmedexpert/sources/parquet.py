@@ -37,9 +37,10 @@ def read_parquet(
     path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as {column: value}, a batch at a time; `optional` columns only where it has them.
-    None: all columns. A cell of text that is no UTF-8 is None: its row is refused, and not the file.
+    None: all columns.
 
-    Raises UserError for a file that is truncated or no Parquet file, and for one without the columns.
+    Raises UserError for a file that is truncated or no Parquet file, for one without the columns, and for one with a
+    cell that cannot be read (text that is no UTF-8, a date out of range).
     """
     try:
         file = pq.ParquetFile(path)
@@ -53,23 +54,14 @@ def read_parquet(
         wanted = names if columns is None else [*columns, *(name for name in optional if name in names)]
         try:
             for batch in file.iter_batches(batch_size=BATCH, columns=wanted):
-                yield from _rows(batch)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+                yield from batch.to_pylist()
+        except (OSError, pa.ArrowException) as error:
             raise UserError(_unreadable(path, error)) from error
-
-
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        return [{name: _cell(batch.column(name)[row]) for name in batch.schema.names} for row in range(len(batch))]
-
-
-def _cell(value: pa.Scalar) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return None
+        except (ValueError, OverflowError) as error:
+            fix = "download it again, or write it anew"
+            raise UserError(
+                f"{path} has a cell that cannot be read ({' '.join(str(error).split())[:120]}): {fix}"
+            ) from error
 
 
 def store_image(cell: Any, folder: Path) -> str:

@@ -207,11 +207,12 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
                 f"eval.specialties: {name!r} has no {asked} record in data {data.name}{suggestion(name, known)}"
             )
     searched = ["val"] if config.merge.search is not None else []
-    learned = [measured.SPLIT] if "gba" in work and learns_weights(config) else []
+    learned = [measured.SPLIT] if learns_weights(config) else []
     lacks = {name: _lacking(records, name, ["train", asked, *searched, *learned]) for name in names}
     if config.specialty.on_missing == "error":
         needed = ["train"] * bool(work & {"dsa", "gba", "own"}) + [asked] * ("own" in work)
-        needed += [*(searched if "search" in work else []), *learned]
+        needed += searched if "search" in work else []
+        needed += learned if "gba" in work and config.stage.name != "serve" else []
         for name in names:
             if splits := [split for split in lacks[name] if split in needed]:
                 known = sorted({other for record in records for other in record.specialties} - {name})
@@ -224,8 +225,9 @@ def _with_data(config: Config, data: Run, work: set[str]) -> Config:
         kept, missing = [n for n in names if not lacks[n]], [n for n in names if lacks[n]]
         if not kept:
             known = sorted({name for record in records for name in record.specialties})
+            parts_needed = " and ".join(dict.fromkeys(["train", asked, *searched, *learned]))
             raise UserError(
-                f"data {data.name} has {' and '.join(['train', asked, *searched])} records of none of the specialties "
+                f"data {data.name} has {parts_needed} records of none of the specialties "
                 f"{', '.join(names)}, but records of {', '.join(known)}: give specialty.names (data set folder "
                 f"{data.folder})"
             )

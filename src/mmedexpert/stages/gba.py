@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -127,17 +128,22 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         from mmedexpert.training.gba import rollout_stream
 
         acts = config if learned is None else _with_weights(config, weights_in(learned))
+        if config.gba.grouping == "perspective" and not any(acts.gba.weights):
+            raise UserError(
+                "no perspective pays on validation, and gba.grouping=perspective would multiply every outcome by 0: "
+                "use gba.grouping=question, or give gba.weights"
+            )
         records, image_root = records_of(data, "train", specialties)
         if hardness and settings.keep is not None:
             records = within(records, passed(hardness.folder / DIFFICULTY), settings.keep)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
-        grader = grader_of(acting_reward(config), ledger_of(config))
+        grader = grader_of(acting_reward(acts), ledger_of(config))
         judge = judge_of(config, paying) if paying else None
         encoder, policy = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
         curve = run.folder / "curve.jsonl"
         sampler = servers_of(config, start, run, encoder, records, image_root)
         sample = sampler_of(acts, policy, encoder, image_root, grader, settings.num_generations, judge, sampler=sampler)
-        with run.phase("train"):
+        with closing(sampler), run.phase("train"):
             stream = rollout_stream(
                 records, sample,
                 prompts_per_step=settings.prompts_per_step, num_iterations=settings.num_iterations, seed=config.seed,
@@ -149,8 +155,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
                 _module(config, policy, encoder), stream, folder=run.folder, title=f"gba {name}",
                 checkpoint_every=settings.checkpoint_every, logger=run.logger, **fit_options(config),
             )  # fmt: skip
-        dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
-        sampler.close()
+            dsa.save_adapter(run.folder / "update", policy, encoder, base.folder)
         if rank() > 0:
             return metrics
         parts = [*starts, LoraAdapter.load(run.folder / "update")]

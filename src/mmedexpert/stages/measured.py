@@ -6,17 +6,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
 from mmedexpert.evaluation.stats import cluster_bootstrap_ci
-from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.backbone import load_encoder
@@ -25,14 +25,14 @@ from mmedexpert.runtime.files import write_atomic
 from mmedexpert.runtime.jsonl import read_lines
 from mmedexpert.runtime.progress import Bar
 from mmedexpert.runtime.runs import Run, console
-from mmedexpert.runtime.versions import digest, text_of, versions
+from mmedexpert.runtime.versions import text_of, versions
 from mmedexpert.schema import Config, RewardConfig
 from mmedexpert.stages.common import content_of, device_of, ledger_of, loading, model_key, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.policy import policy_of, sampler_of, servers_of
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.stages.reasoner_key import acting_reward, reward_key
-from mmedexpert.training.advantages import RewardScale, followed_and_right
+from mmedexpert.stages.reasoner_key import acting_reward, instructed, reward_key
+from mmedexpert.training.advantages import followed_and_right
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import grader_of
 from mmedexpert.training.rollouts import Rollout
@@ -84,9 +84,9 @@ def learned_weights(config: Config, name: str, specialties: list[str], start: Ru
     """
     uniform = replace(config, gba=replace(config.gba, weights=[1.0] * len(PERSPECTIVES), weights_from="given"))
     settings, data = uniform.gba, dataset(config)
-    key = _key(uniform, specialties, "num_generations", "scale_rewards")
+    key = _key(uniform, specialties, "num_generations")
     key["rules"] |= versions("rubrics", "advantages", "learned_weights")
-    key["reward"] = reward_key(uniform)
+    key["reward"] = reward_key(replace(uniform, reward=replace(config.reward, weights={}, judge_weight=0.0)))
     key["guidelines"] = {part: text_of(part) for part in DATA}
 
     def work(run: Run) -> dict[str, float]:
@@ -96,11 +96,11 @@ def learned_weights(config: Config, name: str, specialties: list[str], start: Ru
         ) as sample:
             lines = _measured(
                 run.folder / FOLLOWED, ("id", "right", "adherence"), records, sample, settings.prompts_per_step,
-                config.seed, _followed,
+                config.seed, _followed, _graded,
             )  # fmt: skip
         adherence = torch.tensor([[_numbers(row) for row in line["adherence"]] for line in lines], dtype=torch.float64)
         right = torch.tensor([line["right"] for line in lines], dtype=torch.float64)
-        pays = followed_and_right(adherence, right, cast(RewardScale, settings.scale_rewards))
+        pays = followed_and_right(adherence, right)
         found = weights_of(pays.mean(0).tolist())
         clusters = [record.image_group for record in records]
         rows = {}
@@ -152,7 +152,7 @@ def _key(config: Config, specialties: list[str], *asked: str) -> dict[str, Any]:
         "sampled": {name: getattr(settings, name) for name in names},
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "rules": versions("prompts", "sampling", "rewards", config.reward.protocol),
-        "instructions": digest(instructions(config.model.instructions)),
+        "instructions": instructed(config),
         **({"sampler": "vllm"} if config.sampler.name == "vllm" else {}),
     }
 
@@ -179,9 +179,8 @@ def _sampling(
     policy = policy_of(config, base, starts).to(device_of(config))
     grader = grader_of(reward, ledger_of(config))
     sampler = servers_of(config, start, run, encoder, records, image_root)
-    with run.phase("sample"):
+    with closing(sampler), run.phase("sample"):
         yield sampler_of(config, policy, encoder, image_root, grader, completions, sampler=sampler)
-    sampler.close()
 
 
 def _measured(
@@ -192,9 +191,11 @@ def _measured(
     batch: int,
     seed: int,
     line: Line,
+    whole: Callable[[dict[str, Any]], bool] = lambda row: True,
 ) -> list[dict[str, Any]]:
-    """A line for each question, in their order; each batch is on disk before the next is sampled."""
-    kept = read_lines(path, columns)
+    """A line for each question, in their order; each batch is on disk before the next is sampled. Of those that a
+    killed run has written the `whole` ones stay."""
+    kept = [row for row in read_lines(path, columns) if whole(row)]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())  # without a line that a kill has cut
     found = {row["id"]: row for row in kept}
     parts = [list(records[first : first + batch]) for first in range(0, len(records), batch)]
@@ -224,6 +225,11 @@ def _followed(rollout: Rollout, place: int, right: list[float]) -> dict[str, Any
     """Verdicts and adherences of a question's completions; NaN, which JSON has not, as null."""
     rows = rollout.adherence[place].tolist()
     return {"right": right, "adherence": [[None if math.isnan(one) else one for one in row] for row in rows]}
+
+
+def _graded(row: dict[str, Any]) -> bool:
+    """Whether no grade is missing: a judge is asked again for those that are."""
+    return all(any(one is not None for one in scores) for scores in row["adherence"])
 
 
 def _numbers(row: Sequence[float | None]) -> list[float]:

@@ -20,7 +20,7 @@ from mmedexpert.stages.common import Base, loading
 from mmedexpert.stages.serve import served_name
 from mmedexpert.training.advantages import RewardScale
 from mmedexpert.training.grading import Grader
-from mmedexpert.training.rollouts import Guidance, Judge, Rollout, roll_out
+from mmedexpert.training.rollouts import Guidance, Judge, Rollout, assign_perspectives, roll_out
 from mmedexpert.training.sampler import IN_PROCESS, Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def servers_of(
     folder = Path(settings.adapters) if settings.adapters else run.folder / "served"
 
     def longest() -> int:
-        told = [""] if config.gba.conditioning == "free" else encoder.instructions.values()
+        gba = config.gba
+        asked = assign_perspectives(gba.weights, gba.num_generations, gba.conditioning)
+        told = [encoder.instructions[name] if name else "" for name in asked]
         instruction = max(told, key=lambda text: len(encoder.tokenizer(text)["input_ids"]))
         return max(encoder.length(record, image_root, instruction) for record in records)
 

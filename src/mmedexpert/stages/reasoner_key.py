@@ -27,9 +27,16 @@ def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
         "trainer": training_key(config),
         "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if weighted(config) else ())),
         **sampler_key(config),
-        "instructions": digest(instructions(config.model.instructions)),
+        "instructions": instructed(config),
         "guidelines": {name: text_of(name) for name in DATA} if weighted(config) else None,
     }
+
+
+def instructed(config: Config) -> str:
+    """What of the instructions decides a rollout."""
+    style = config.model.instructions
+    told = instructions(style)
+    return digest(told) if style == "small" else digest([2, told])  # 1: rollouts were asked in the small style
 
 
 def sampler_key(config: Config) -> dict[str, Any]:
@@ -44,14 +51,14 @@ def sampler_key(config: Config) -> dict[str, Any]:
 
 def acting(config: Config) -> dict[str, Any]:
     """The settings of GBA that act: where no perspective's term has weight, scale and gate act on nothing, and weights
-    on the outcomes alone that are compared by perspective."""
+    on outcomes that are compared by perspective, and on which perspectives `prompted_weighted` asks for, alone."""
     learned = config.gba.weights_from == "validation"  # which weights those are stands among the inputs
     unused = {"name", "checkpoint_every", "keep_rollouts", "weights" if learned else "weights_from"}
     unused |= {"keep"} if config.gba.keep is None else set()
     settings = {k: v for k, v in asdict(config.gba).items() if k not in unused}
     if not weighted(config):
         settings |= {"scale": 0.0, "gate": "none"}
-        if config.gba.grouping == "question":
+        if config.gba.grouping == "question" and config.gba.conditioning != "prompted_weighted":
             settings.pop("weights_from", None)
             settings["weights"] = [0.0] * len(PERSPECTIVES)
     return settings

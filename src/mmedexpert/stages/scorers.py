@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError
@@ -18,6 +19,9 @@ from mmedexpert.stages.answering import Subject, engine_of, from_folder, is_rewa
 from mmedexpert.stages.common import ledger_of
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.training.rollouts import Judge
+
+if TYPE_CHECKING:  # its library takes a second to import
+    from mmedexpert.engines.served import ServedEngine
 
 
 def subject_of(config: Config, judge: JudgeConfig, where: str) -> Subject:
@@ -46,6 +50,8 @@ def scorer_of(config: Config, judge: JudgeConfig, where: str, subject: Subject |
         return RewardScorer(reward_model_of(config, subject))
     if (told := subject.judge) is not None:
         engine = engine_of(config, subject, config.model.system_prompt)
+        if config.engine.name == "vllm":
+            cast("ServedEngine", engine).hold()
         return VerdictScorer(engine, name=subject.name, where=where, style=told["style"], ties=told["ties"])
     from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
 

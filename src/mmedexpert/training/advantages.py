@@ -106,16 +106,16 @@ def perspective_terms(
     return scale * (terms - terms.mean(1, keepdim=True))
 
 
-def followed_and_right(adherence: Tensor, right: Tensor, scale: RewardScale = "group") -> Tensor:
+def followed_and_right(adherence: Tensor, right: Tensor) -> Tensor:
     """How much more often a group's completions are right the more they follow each perspective.  # ours
 
-    p_k = mean over the completions asked of A(s_k)_i * r_i: the covariance of being right with what `perspective_terms`
-    pays for, by a standard deviation of following; 0 where all follow alike, are all right or all wrong.
+    p_k = mean over the completions asked of A(s_k)_i * (r_i - mean r): the covariance of being right with what
+    `perspective_terms` pays for, a standard deviation of following; exactly 0 where all follow alike, are all right or
+    all wrong.
 
     Args:
         adherence: `[B, G, K]` scores in [0, 1]; NaN where the perspective was not asked of the completion.
         right: `[B, G]`, 1 where the answer is right.
-        scale: how each perspective's scores are normalised, see `group_relative`.
 
     Returns:
         `[B, K]`, in [-1, 1].
@@ -125,9 +125,11 @@ def followed_and_right(adherence: Tensor, right: Tensor, scale: RewardScale = "g
     """
     if adherence.shape[:-1] != right.shape:
         raise ValueError(f"right {tuple(right.shape)} must match the [B, G] of adherence {tuple(adherence.shape)}")
-    followed = torch.stack([group_relative(scores, scale) for scores in adherence.unbind(2)], dim=2)
-    asked = (~adherence.isnan()).sum(1).clamp(min=1)
-    return (followed * right.unsqueeze(2)).sum(1) / asked
+    followed = torch.stack([group_relative(scores) for scores in adherence.unbind(2)], dim=2)
+    asked = ~adherence.isnan()
+    given = right.unsqueeze(2).where(asked, torch.nan)
+    more = torch.stack([group_relative(one, "none") for one in given.unbind(2)], dim=2)
+    return (followed * more).sum(1) / asked.sum(1).clamp(min=1)
 
 
 def within_perspectives(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmedexpert.data.record import Record
-from mmedexpert.guidelines import PERSPECTIVES, instructions
+from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.encode import Encoder, Prompt
 from mmedexpert.scoring import Protocol
@@ -186,7 +186,7 @@ def roll_out(
     per_prompt = asked.count(distinct[0]) if len({asked.count(name) for name in distinct}) == 1 else 1
     layout = distinct if per_prompt > 1 else asked
     prompts = [
-        encoder.prompt(record, image_root, instructions()[name] if name else "")
+        encoder.prompt(record, image_root, encoder.instructions[name] if name else "")
         for record in records
         for name in layout
     ]
