@@ -242,7 +242,7 @@ def _tell(rows: Mapping[str, Mapping[str, float]], questions: int) -> None:
          "pays (points per SD)": f"{100 * row['pays']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"}
         for name, row in rows.items()
     ]  # fmt: skip
-    print_table(table, f"Weights of the perspectives, from {questions} validation questions")
+    print_table(table, f"Weights from {questions} validation questions")
     if not any(row["weight"] for row in rows.values()):
         console.print(
             "[yellow]no perspective's followers are right more often: all weights are 0, which is plain GRPO[/yellow]"
