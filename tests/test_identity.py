@@ -131,7 +131,7 @@ def test_guidelines_and_rubrics_are_part_of_it(plain, outputs, monkeypatch, name
 
 
 def test_instructions_are_part_of_it(plain, outputs, monkeypatch):
-    for module in ("dsa", "reasoner_key", "measured", "merge", "grams", "distil"):
+    for module in ("dsa", "reasoner_key", "merge", "grams", "distil"):
         monkeypatch.setattr(f"mmedexpert.stages.{module}.instructions", lambda style: {"differential": f"new {style}"})
     assert {"dsa/adult_medicine", "gba/default"} <= changed(plain, outputs)
 
