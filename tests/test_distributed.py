@@ -340,6 +340,7 @@ def composed(*overrides: str) -> Any:
         (("trainer.devices=3", "gba.prompts_per_step=2"), "gba.prompts_per_step=2 leaves some of 3 devices"),
         (("trainer=fsdp", "trainer.devices=2", "trainer.precision=16-mixed"), "use bf16-mixed"),
         (("trainer.devices=0",), "trainer.devices=0 must be above 0"),
+        (("trainer=fsdp", "trainer.devices=2", "gba.dynamic_sampling=2"), "use trainer.strategy=ddp, or gba.dyn"),
     ],
 )
 def test_devices_that_do_not_fit_are_told_at_once(overrides, told):

@@ -135,3 +135,21 @@ def test_encoders_of_one_tower_share_what_they_have_seen(tiny, picture, tmp_path
     other.model.visual.patch_embed.proj.weight.mul_(2)
     another, others = encoder_of(other)
     assert not another and not others.equal(features), "another tower sees for itself"
+
+
+def test_a_completion_ends_where_the_model_says(tiny, tmp_path):
+    """Qwen's models end with <|im_end|> or <|endoftext|>, as their folders say; SFT trains the first."""
+    from mmedexpert.models.backbone import Loading, load_encoder, save_backbone
+
+    save_backbone(tmp_path, *tiny)
+    loading = Loading(
+        dtype="float32", attn_implementation="sdpa", min_pixels=784, max_pixels=3136, system_prompt=None, device="cpu"
+    )
+    first, other = (tiny[1].tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert load_encoder(tmp_path, loading).end_ids == [first]
+    told = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps(told | {"eos_token_id": [first, other]}))
+    encoder = load_encoder(tmp_path, loading)
+    assert encoder.end_ids == [first, other] and encoder.completion("so A")[-1] == first
+    (tmp_path / "generation_config.json").unlink()
+    assert load_encoder(tmp_path, loading).end_ids == [first]

@@ -20,6 +20,8 @@ from mmedexpert.guidelines.rubrics import adherence
 from mmedexpert.scoring import score_choice
 from mmedexpert.stages import gba
 from mmedexpert.stages import policy as policies
+from mmedexpert.stages.pretrain import base_of
+from mmedexpert.stages.reasoner_key import reasoner_key
 
 
 @pytest.fixture(scope="module", params=list(ARMS))
@@ -49,6 +51,14 @@ def test_the_seed_decides_which_are_asked(answering):
             with pytest.raises(InterruptedError):
                 gba.run(answering(f"seed={seed}", "gba.init=base", "gba.prompts_per_step=6"))
     assert first[0][0] != first[1][0] and first[0][1] != first[1][1]
+
+
+def test_the_policy_drops_nothing_whatever_sft_does(answering):
+    """Its log-probabilities are compared with the sampler's and the reference's."""
+    plain, dropping = answering("gba.init=base"), answering("gba.init=base", "model.lora.dropout=0.5")
+    policy = policies.policy_of(dropping, base_of(dropping), []).train()
+    assert not [one for one in policy.modules() if isinstance(one, torch.nn.Dropout) and one.p]
+    assert reasoner_key(dropping, ["x"]) == reasoner_key(plain, ["x"])
 
 
 def test_prompts_end_with_the_instruction_each_perspective_asked_alike(arm):

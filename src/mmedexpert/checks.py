@@ -161,6 +161,12 @@ def check(config: Config) -> None:
         raise UserError(f"gba.keep={gba.keep} must be two numbers in order, 0 to gba.keep_rollouts={gba.keep_rollouts}")
     if config.eval.specialties == []:
         raise UserError("eval.specialties=[] asks nothing: name specialties, or null for those of specialty")
+    devices = config.trainer.devices != 1 or config.trainer.num_nodes > 1
+    if gba.dynamic_sampling and config.trainer.strategy == "fsdp" and devices:
+        raise UserError(
+            "gba.dynamic_sampling samples again on the devices whose groups need it, and under trainer.strategy=fsdp "
+            "all have to sample together: use trainer.strategy=ddp, or gba.dynamic_sampling=0"
+        )
     if gba.dynamic_sampling and gba.scale_rewards == "batch":
         raise UserError(
             "gba.dynamic_sampling refills single groups, and gba.scale_rewards=batch would measure these against "

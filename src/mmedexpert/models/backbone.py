@@ -118,7 +118,16 @@ def load_encoder(folder: Path, loading: Loading) -> Encoder:
         raise UserError(
             f"{folder} has no chat template: add chat_template.json or chat_template.jinja from the model hub"
         )
-    return Encoder(tokenizer, images, system_prompt=loading.system_prompt, style=loading.instructions)
+    encoder = Encoder(tokenizer, images, system_prompt=loading.system_prompt, style=loading.instructions)
+    encoder.end_ids += [token for token in _ends(folder) if token not in encoder.end_ids]
+    return encoder
+
+
+def _ends(folder: Path) -> list[int]:
+    """Tokens that end a completion by the folder's own word: Qwen's models may end with <|endoftext|>, too."""
+    path = folder / "generation_config.json"
+    told = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return [told] if isinstance(told, int) else list(told or [])
 
 
 def save_backbone(folder: Path, model: PreTrainedModel, encoder: Encoder) -> None:

@@ -173,12 +173,12 @@ def model_key(config: Config) -> dict[str, Any]:
     return {**key, "attention": attention(model.attn_implementation, device_of(config))}
 
 
-def training_key(config: Config) -> dict[str, Any]:
+def training_key(config: Config, *, dropout: bool = True) -> dict[str, Any]:
     """What of the trainer's config changes a result: precision; and where dropout draws masks pass by pass, how a step
     is cut into passes and devices (elsewhere both move nothing but roundings)."""
     trainer = config.trainer
     key: dict[str, Any] = {"precision": trainer.precision}
-    if config.model.lora.dropout:
+    if dropout and config.model.lora.dropout:
         key |= {"micro_batch_tokens": trainer.micro_batch_tokens, "devices": ranks()}
     return key
 

@@ -101,7 +101,8 @@ def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
     taught, seen = _share(dsa.batch_size, setup), kept(rollouts * records)
     answer = asks.answer_tokens or width
     experts_part = _training(config, device, setup, (prompt, answer, 1, taught), kept(dsa.steps * taught))
-    update = _training(config, device, started, (prompt, width, gba.num_generations, records), seen)
+    policy = replace(started, dropout=False)
+    update = _training(config, device, policy, (prompt, width, gba.num_generations, records), seen)
     merge = told()["merge"]
     changed = sum(one.weights for one, _ in setup.lora) / 1e9
     return {

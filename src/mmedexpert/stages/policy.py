@@ -27,15 +27,19 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def policy_of(config: Config, base: Base, starts: Sequence[LoraAdapter]) -> PeftModel:
-    """The base with the start inside it, frozen, and a fresh LoRA on top."""
+def policy_of(config: Config, base: Base, starts: Sequence[LoraAdapter], *, dropout: float = 0.0) -> PeftModel:
+    """The base with the start inside it, frozen, and a fresh LoRA on top.
+
+    Without dropout, whatever `model.lora.dropout` says of SFT: an update compares log-probabilities with the sampler's,
+    the reference's or those of an update before, which dropped nothing, or something else.  # ours; TRL's DPO
+    """
     from mmedexpert.models.lean import start_from_  # lazily, as models/backbone.py says
 
     model, lora = load_model(base.folder, loading(config, trained=True)), config.model.lora
     for adapter in starts:
         start_from_(model, adapter)
     return add_lora(
-        model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
+        model, r=lora.r, alpha=lora.alpha, dropout=dropout, target_modules=lora.target_modules,
         gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.seed,
     )  # fmt: skip

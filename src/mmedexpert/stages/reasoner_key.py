@@ -21,10 +21,10 @@ def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
     return {
         "specialties": specialties,
         "gba": acting(config),
-        "lora": asdict(config.model.lora),
+        "lora": {**asdict(config.model.lora), "dropout": 0.0},
         "reward": reward_key(config),
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "trainer": training_key(config),
+        "trainer": training_key(config, dropout=False),
         "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if weighted(config) else ())),
         **sampler_key(config),
         "instructions": instructed(config),

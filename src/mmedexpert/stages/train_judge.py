@@ -57,13 +57,14 @@ def trained(config: Config) -> Run:
     pairs = [pair_of(record) for record in records]
     start = trained(replace(config, judge=replace(settings, name="sft"))) if settings.name == "dpo" else None
     steps, lr = _length(settings)
+    dropout = 0.0 if settings.name == "dpo" else config.model.lora.dropout
     acting = ["batch_size", "warmup_ratio", "weight_decay", "max_grad_norm"]
     acting += ["beta", "sft_weight"] if start else []
     key = {
         "judge": {"steps": steps, "lr": lr, **{name: getattr(settings, name) for name in acting}},
-        "lora": asdict(config.model.lora),
+        "lora": {**asdict(config.model.lora), "dropout": dropout},
         "model": model_key(config),
-        "trainer": training_key(config),
+        "trainer": training_key(config, dropout=dropout > 0),
         "rules": versions("prompts", "batches", "optimiser", "pairwise", f"judge_{settings.name}"),
         "style": None if settings.name == "scalar" else config.model.instructions,
     }
@@ -75,7 +76,7 @@ def trained(config: Config) -> Run:
             line = f"{config.pairs.name}: {left} pairs left out, see manifest.json in {source.folder}"
             console.print(f"[yellow]{line}[/yellow]", highlight=False, soft_wrap=True)
         starts = [LoraAdapter.load(start.folder / "adapter")] if start else []
-        encoder, model = load_encoder(base.folder, loading(config)), policy_of(config, base, starts)
+        encoder, model = load_encoder(base.folder, loading(config)), policy_of(config, base, starts, dropout=dropout)
         head = RewardHead(core_of(model).config.get_text_config().hidden_size, DIMENSIONS)
         module = _module(config, model, encoder, head)
         common: dict[str, Any] = {

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -178,9 +179,9 @@ class Served:
         self, model: Any, encoder: Encoder, prompts: Sequence[Prompt], each: int, found: Completions, sampling: Sampling
     ) -> None:
         """UserError where the policy and a server do not hold the same completions for about as likely; of each server
-        the completions of one prompt are read again."""
-        images = [prompt.paths or (prompt.text,) for prompt in prompts]
-        firsts = [images.index(one) for one in list(dict.fromkeys(images))[: len(self.servers.servers)]]
+        the completions of one prompt are read again, on every rank as often: sharded layers are gathered by all."""
+        images, count = [prompt.paths or (prompt.text,) for prompt in prompts], len(self.servers.servers)
+        firsts = list(islice(cycle(images.index(one) for one in list(dict.fromkeys(images))[:count]), count))
         said = found.rows()
         was_training = model.training
         model.eval()
