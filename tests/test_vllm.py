@@ -441,6 +441,22 @@ def asked(answering, stage):
     return here, found, server, own, on_start, start
 
 
+def test_an_evaluation_asks_for_room_before_its_first_question(world):
+    from mmedexpert.engines.asking import Ask
+    from mmedexpert.engines.served import ServedEngine
+
+    client = world.client()
+    client.check(8)
+    engine = ServedEngine(client, world.encoder, max_new_tokens=8)
+    asks = [Ask(str(n), "heart rate " * n, (world.root / "0.png",)) for n in (1, 200)]
+    world.servers[0].room = 300
+    assert [place for place, _ in engine(asks[:1])] == [0]
+    seen = len(world.servers[0].seen)
+    with pytest.raises(UserError, match=r"has room for 300 tokens, .*--max-model-len"):
+        list(engine(asks))
+    assert len(world.servers[0].seen) == seen
+
+
 def responses(run: Any) -> list[Any]:
     from mmedexpert.runtime.jsonl import read_lines
 

@@ -45,7 +45,11 @@ class ServedEngine:
         self.asking = Asking(max_new_tokens, temperature, encoder.end_ids, encoder.banned_ids, top_p)
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply]]:
-        """Replies window by window; questions on one image go to one server."""
+        """Replies window by window; questions on one image go to one server. UserError where servers have no room for
+        the longest."""
+        longest = max((self._length(ask) for ask in asks), default=0) + self.asking.max_new_tokens
+        if longest > (self.servers.longest or 0):
+            self.servers.check(longest)
         if self.servers.adapter or not self.adapter:
             yield from self._replies(asks)
             return
@@ -55,6 +59,12 @@ class ServedEngine:
         finally:
             if self.servers.adapter:
                 self.servers.withdraw()
+
+    def _length(self, ask: Ask) -> int:
+        try:
+            return self.encoder.length_of(ask.text, ask.images)
+        except (UserError, ValueError):  # it is refused when its turn comes
+            return 0
 
     def hold(self) -> None:
         """Let servers have the adapter from now on: for one that is asked again and again. UserError where one refuses

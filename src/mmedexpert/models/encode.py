@@ -216,10 +216,14 @@ class Encoder:
 
     def length(self, record: Record, image_root: Path, instruction: str = "") -> int:
         """How many tokens `prompt` gives; of an image the header alone is read. UserError where that cannot be."""
-        sizes = [image_size(image_root / path) for path in record.images]
+        return self.length_of(prompt_text(record, instruction), [image_root / path for path in record.images])
+
+    def length_of(self, text: str, paths: Sequence[Path]) -> int:
+        """How many tokens `chat` gives with the images at `paths`; see `length`."""
+        sizes = [image_size(path) for path in paths]
         patches = [self.image_processor.get_number_of_image_patches(height, width) for width, height in sizes]
         images = [EncodedImage(torch.tensor([1, 1, count]), None) for count in patches]
-        return len(self.chat(prompt_text(record, instruction), images).input_ids)
+        return len(self.chat(text, images).input_ids)
 
     def save_pretrained(self, folder: Path) -> None:
         """Tokenizer and image processor, as transformers loads them."""
