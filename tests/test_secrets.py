@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from commands import ROOT
+from conftest import long
 from test_openai_engine import completion
 
 from mmedexpert.engines.asking import Ask
@@ -111,7 +112,7 @@ def served(address: str, model: str = "m", user: str = f"someone:{PASSWORD}@") -
 
 
 @pytest.mark.parametrize(("model", "user", "sent"), [
-    ("m", "", ENVIRONMENT["MY_JUDGE"]), ("flaky", f"someone:{PASSWORD}@", BASIC),
+    pytest.param("m", "", ENVIRONMENT["MY_JUDGE"], marks=long), ("flaky", f"someone:{PASSWORD}@", BASIC),
 ])  # fmt: skip
 def test_a_server_that_sends_secrets_back_puts_them_nowhere(tmp_path, echo, model, user, sent):
     address, got = echo
@@ -140,6 +141,7 @@ def test_the_ledger_keeps_none_of_what_a_server_sends_back(tmp_path, echo):
     assert not found
 
 
+@long
 def test_a_sweep_and_commands_that_fail_put_them_nowhere(tmp_path, echo):
     address, _ = echo
     (tmp_path / "experiments").mkdir()

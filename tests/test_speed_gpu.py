@@ -98,6 +98,7 @@ def test_updates_and_sampling_are_plausible(results):
     assert 0 <= sampling["logp_difference_mean"] <= sampling["logp_difference_max"] < 1e-4
 
 
+@long
 @pytest.mark.slow
 def test_the_same_in_bf16_as_on_cuda(monkeypatch):
     """Weights in bf16, LoRA in fp32, under autocast: what differs from fp32 is rounding."""
