@@ -161,8 +161,7 @@ def check(config: Config) -> None:
         raise UserError(f"gba.keep={gba.keep} must be two numbers in order, 0 to gba.keep_rollouts={gba.keep_rollouts}")
     if config.eval.specialties == []:
         raise UserError("eval.specialties=[] asks nothing: name specialties, or null for those of specialty")
-    devices = config.trainer.devices != 1 or config.trainer.num_nodes > 1
-    if gba.dynamic_sampling and config.trainer.strategy == "fsdp" and devices:
+    if gba.dynamic_sampling and _sharded(config.trainer):
         raise UserError(
             "gba.dynamic_sampling samples again on the devices whose groups need it, and under trainer.strategy=fsdp "
             "all have to sample together: use trainer.strategy=ddp, or gba.dynamic_sampling=0"
@@ -230,10 +229,15 @@ def check(config: Config) -> None:
         raise UserError(f"data.root={config.data.root} is not a folder: give the folder that holds the data set")
 
 
+def _sharded(trainer: TrainerConfig) -> bool:
+    """Whether devices may have to meet in each layer."""
+    return trainer.strategy == "fsdp" and (trainer.devices != 1 or trainer.num_nodes > 1)
+
+
 def _check_passes(trainer: TrainerConfig) -> None:
     """Tokens of a pass: a number, null or auto, which needs ranks that can wait for each other between passes."""
     tokens = trainer.micro_batch_tokens
-    if tokens == "auto" and trainer.strategy == "fsdp" and (trainer.devices != 1 or trainer.num_nodes > 1):
+    if tokens == "auto" and _sharded(trainer):
         raise UserError(
             "trainer.micro_batch_tokens=auto does not go with trainer.strategy=fsdp, whose devices meet in each layer: "
             "one out of memory would leave the others waiting; give a number (stage=plan tells the largest)"

@@ -33,7 +33,7 @@ from mmedexpert.stages import dsa, merge
 from mmedexpert.stages.common import Base, content_of, fit_options, ledger_of, loading, records_of, stage_run
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.distil import distilled
-from mmedexpert.stages.measured import DIFFICULTY, difficulty, learned_weights, passed, weights_in, within
+from mmedexpert.stages.measured import DIFFICULTY, difficulty, learned_weights, passed, weights_in, with_weights, within
 from mmedexpert.stages.policy import guidance_of, policy_of, sampler_of, servers_of
 from mmedexpert.stages.pretrain import base_of
 from mmedexpert.stages.reasoner_key import acting, acting_reward, learns_weights, reasoner_key
@@ -127,7 +127,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         from mmedexpert.training.fit import fit
         from mmedexpert.training.gba import rollout_stream
 
-        acts = config if learned is None else _with_weights(config, weights_in(learned))
+        acts = config if learned is None else with_weights(config, weights_in(learned))
         if config.gba.grouping == "perspective" and not any(acts.gba.weights):
             raise UserError(
                 "no perspective pays on validation, and gba.grouping=perspective would multiply every outcome by 0: "
@@ -168,11 +168,6 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
 
     key, sources = reasoner_key(config, specialties), {"data": data}
     return stage_run(config, "gba", name, key, work, inputs, sources=sources, every_rank=True)
-
-
-def _with_weights(config: Config, weights: list[float]) -> Config:
-    """As with these weights given."""
-    return replace(config, gba=replace(config.gba, weights=weights, weights_from="given"))
 
 
 def _module(config: Config, policy: PeftModel, encoder: Encoder) -> GbaModule:

@@ -82,7 +82,7 @@ def learned_weights(config: Config, name: str, specialties: list[str], start: Ru
     `<folder>/weights.json` has them, `<folder>/followed.jsonl` the verdicts and adherences of every question. All
     perspectives are asked for. Questions that a killed run has written are not sampled again.
     """
-    uniform = replace(config, gba=replace(config.gba, weights=[1.0] * len(PERSPECTIVES), weights_from="given"))
+    uniform = with_weights(config, [1.0] * len(PERSPECTIVES))
     settings, data = uniform.gba, dataset(config)
     key = _key(uniform, specialties, "num_generations")
     key["rules"] |= versions("rubrics", "advantages", "learned_weights")
@@ -113,6 +113,11 @@ def learned_weights(config: Config, name: str, specialties: list[str], start: Ru
 
     inputs = _inputs(config, SPLIT, specialties, start)
     return stage_run(config, "weights", name, key, work, inputs, sources={"data": data})
+
+
+def with_weights(config: Config, weights: list[float]) -> Config:
+    """As with these weights given."""
+    return replace(config, gba=replace(config.gba, weights=weights, weights_from="given"))
 
 
 def weights_of(pays: Sequence[float]) -> list[float]:
