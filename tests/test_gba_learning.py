@@ -53,7 +53,7 @@ def test_sampled_answers_get_clearly_better(answering):
 
 @pytest.fixture(scope="module")
 def odd(answering):
-    """Two rollouts with half of LoRA dropped out, from the base, of a thin adapter, under bf16 and a system prompt."""
+    """Two steps from the base, of a thin adapter, where SFT would drop half of it."""
     config = answering(
         "gba.init=base", "gba.steps=2", "gba.lr=0.05", "gba.warmup_ratio=0", "model.lora.dropout=0.5",
         "model.lora.r=2", "model.lora.alpha=6", "model.lora.target_modules='.*layers.1.*(q_proj|down_proj)'",
@@ -65,7 +65,7 @@ def odd(answering):
     return config, run, seen
 
 
-def test_dropout_acts_in_the_update_and_never_while_sampling(odd):
+def test_what_sft_drops_is_dropped_neither_in_the_update_nor_while_sampling(odd):
     config, run, seen = odd
     plain = Plain(config.model.name_or_path, load_records(dataset(config).folder)[1])
     weights, records, rollout = seen[1]  # the adapter is no longer zero
@@ -80,7 +80,7 @@ def test_dropout_acts_in_the_update_and_never_while_sampling(odd):
     )
     logps = plain.logps(plain.changed(update), asked, rollout.completions, banned=banned)
     torch.testing.assert_close(rollout.sampling_logps, logps, rtol=1e-3, atol=1e-3)
-    assert run.metrics["sampling/sampling_logp_difference/mean"] > 1e-3  # 1e-6 without dropout
+    assert run.metrics["sampling/sampling_logp_difference/mean"] < 1e-4  # 1e-2 with dropout
     assert sum(float(d.norm()) for d in update.values()) > 0.1
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
+from test_config import composed
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmedexpert.errors import UserError
@@ -88,6 +90,30 @@ def test_weights_lora_and_moments_are_what_is_allocated(policy):
     assert plan.gradient_bytes == size(p.grad for p in trained)
     optimizer.step()
     assert plan.state_bytes == size(t for state in optimizer.state.values() for t in state.values())
+
+
+def test_a_teacher_is_the_base_with_every_experts_adapter(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    teacher = PeftModel.from_pretrained(copy.deepcopy(policy.unload()), tmp_path, adapter_name="one")
+    for name in ("two", "three"):
+        teacher.load_adapter(tmp_path, adapter_name=name)
+    assert stage.teacher_bytes(setup_of(teacher), 3) == sum(p.nbytes for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("merge", ["caci", "ties"])
+def test_distillation_holds_both_models_and_the_merge(merge):
+    """Of a merge on factors these, of another its rows; nothing where a merge is rounded into the weights."""
+    seven = ("stage=plan", "model=qwen2_5_vl_7b", f"merge={merge}", "merge.distil_steps=9", "plan.card=h100")
+    found = {}
+    for more in ("merge.exact=true", "merge.exact=false"):
+        config = composed(*seven, more)
+        setup = stage.setup_of(config)
+        found[more] = stage.parts(config, stage.card_of(config), setup)["distil"]
+        assert found[more].times == 9 and found[more].held["teacher"] > stage.teacher_bytes(setup, 4)
+    added = found["merge.exact=true"].total - found["merge.exact=false"].total
+    rows = 2 * sum(one.weights for one, _ in setup.lora)
+    assert added == pytest.approx(5 * setup.lora_parameters * 2 if merge == "caci" else rows, rel=0.01)
+    assert "distil" not in stage.parts(composed(*seven, "merge.distil_steps=0"), H100, setup)
 
 
 def test_caches_hold_what_sampling_allocates(policy, tiny, picture, monkeypatch):
@@ -266,8 +292,6 @@ def test_the_constants_come_from_one_row_each():
 
 
 def told(capsys, *overrides):
-    from test_config import composed
-
     stage.run(composed("stage=plan", *overrides))
     return capsys.readouterr().out
 
@@ -285,7 +309,7 @@ def test_every_model_has_a_plan(capsys, model, monkeypatch):
 def test_what_does_not_fit_is_told(capsys, tmp_path):
     seven = ("model=qwen2_5_vl_7b", "plan.card=rtx4090", "trainer.precision=bf16-mixed")
     (fits,) = (line.split() for line in told(capsys, *seven).splitlines() if "fits in" in line)
-    assert fits == ["fits", "in", "22.4", "NO", "NO", "NO", "NO", "-"]
+    assert fits == ["fits", "in", "22.4", "NO", "NO", "NO", "NO", "-", "NO"]
     more = told(capsys, *seven, "plan.memory_gib=70")
     assert "fits in 70.0" in more and "NO" not in more
     with pytest.raises(UserError, match=r"plan.card=rtx409 is not known.*rtx4090"):

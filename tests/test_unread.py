@@ -104,7 +104,8 @@ def test_every_key_of_the_schema_is_read_somewhere():
     read |= {("BenchmarkConfig", "pairs")}  # of each benchmark in a loop
     read |= {("PairsConfig", part) for part in ("train", "val")}  # by name, in stages/train_judge.py
     # conf/dsa, conf/gba, conf/engine: rates, steps and sizes come with the model
-    read |= {("ModelConfig", key) for key in ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams", "eval_batch_size")}
+    by_model = ("dsa_lr", "dsa_steps", "gba_lr", "gba_steps", "grams", "exact_merge", "eval_batch_size")
+    read |= {("ModelConfig", key) for key in by_model}
     assert wanted - read == UNREAD
 
 

@@ -45,8 +45,9 @@ POSITIVE = (
     "judge.lr",
     "judge.max_grad_norm", "judge.checkpoint_every", "judge.max_new_tokens", "judge.dpo_steps", "judge.dpo_lr",
     "judge.beta", "eval.best_of", "eval.top_p", "eval.picker.concurrency", "eval.picker.timeout_s",
-    "eval.picker.max_new_tokens", "sampler.concurrency", "sampler.timeout_s", "sampler.patience_s",
-    "sampler.truncate_at", "sampler.mask_above", "plan.questions", "plan.text_tokens",
+    "eval.picker.max_new_tokens", "engine.endpoint.max_new_tokens", "sampler.concurrency",
+    "sampler.timeout_s", "sampler.patience_s", "sampler.truncate_at", "sampler.mask_above", "plan.questions",
+    "plan.text_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "plan.images",

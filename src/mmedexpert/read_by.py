@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmedexpert.names import BASELINES
 from mmedexpert.schema import Config, SamplerConfig
-from mmedexpert.schema_data import EndpointConfig
+from mmedexpert.schema_data import AnsweringConfig
 
 TRAINED = ("pretrain", "dsa", "gba", "judge")
 # what stage=plan does not read of dsa and gba
@@ -41,6 +41,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "model.gba_lr": ("gba",),
     "model.gba_steps": ("gba", "plan"),
     "model.grams": ("caci",),
+    "model.exact_merge": ("caci", "plan"),
     "pretrain": ("pretrain",),
     "data": ("data",),
     "dsa": ("dsa", "plan"),
@@ -50,7 +51,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **{f"gba.{key}": ("gba",) for key in (*_OF_A_STEP, *_OF_ROLLOUTS)},
     "sampler": ("gba",),
     "reward": ("gba",),
-    "merge": ("caci",),
+    "merge": ("caci", "plan"),
+    **{f"merge.{key}": ("caci",) for key in ("search", "lora_rank", "grams", "gram_records", "distil_on_policy")},
     "pairs": ("judge",),
     "judge": ("judge",),
     "protocol": ("eval", "search", "judge"),
@@ -178,7 +180,8 @@ RULES = (
     ),
     Rule(
         ("eval.models", "engine.batch_size", "model.name_or_path", "model.revision", "model.dtype",
-         "model.attn_implementation", "model.min_pixels", "model.max_pixels"), _served,
+         "model.attn_implementation", "model.min_pixels", "model.max_pixels", "model.max_new_tokens",
+         "model.instructions"), _served,
         "engine=openai asks the one model of the server, engine.endpoint.model={config.engine.endpoint.model}",
         ("engine",),
     ),
@@ -191,7 +194,7 @@ RULES = (
         "engine={config.engine.name} asks no vLLM servers: add engine=vllm", ("engine",),
     ),
     Rule(
-        tuple(f"engine.endpoint.{one.name}" for one in fields(EndpointConfig) if one.name not in OF_VLLM),
+        tuple(f"engine.endpoint.{one.name}" for one in fields(AnsweringConfig) if one.name not in OF_VLLM),
         lambda c, _: c.engine.name == "vllm", "engine=vllm asks engine.base_urls: only " + ", ".join(OF_VLLM),
         ("engine",),
     ),
@@ -297,11 +300,6 @@ RULES = (
         ("eval.contamination", "eval.perspectives"),
         lambda c, work: pairs_alone(c, work) and not work & {"dsa", "gba", "own"},
         "pairs of answers are judged without it", ("benchmark",),
-    ),
-    Rule(
-        ("model.instructions",),
-        lambda c, work: _served(c, work) and pairs_alone(c, work) and not work & {"dsa", "gba", "own"},
-        "a served judge of pairs of answers is asked in full", ("engine", "benchmark"),
     ),
     Rule(
         ("gba.keep_rollouts",), lambda c, _: c.gba.keep is None,

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mmedexpert.schema_data import DataConfig, EndpointConfig
+from mmedexpert.schema_data import AnsweringConfig, DataConfig, EndpointConfig
 
 
 @dataclass
@@ -66,6 +66,7 @@ class ModelConfig:
     gba_lr: float = MISSING
     gba_steps: int = MISSING
     grams: str = "span"
+    exact_merge: bool = True
     lora: LoraSettings = field(default_factory=LoraSettings)
     architecture: ArchitectureConfig | None = None
     shipped: str | None = None
@@ -133,11 +134,10 @@ class GbaConfig:
 
 
 @dataclass
-class JudgeConfig(EndpointConfig):
+class JudgeConfig(AnsweringConfig):
     """A server whose model grades completions, or a judge that `stage=judge` trained, and what it is shown of them."""
 
     run: str | None = None
-    max_new_tokens: int = 1024
     shows_images: bool = True
     shows_answer: bool = False
 
@@ -158,6 +158,7 @@ class MergeConfig:
     method: dict[str, Any] | None = None
     search: Any = None  # a dictionary or null: Hydra merges none of a command into a null that is typed as one
     lora_rank: int | None = None
+    exact: bool = MISSING
     grams: str | None = None
     gram_records: int = MISSING
     distil_steps: int = MISSING
@@ -199,7 +200,7 @@ class EngineConfig:
     name: str = MISSING
     batch_size: int = 64
     base_urls: list[str] = field(default_factory=list)
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    endpoint: AnsweringConfig = field(default_factory=AnsweringConfig)
 
 
 @dataclass

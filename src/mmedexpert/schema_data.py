@@ -36,11 +36,17 @@ class EndpointConfig:
 
 
 @dataclass
-class AskedConfig(EndpointConfig):
+class AnsweringConfig(EndpointConfig):
+    """A server whose model answers, and how long an answer may get."""
+
+    max_new_tokens: int = 1024
+
+
+@dataclass
+class AskedConfig(AnsweringConfig):
     """A model that a step of the funnel asks: the one at an address, or with `local` the command's own."""
 
     local: bool = False
-    max_new_tokens: int = 1024
 
 
 @dataclass

@@ -55,7 +55,7 @@ def linear(deltas: Sequence[Tensor], weights: Sequence[float] | None = None) -> 
     return (w * torch.stack(list(deltas))).sum(0) / w.sum()
 
 
-declare(linear, "deltas")
+declare(linear, "deltas", sums=True)
 
 
 def task_arithmetic(
@@ -65,7 +65,7 @@ def task_arithmetic(
     return scaling * (weights_like(deltas, weights, normalize=False) * torch.stack(list(deltas))).sum(0)
 
 
-declare(task_arithmetic, "deltas", scalings=("scaling",))
+declare(task_arithmetic, "deltas", scalings=("scaling",), sums=True)
 
 
 def dare_linear(

@@ -22,13 +22,14 @@ class MergeRule:
     are merged, each a keyword of the rule: `thresholds`, `norms`, `counts`, with `place` the tensor's `name` and the
     block's `first_row`, with `grams` those of each expert's inputs and whether they are `spanned` (`grams.Grams`).
     bands: a threshold is a pair (low, high). scalings: the keywords in which the result is linear, so that a search
-    merges once for all of them.
+    merges once for all of them. sums: whether it is a weighted sum, whose rank is at most that of the updates together.
     """
 
     takes: Takes
     measures: tuple[Measure, ...] = ()
     bands: bool = False
     scalings: tuple[str, ...] = ()
+    sums: bool = False
 
     @property
     def low_rank(self) -> bool:
@@ -42,10 +43,15 @@ class MergeRule:
 
 
 def declare(
-    function: Method, takes: Takes, *measures: Measure, bands: bool = False, scalings: tuple[str, ...] = ()
+    function: Method,
+    takes: Takes,
+    *measures: Measure,
+    bands: bool = False,
+    scalings: tuple[str, ...] = (),
+    sums: bool = False,
 ) -> None:
     """Make a function a merge rule; see `MergeRule`. (Decorated functions would be skipped by mutation tools.)"""
-    vars(function)["rule"] = MergeRule(takes, measures, bands, scalings)
+    vars(function)["rule"] = MergeRule(takes, measures, bands, scalings, sums)
 
 
 def declared(method: Method) -> MergeRule:

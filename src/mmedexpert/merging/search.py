@@ -15,6 +15,7 @@ from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.sparsify import Threshold
 from mmedexpert.merging.stream import Stream, Update
 from mmedexpert.models.deltas import add_delta
+from mmedexpert.models.lean import shift_, unshift_
 
 Point = dict[str, Any]  # parameter of a rule to its value
 Found = dict[tuple[Any, ...], Threshold]
@@ -39,8 +40,12 @@ def merged_in_place(
     method: functools.partial[Any],
     points: Sequence[Point],
     grams: Grams | None = None,
+    *,
+    exact: bool = False,
 ) -> Iterator[Point]:
     """Give a loaded base the merge of each point in turn, and yield the point; at the end the base is as it was.
+
+    With `exact`, weights in 16 bits keep the merge beside them (`lean.shift_`); summed in, it would be rounded away.
 
     Rules are linear in their scalings, so a merge is sum_j scaling_j * part_j. The parts (fp32, beside the model in
     memory, as many as the rule has scalings) are computed once for all points that follow one another and share the
@@ -63,17 +68,24 @@ def merged_in_place(
                 parts = {name: _whole(stream, name, max(1, len(scalings))) for name in touched}
             if unknown := parts.keys() - parameters.keys():
                 raise ValueError(f"the model has no parameter {min(unknown)}")
-            before = before or {name: parameters[name].detach().to("cpu", copy=True) for name in parts}
+            beside = {name for name in parts if exact and parameters[name].element_size() == 2}
+            before = before or {name: parameters[name].detach().to("cpu", copy=True) for name in parts.keys() - beside}
             for point in same:
                 factors = [float((method.keywords | point)[name]) for name in scalings] or [1.0]
                 for name, part in parts.items():
                     delta = sum(factor * piece for factor, piece in zip(factors, part, strict=True))
                     assert isinstance(delta, Tensor)
-                    parameters[name].copy_(add_delta(before[name], delta.view(before[name].shape), name))
+                    delta = delta.view(parameters[name].shape)
+                    if name in beside:
+                        shift_(model.get_submodule(name.removesuffix(".weight")), delta)
+                    else:
+                        parameters[name].copy_(add_delta(before[name], delta, name))
                 yield point
     finally:
         for name, weight in before.items():
             parameters[name].copy_(weight)
+        for module in model.modules():
+            unshift_(module)
 
 
 class _CachedStream(Stream):

@@ -22,6 +22,8 @@ from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.select import RadixSelect
 from mmedexpert.merging.sparsify import Threshold, keep, kept_ranks
 from mmedexpert.models.adapters import CONFIG, LoraAdapter, Trained
+from mmedexpert.models.dense import FILE as DENSE
+from mmedexpert.models.dense import update_in
 
 BLOCK = 2**19  # ours: entries of all deltas together in one block of rows, 2 MB in fp32
 
@@ -41,9 +43,9 @@ class Update(Trained, Protocol):
 
 
 def load_update(folder: str | Path, base_folder: str | Path) -> Update:
-    """A folder with an adapter_config.json as a LoRA adapter, any other as a whole model; UserError if neither."""
-    if (Path(folder) / CONFIG).exists():
-        return LoraAdapter.load(folder)
+    """A folder's LoRA adapter, its update row by row, or its whole model; UserError if it has none of them."""
+    if any((Path(folder) / file).exists() for file in (CONFIG, DENSE)):
+        return update_in(folder)
     return FullWeights.load(folder, base_folder)
 
 
@@ -78,6 +80,7 @@ class Stream:
         parameters = inspect.signature(method).parameters
         self.options = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         self.low_rank = self.rule.low_rank
+        self.factored = self.low_rank or (self.rule.sums and all(isinstance(u, LoraAdapter) for u in updates))
         self.names = list(dict.fromkeys(name for update in updates for name in update.shapes))
         whole = [str(update.folder) for update in updates if not isinstance(update, LoraAdapter)]
         if self.low_rank and whole:
@@ -113,9 +116,10 @@ class Stream:
         return any(self._touched(name))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """What a rule on factors merges a tensor to: A [r, in] and B [out, r]; for such rules only.
+        """What a tensor is merged to, as A [r, in] and B [out, r], where the stream is `factored`.
 
-        The rule gets rank 0 from an adapter that does not target the tensor.
+        Of a rule on factors its result, of a sum of adapters theirs side by side. An adapter that does not target the
+        tensor has rank 0 there.
         """
         rows, columns = self.shape(name)
         none = (torch.zeros(0, columns), torch.zeros(rows, 0))
@@ -123,6 +127,12 @@ class Stream:
             update.scaled_factors(name) if isinstance(update, LoraAdapter) and name in update.shapes else none
             for update in self.updates
         ]
+        if not self.low_rank:
+            zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+            units = [[one if place == i else zero for place in range(len(pairs))] for i in range(len(pairs))]
+            shares = [float(self._call(name, unit)) for unit in units]  # what a sum makes of each update alone
+            downs, ups = zip(*pairs, strict=True)
+            return torch.cat(downs), torch.cat([share * up for share, up in zip(shares, ups, strict=True)], 1)
         seen = {} if self.grams is None else {"grams": self.grams.of(name), "spanned": self.grams.spanned}
         return self._call(name, pairs, **seen)
 

@@ -28,11 +28,33 @@ def add_delta(weight: Tensor, delta: Tensor, name: str) -> Tensor:
     return merged
 
 
+def rounded(weight: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, float]:
+    """Squared norms of a delta, and of what rounding weight + delta to `merged` has changed it by."""
+    changed = merged.float() - weight.float() - delta
+    return float(torch.linalg.vector_norm(delta)) ** 2, float(torch.linalg.vector_norm(changed)) ** 2
+
+
+def share(parts: Iterable[tuple[float, float]]) -> float | None:
+    """What rounding has changed, of all that `rounded` told: a share of the squared norm; None of nothing."""
+    whole, changed = 0.0, 0.0
+    for part in parts:
+        whole, changed = whole + part[0], changed + part[1]
+    return changed / whole if whole else None
+
+
 @torch.no_grad()
-def apply_deltas_(model: torch.nn.Module, deltas: Iterable[tuple[str, Tensor]]) -> None:
-    """Add each (parameter name, delta) to a model in place; ValueError for a name the model has not."""
+def apply_deltas_(model: torch.nn.Module, deltas: Iterable[tuple[str, Tensor]]) -> float | None:
+    """Add each (parameter name, delta) to a model in place; ValueError for a name the model has not.
+
+    Returns what rounding to 16 bits changes, see `share`; None where no weight has 16 bits.
+    """
+    lost = []
     parameters = dict(model.named_parameters())
     for name, delta in deltas:
         if name not in parameters:
             raise ValueError(f"the model has no parameter {name}")
-        parameters[name].copy_(add_delta(parameters[name], delta, name))
+        merged = add_delta(parameters[name], delta, name)
+        if merged.element_size() == 2:
+            lost.append(rounded(parameters[name], delta.to(merged.device), merged))
+        parameters[name].copy_(merged)
+    return share(lost)

@@ -1,4 +1,4 @@
-"""Layers of a backbone that do the same with less: patches, LoRA, and a start that 16 bits cannot take in."""
+"""Layers of a backbone that do the same with less: patches, LoRA, and updates that 16 bits cannot take in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.backbone import core_of
 from mmedexpert.models.deltas import apply_deltas_
+from mmedexpert.models.dense import DenseUpdate
 
 
 class PatchProjection(nn.Conv3d):
@@ -42,9 +43,9 @@ class LeanLora(lora.Linear):
 
 
 class StartedLinear(nn.Linear):
-    """A frozen linear layer in 16 bits and the LoRA that training starts from, kept as factors beside it.
+    """A frozen linear layer in 16 bits and a LoRA, kept as factors beside it.
 
-    Summed into a bf16 weight most of the start would be lost: its entries lie below the weights' rounding step.
+    Summed into a bf16 weight most of it would be lost: its entries lie below the weights' rounding step.
     """
 
     start_A: Tensor
@@ -57,24 +58,52 @@ class StartedLinear(nn.Linear):
         return torch.addmm(out.flatten(0, -2), low, self.start_B.t()).view_as(out)
 
 
+class ShiftedLinear(nn.Linear):
+    """A frozen linear layer in 16 bits and an update of any rank beside it, for what `StartedLinear` tells."""
+
+    shift: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]: W x + D x."""
+        out = F.linear(input, self.weight, self.bias)
+        return torch.addmm(out.flatten(0, -2), input.flatten(0, -2), self.shift.t()).view_as(out)
+
+
 @torch.no_grad()
-def start_from_(model: nn.Module, start: LoraAdapter) -> None:
-    """Let a model start from an adapter, in place and frozen: what is then trained on it, and saved beside it, is the
+def start_from_(model: nn.Module, start: LoraAdapter | DenseUpdate) -> None:
+    """Let a model start from an update, in place and frozen: what is then trained on it, and saved beside it, is the
     policy that was sampled, at any dtype.
 
-    fp32 weights take the update in (rounding 2^-24); 16-bit weights keep its factors in their own dtype, as LoRA
-    layers compute. UserError for factors that are not finite.
+    fp32 weights take the update in (rounding 2^-24); 16-bit weights keep its factors or rows in their own dtype, as
+    LoRA layers compute. UserError for values that are not finite.
     """
-    for name in start.modules:
+    for name in start.shapes:
         module = model.get_submodule(name.removesuffix(".weight"))
         weight: Any = module.weight
         if weight.dtype == torch.float32:
             apply_deltas_(model, [(name, start.delta(name))])
-            continue
-        assert type(module) is nn.Linear, f"{name} is {type(module)}"
-        module.__class__ = StartedLinear
-        for key, factor in zip(("start_A", "start_B"), start.scaled_factors(name), strict=True):
-            module.register_buffer(key, factor.to(weight.device, weight.dtype), persistent=False)
+        elif isinstance(start, DenseUpdate):
+            shift_(module, start.delta(name))
+        else:
+            assert type(module) is nn.Linear, f"{name} is {type(module)}"
+            module.__class__ = StartedLinear
+            for key, factor in zip(("start_A", "start_B"), start.scaled_factors(name), strict=True):
+                module.register_buffer(key, factor.to(weight.device, weight.dtype), persistent=False)
+
+
+def shift_(module: nn.Module, delta: Tensor) -> None:
+    """Put an update [out, in] beside a linear layer's weight, in its dtype and in the place of one that was there."""
+    assert type(module) in (nn.Linear, ShiftedLinear), f"an update of {type(module)}"
+    weight: Any = module.weight
+    module.__class__ = ShiftedLinear
+    module.register_buffer("shift", delta.to(weight.device, weight.dtype), persistent=False)
+
+
+def unshift_(module: nn.Module) -> None:
+    """Take the update of `shift_` away."""
+    if isinstance(module, ShiftedLinear):
+        del module.shift
+        module.__class__ = nn.Linear  # type: ignore[assignment]  # back to what it was
 
 
 def streamline(model: Any) -> None:

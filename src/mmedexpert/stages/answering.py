@@ -14,9 +14,11 @@ from mmedexpert.engines.asking import Engine
 from mmedexpert.engines.transformers import TransformersEngine
 from mmedexpert.errors import UserError
 from mmedexpert.judging.reward_model import RewardModel
-from mmedexpert.models.adapters import LoraAdapter, check_compatible
+from mmedexpert.models.adapters import CONFIG, check_compatible
 from mmedexpert.models.backbone import load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_model, read_json
+from mmedexpert.models.dense import FILE as DENSE
+from mmedexpert.models.dense import DenseUpdate, update_in
 from mmedexpert.models.encode import Encoder
 from mmedexpert.models.reward_head import FILE as HEAD
 from mmedexpert.models.reward_head import RewardHead
@@ -27,17 +29,18 @@ from mmedexpert.schema import Config
 from mmedexpert.stages.common import Base, loading, model_key
 from mmedexpert.stages.pretrain import base_of
 
+PARTS = ("exact", "model", "adapter")  # of a run's folder, what is asked first
 JUDGE = "judge.json"  # beside the adapter of a trained judge: what kind it is
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked: a model folder with or without an adapter, a served model, or a baseline of `names.BASELINES`."""
+    """What is asked: a model folder with or without an update, a served model, or a baseline of `names.BASELINES`."""
 
     name: str
     identity: str
     folder: Path | None = None
-    adapter: Path | None = None
+    adapter: Path | None = None  # or, of a merge that no adapter holds, its rows (`models/dense.py`)
     baseline: str | None = None
     made_by: Run | None = None  # the run that made it; none of a base or a folder
     judge: Mapping[str, Any] | None = None  # of a trained judge: its `judge.json`
@@ -50,11 +53,11 @@ class Subject:
 
 def from_folder(folder: Path, base: Base) -> Subject:
     """A merged or adapter run, a PEFT folder or a model folder."""
-    inner = next((folder / part for part in ("model", "adapter") if (folder / part).is_dir()), folder)
+    inner = next((folder / part for part in PARTS if (folder / part).is_dir()), folder)
     name = folder.name if inner == folder else folder.name.rpartition("-")[0]
-    if not (inner / "adapter_config.json").is_file():
+    if not any((inner / file).is_file() for file in (CONFIG, DENSE)):
         return Subject(name, fingerprint_model(inner), inner)
-    adapter = LoraAdapter.load(inner)
+    adapter = update_in(inner)
     check_compatible([adapter], base.folder)
     judge, identity = judge_in(inner), f"{adapter.fingerprint}@{base.identity}"
     if judge is not None:
@@ -111,14 +114,14 @@ def engine_of(
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": config.seed} if temperature else {}
     if is_reward_model(subject):
         raise UserError(f"{subject.name} scores answers and gives none: ask it of pairs, benchmark=phantom_pairs")
+    longest = longest_reply(config, subject)
     if subject.served:
         from mmedexpert.engines.openai import engine_of as server  # its library takes two seconds to import
 
         return server(
             config.engine.endpoint, "engine.endpoint", system_prompt=system_prompt or "",
-            max_new_tokens=config.model.max_new_tokens, **drawn,
+            max_new_tokens=longest, **drawn,
         )  # fmt: skip
-    longest = longest_reply(config, subject)
     if config.engine.name == "vllm":
         return _served(config, subject, system_prompt, longest, drawn)
     model, encoder = _loaded(config, subject, system_prompt)
@@ -133,7 +136,8 @@ def _served(
     from mmedexpert.engines.vllm import Servers
     from mmedexpert.stages.serve import adapters_of
 
-    if subject.folder is None or (subject.adapter is None and subject.folder != base_of(config).folder):
+    rows = subject.adapter is not None and (subject.adapter / DENSE).is_file()
+    if subject.folder is None or rows or (subject.adapter is None and subject.folder != base_of(config).folder):
         raise UserError(
             f"{subject.name} is a whole model, and engine=vllm has one base with adapters: serve its folder and ask it "
             "with engine=openai, or use engine=transformers"
@@ -154,7 +158,16 @@ def _served(
 
 def longest_reply(config: Config, subject: Subject) -> int:
     """The most tokens of an answer: a trained judge's verdicts take what it was trained with."""
-    return int(subject.judge["max_new_tokens"]) if subject.judge is not None else config.model.max_new_tokens
+    if subject.judge is not None:
+        return int(subject.judge["max_new_tokens"])
+    return config.engine.endpoint.max_new_tokens if subject.served else config.model.max_new_tokens
+
+
+def style_of(config: Config, subject: Subject) -> str:
+    """The wording of instructions; a served model, whatever `model` is here, and a trained judge have their own."""
+    if subject.judge is not None:
+        return str(subject.judge["style"])
+    return "full" if subject.served else config.model.instructions
 
 
 def is_reward_model(subject: Subject) -> bool:
@@ -176,8 +189,12 @@ def _loaded(config: Config, subject: Subject, system_prompt: str | None) -> tupl
     encoder.system_prompt = system_prompt
     from peft import PeftModel  # lazily, as models/backbone.py says
 
-    from mmedexpert.models.lean import streamline
+    from mmedexpert.models.lean import start_from_, streamline
 
-    answering = PeftModel.from_pretrained(model, subject.adapter) if subject.adapter else model
-    streamline(answering)
+    answering: Any = model
+    if subject.adapter and (subject.adapter / DENSE).is_file():
+        start_from_(model, DenseUpdate.load(subject.adapter))
+    elif subject.adapter:
+        answering = PeftModel.from_pretrained(model, subject.adapter)
+        streamline(answering)
     return answering.requires_grad_(False), encoder

@@ -21,7 +21,9 @@ from mmedexpert.errors import UserError, suggestion
 from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import grid_points
 from mmedexpert.merging.stream import call_method
+from mmedexpert.models.adapters import CONFIG
 from mmedexpert.models.checkpoint import weight_files
+from mmedexpert.models.dense import FILE as DENSE
 from mmedexpert.models.reward_head import RewardHead
 from mmedexpert.names import JUDGES, known_names, reasoner_names
 from mmedexpert.runtime.build import build, check
@@ -30,7 +32,7 @@ from mmedexpert.runtime.runs import Run, console
 from mmedexpert.schema import Config
 from mmedexpert.schema_data import EndpointConfig
 from mmedexpert.stages import benchmark, measured, train_judge
-from mmedexpert.stages.answering import JUDGE, judge_in
+from mmedexpert.stages.answering import JUDGE, PARTS, judge_in
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.pretrain import found
 from mmedexpert.stages.reasoner_key import learns_weights
@@ -172,8 +174,8 @@ def _check_models(config: Config) -> None:
             raise UserError(
                 f"eval.models: {name!r} is neither a folder nor a model of this pipeline{suggestion(name, known)}"
             )
-        places = [Path(name), *(Path(name) / part for part in ("model", "adapter"))]
-        if not any((place / file).is_file() for place in places for file in ("config.json", "adapter_config.json")):
+        places = [Path(name), *(Path(name) / part for part in PARTS)]
+        if not any((place / file).is_file() for place in places for file in ("config.json", CONFIG, DENSE)):
             raise UserError(
                 f"eval.models: {name} holds neither a model (config.json) nor an adapter (adapter_config.json)"
             )
@@ -253,7 +255,9 @@ def _check_space(config: Config, base: Path) -> None:
     """A warning, because a merge that is finished already needs no space."""
     outputs = Path(config.paths.outputs)
     outputs.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(file.stat().st_size for file in weight_files(base)), shutil.disk_usage(outputs).free
+    copies = (2 if config.merge.exact else 1) * (2 if config.merge.distil_steps else 1)  # at most
+    needed = copies * sum(file.stat().st_size for file in weight_files(base))
+    free = shutil.disk_usage(outputs).free
     if free < needed and rank() == 0:
         console.print(
             f"[yellow]the merged model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {outputs}: "

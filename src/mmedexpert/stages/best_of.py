@@ -27,7 +27,15 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, write_json
 from mmedexpert.runtime.versions import rule_followed_by, versions
 from mmedexpert.schema import Config
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, is_reward_model, longest_reply, tell_kept
+from mmedexpert.stages.answering import (
+    Subject,
+    answering_key,
+    engine_of,
+    is_reward_model,
+    longest_reply,
+    style_of,
+    tell_kept,
+)
 from mmedexpert.stages.common import model_key, stage_run, together
 from mmedexpert.stages.questions import QuestionSource, protocol_of, system_prompt_of, words_of
 from mmedexpert.stages.scorers import loaded_late, scorer_of, subject_of
@@ -73,7 +81,7 @@ def run(
 def _samples(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's samples of one question set."""
     settings, questions, protocol = config.eval, asked.questions, protocol_of(config, asked)
-    asks = asks_of(questions, protocol=protocol, perspectives=settings.perspectives, style=config.model.instructions)
+    asks = asks_of(questions, protocol=protocol, perspectives=settings.perspectives, style=style_of(config, subject))
     prompt = system_prompt_of(config, protocol)
     key = {
         "asked": words_of(asks), "engine": config.engine.name, "count": settings.best_of,

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from mmedexpert.guidelines import instructions
 from mmedexpert.merging.apply import merge_adapters
-from mmedexpert.merging.methods import linear
+from mmedexpert.merging.methods import task_arithmetic
 from mmedexpert.models.adapters import LoraAdapter
 from mmedexpert.models.backbone import add_lora, load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base
+from mmedexpert.models.dense import update_in
 from mmedexpert.reporting.cards import write_card
 from mmedexpert.runtime.runs import Run, clean
 from mmedexpert.runtime.versions import digest, versions
@@ -27,6 +28,7 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.dsa import licences, save_adapter, save_sum
+from mmedexpert.stages.merge import tell_rounding
 from mmedexpert.stages.pretrain import base_of
 
 if TYPE_CHECKING:
@@ -35,11 +37,14 @@ if TYPE_CHECKING:
 
 def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
     """The merged model after `merge.distil_steps` steps under its experts, in `<folder>/model`; what it learnt is the
-    adapter in `<folder>/update`, and with a merge that is an adapter, too, both as one in `<folder>/adapter`.
+    adapter in `<folder>/update`, and with a merge that is an adapter, too, both as one in `<folder>/adapter`. With
+    `merge.exact` it is taught on the base and the merge that is not rounded, and `<folder>/exact` is both as one.
 
     Learning rate, batch and the like are those of DSA, and the LoRA is the model's. # ours
     """
     base, data, settings, lora = base_of(config), dataset(config), config.dsa, config.model.lora
+    exact = config.merge.exact
+    taught = base.folder if exact else merged.folder / "model"  # beside it, the merge
     steps, on_policy = config.merge.distil_steps, config.merge.distil_on_policy
     names = config.specialty.names
     key: dict[str, Any] = {
@@ -52,20 +57,24 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
         "rules": versions("prompts", "batches", "optimiser", "distil", *(("sampling",) if on_policy else ())),
         "instructions": digest(instructions(config.model.instructions)),
     }
+    if exact:
+        key["exact"] = True
     if on_policy:
         key["model"]["max_new_tokens"] = config.model.max_new_tokens
 
     def work(run: Run) -> dict[str, float]:
+        from mmedexpert.models.lean import start_from_  # lazily, as models/backbone.py says
         from mmedexpert.training.distil import DistilModule, completer, lesson_stream  # Lightning, which takes seconds
         from mmedexpert.training.fit import fit
         from mmedexpert.training.sft import sample
 
         own = {name: records_of(data, "train", [name])[0] for name in names}
         image_root = records_of(data, "train", names)[1]
-        encoder = load_encoder(merged.folder / "model", loading(config))
+        encoder, student = load_encoder(taught, loading(config)), load_model(taught, loading(config, trained=True))
+        if exact:
+            start_from_(student, update_in(merged.folder / "exact"))
         model = add_lora(
-            load_model(merged.folder / "model", loading(config, trained=True)), r=lora.r, alpha=lora.alpha,
-            dropout=lora.dropout, target_modules=lora.target_modules,
+            student, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules,
             gradient_checkpointing=config.model.gradient_checkpointing, seed=config.seed,
         )  # fmt: skip
         stream = lesson_stream(
@@ -84,17 +93,22 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
                 module, stream, folder=run.folder, title=f"distil {merged.name}",
                 checkpoint_every=settings.checkpoint_every, logger=run.logger, **fit_options(config),
             )  # fmt: skip
-        save_adapter(run.folder / "update", model, encoder, merged.folder / "model")
-        clean(run.folder, ("model",))  # left by a try that died after the merge
+        save_adapter(run.folder / "update", model, encoder, taught)
+        clean(run.folder, ("model", "exact"))  # left by a try that died after the merge
+        ingredients = {"merge": merged.folder / "exact"} if exact else {}
+        ingredients["learnt"] = run.folder / "update"
         with run.phase("merge"):
-            merge_adapters(merged.folder / "model", run.folder / "model", {"update": run.folder / "update"}, {}, linear)
+            metrics |= merge_adapters(taught, run.folder / "model", ingredients, {}, task_arithmetic)
+            if exact:
+                merge_adapters(taught, run.folder / "exact", ingredients, {}, task_arithmetic, exact=True)
+            tell_rounding(config, metrics, run.folder)
         if (merged.folder / "adapter").is_dir():
             learnt = replace(LoraAdapter.load(run.folder / "update"), base_fingerprint=None)  # that of the merged model
             parts = [LoraAdapter.load(merged.folder / "adapter"), learnt]
             save_sum(run.folder / "adapter", parts, [1.0, 1.0], base.folder, config)
         way = "completions of its own" if on_policy else "the records' traces"
         adapters = {name: LoraAdapter.load(expert.folder / "adapter") for name, expert in experts.items()}
-        for part in ("update", "model"):
+        for part in ("update", "model", *(("exact",) if exact else ())):
             write_card(
                 run.folder / part, kind="adapter" if part == "update" else "merged",
                 title=f"merged model ({merged.name}), distilled" + (": what it learnt" if part == "update" else ""),
@@ -104,7 +118,7 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
                       licences([record for records in own.values() for record in records])},
                 ingredients={f"merge ({merged.name})": fingerprint_base(merged.folder / "model"),
                              **{name: adapter.fingerprint for name, adapter in adapters.items()}},
-                metrics=None, library_name="peft" if part == "update" else "transformers",
+                metrics=None, library_name="transformers" if part == "model" else "peft",
             )  # fmt: skip
         return metrics
 

@@ -26,7 +26,7 @@ from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.schema_data import EndpointConfig
 from mmedexpert.stages import benchmark, best_of, judging
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, tell_kept
+from mmedexpert.stages.answering import Subject, answering_key, engine_of, style_of, tell_kept
 from mmedexpert.stages.common import content_of, ledger_of, records_of, stage_run, together
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.logged import tell_evaluated
@@ -97,7 +97,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     settings, questions = config.eval, asked.questions
     protocol = protocol_of(config, asked)
     perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
-    asks = asks_of(questions, protocol=protocol, perspectives=perspectives, style=config.model.instructions)
+    asks = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style_of(config, subject))
     key: dict[str, Any] = {
         "asked": words_of(asks),
         "specialties": asked.specialties,
@@ -138,7 +138,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
             rows = predict(
                 _engine(config, subject, questions, protocol), questions, run.folder / "predictions.jsonl",
                 protocol=protocol, title=f"{subject.name} {questions.name}",
-                perspectives=perspectives, style=config.model.instructions, shown=shown,
+                perspectives=perspectives, style=style_of(config, subject), shown=shown,
             )  # fmt: skip
         with run.phase("summarise"):
             found = summarise(rows)

@@ -40,7 +40,7 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, is_reward_model, reward_model_of
+from mmedexpert.stages.answering import Subject, answering_key, engine_of, is_reward_model, reward_model_of, style_of
 from mmedexpert.stages.common import stage_run
 
 STAGE = "verdicts"
@@ -91,9 +91,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     benchmark, source, pairs, name = asked.benchmark, asked.source, asked.pairs, asked.benchmark.name
     protocol, control = protocol_of(config), subject.baseline
     scalar = is_reward_model(subject)
-    style = "full" if subject.served else config.model.instructions
-    if subject.judge is not None:  # as it was trained
-        style = subject.judge["style"]
+    style = style_of(config, subject)
     prompt = config.model.system_prompt if scalar else _system_prompt(config)
     asks = [] if control or scalar else asks_of(
         pairs, asked.image_root, protocol=protocol, seed=config.seed, style=style, blind=blind

@@ -26,7 +26,7 @@ from mmedexpert.reporting.tables import csv_text
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.build import build, values_of
 from mmedexpert.runtime.files import write_atomic
-from mmedexpert.runtime.runs import Run, write_json
+from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import digest, rule_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.scoring import medevalkit
@@ -36,6 +36,8 @@ from mmedexpert.stages.grams import grams, opened
 from mmedexpert.stages.pretrain import base_of
 
 SEARCH_SPLIT = "val"  # never test, and never trained on
+MERGED = ("model", "adapter", "exact")  # what a merge leaves: each a folder of its run
+TOLD = 0.01  # ours: share of an update's squared norm from which its loss is told
 
 
 def ready(config: Config) -> Search | None:
@@ -53,8 +55,9 @@ def merged(
     """Experts and reasoner updates, merged by `merge.method` into a copy of the base.
 
     With a `search` the method's values are the best of a grid on the validation split. Beside the model: what
-    conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), and with
-    `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`.
+    conflicted (`conflicts.json`, `conflicts.csv`, two figures), the points tried (`search.csv`), with
+    `merge.lora_rank` the same merge as an adapter in `<folder>/adapter`, and with `merge.exact` as it is, not rounded
+    to the base's dtype, in `<folder>/exact`: an adapter, or rows (`models/dense.py`), that evaluation asks.
     """
     settings, method = config.merge, config.merge.method or {}
     base = base_of(config)
@@ -66,7 +69,7 @@ def merged(
         chosen = dict(method)
         metrics: dict[str, float] = {}
         inputs_seen = opened(config, seen)
-        for part in ("model", "adapter"):
+        for part in MERGED:
             shutil.rmtree(run.folder / part, ignore_errors=True)  # left by a try that died after the merge
         if search is not None:
             with run.phase("search"):
@@ -83,9 +86,12 @@ def merged(
         conflicts = Conflicts([f"expert/{name}" for name in sources] + [f"reasoner/{name}" for name in updates])
         rule = build(chosen, "merge.method")
         with run.phase("merge"):
-            merge_adapters(
+            metrics |= merge_adapters(
                 base.folder, run.folder / "model", sources, updates, rule, conflicts=conflicts, grams=inputs_seen
             )
+            tell_rounding(config, metrics, run.folder)
+            if settings.exact:
+                merge_adapters(base.folder, run.folder / "exact", sources, updates, rule, grams=inputs_seen, exact=True)
             if settings.lora_rank is not None:
                 metrics |= merge_adapters(
                     base.folder, run.folder / "adapter", sources, updates, rule, grams=inputs_seen,
@@ -98,7 +104,7 @@ def merged(
         charts = [{"figure": name, "image": path} for name, path in figures.items()]
         log_table(run.logger, "figures", charts, images=True)
         ingredients = {n: load_update(path, base.folder).fingerprint for n, path in {**sources, **updates}.items()}
-        for part in ("model", "adapter"):
+        for part in MERGED:
             if (run.folder / part).is_dir():
                 write_card(
                     run.folder / part, kind="merged", title=f"merged model ({settings.name})",
@@ -116,10 +122,25 @@ def merged(
     inputs |= {f"grams/{name}": r.run_id for name, r in seen.items()}
     if settings.lora_rank is not None:
         key["lora_rank"] = settings.lora_rank
+    if settings.exact:
+        key["exact"] = True
     if search is not None:
         key["search"], inputs["data"] = search.key, search.content
     asked = {"data": search.data} if search is not None else {}
     return stage_run(config, "caci", settings.name, key, work, inputs, sources=asked)
+
+
+def tell_rounding(config: Config, metrics: Mapping[str, float], folder: Path) -> None:
+    """A line where the model that is written has lost much of the merge to 16 bits."""
+    lost = metrics.get("rounding_lost", 0.0)
+    if lost > TOLD:
+        told = (
+            f"evaluation asks {folder / 'exact'}" if config.merge.exact else "merge.exact=true keeps and asks it whole"
+        )
+        console.print(
+            f"[yellow]{folder / 'model'}: its 16 bits change the merged update by {100 * lost:.0f}% of its squared "
+            f"norm; {told}[/yellow]", highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 class Search:
@@ -138,6 +159,7 @@ class Search:
             "protocol": self.protocol, "perspectives": config.eval.perspectives,
             "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
             "rules": versions("prompts", "rotate", "metrics", "stats", self.protocol),
+            **({"exact": True} if config.merge.exact else {}),
             "instructions": digest(instructions(config.model.instructions)),
         }  # fmt: skip
 
@@ -159,7 +181,8 @@ class Search:
         updates = [load_update(path, base) for path in [*experts.values(), *reasoners.values()]]
         sees = any("visual" in name for update in updates for name in update.shapes)
         numbers = Summary(num_resamples=config.eval.num_resamples, seed=config.seed)
-        for place, point in enumerate(merged_in_place(model, updates, len(experts), self.rule, self.points, seen)):
+        merges = merged_in_place(model, updates, len(experts), self.rule, self.points, seen, exact=config.merge.exact)
+        for place, point in enumerate(merges):
             if sees:  # what the encoder keeps of an image is another vision tower's
                 engine.encoder = load_encoder(base, loading(config))
                 engine.encoder.system_prompt = encoder.system_prompt

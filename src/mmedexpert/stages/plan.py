@@ -10,11 +10,13 @@ from functools import partial
 import torch
 
 from mmedexpert.errors import UserError
+from mmedexpert.merging.rule import declared
 from mmedexpert.models.cards import CPU, Card, card, named, told
 from mmedexpert.models.encode import CACHE_BYTES
-from mmedexpert.models.plan import GIB, Setup, passes
+from mmedexpert.models.plan import GIB, ROWS, Setup, passes
 from mmedexpert.models.shapes import found_shape
 from mmedexpert.reporting.tables import Row, print_table
+from mmedexpert.runtime.build import build
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
 from mmedexpert.stages.pretrain import SHIPPED
@@ -23,7 +25,7 @@ from mmedexpert.training.rollouts import assign_perspectives
 ENTRY = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 HELD = (
     "Held against one H100 with random weights: memory within 3 %, seconds within 15 %. Other cards and hosts, several "
-    "devices and the tiny model's seconds are not."
+    "devices, distil and the tiny model's seconds are not."
 )  # tests/test_plan.py
 
 
@@ -77,7 +79,7 @@ def setup_of(config: Config) -> Setup:
 
 
 def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
-    """DSA, GBA's sampling and update, evaluation and the merge, each with what it holds and takes.
+    """DSA, GBA's sampling and update, evaluation, the merge and its teaching, each with what it holds and takes.
 
     Completions are of full length, and no row ends before: at most.
     """
@@ -102,7 +104,9 @@ def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
     answer = asks.answer_tokens or width
     experts_part = _training(config, device, setup, (prompt, answer, 1, taught), kept(dsa.steps * taught))
     policy = replace(started, dropout=False)
-    update = _training(config, device, policy, (prompt, width, gba.num_generations, records), seen)
+    update = _training(
+        config, device, policy, (prompt, width, gba.num_generations, records), seen, again=int(gba.beta > 0)
+    )
     merge = told()["merge"]
     changed = sum(one.weights for one, _ in setup.lora) / 1e9
     return {
@@ -114,13 +118,46 @@ def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
         "update": replace(update, times=rollouts * gba.num_iterations),
         "eval": sampling(setup, asked, asked, asked, math.ceil(asks.questions / asked), kept(asks.questions)),
         "caci": Part({"RAM": merge["ram_gib"] * GIB}, merge["seconds"] * changed, 1),
+        **_distilling(config, device, setup, (prompt, answer), seeing),
     }  # fmt: skip
 
 
+def _distilling(config: Config, device: Card, setup: Setup, tokens: tuple[int, int], seeing: float) -> dict[str, Part]:
+    """Where the merge is taught: its training beside the base with the experts' adapters, both whole, on one device."""
+    settings, experts, count = config.merge, len(config.specialty.names), config.dsa.batch_size
+    if not settings.distil_steps:
+        return {}
+    alone = replace(setup, devices=1, sharded=False)
+    image = config.plan.images * alone.shape.image_tokens(config.model.max_pixels)
+    others = {
+        "teacher": teacher_bytes(alone, experts) + alone.head_bytes(ROWS),
+        "images": alone.image_bytes(settings.distil_steps * count, image, CACHE_BYTES), "CUDA": device.own,
+    }  # fmt: skip
+    if settings.exact and alone.weights < 4:
+        rule = declared(build(settings.method or {}, "merge.method"))
+        if rule.low_rank or rule.sums:
+            alone = replace(alone, started=experts + 1)
+        else:
+            others["merge"] = sum(one.weights for one, _ in alone.lora) * alone.weights
+    step = _training(config, device, alone, (*tokens, 1, count), others, again=1)
+    return {"distil": replace(step, seconds=step.seconds + count * seeing, times=settings.distil_steps)}
+
+
+def teacher_bytes(setup: Setup, experts: int) -> int:
+    """The base with an adapter for each expert, which PEFT keeps in fp32."""
+    return setup.shape.parameters * setup.weights + experts * setup.lora_parameters * 4
+
+
 def _training(
-    config: Config, device: Card, setup: Setup, step: tuple[int, int, int, int], others: Mapping[str, float]
+    config: Config,
+    device: Card,
+    setup: Setup,
+    step: tuple[int, int, int, int],
+    others: Mapping[str, float],
+    again: int = 0,
 ) -> Part:
-    """An optimiser step on (tokens of a prompt, of a completion, completions of a prompt, prompts)."""
+    """An optimiser step on (tokens of a prompt, of a completion, completions of a prompt, prompts), which `again`
+    models read beside the one that is trained."""
     prompt, width, group, count = step
     fixed = setup.weight_bytes + setup.gathered_bytes + setup.started_bytes + setup.lora_bytes + setup.state_bytes
     room = setup.fitting_tokens(device.memory - sum(others.values()) - fixed - setup.gradient_bytes)
@@ -128,7 +165,6 @@ def _training(
     cut = passes(prompt, width, group, count, max(room, 1) if isinstance(most, str) else most)
     largest, whole = max(cut, key=lambda one: one.tokens), passes(prompt, width, group, count, None)[0].tokens
     fits = f"all {whole:,}" if room >= whole else f"{room // 100 * 100:,}" if room >= prompt + width else "none"
-    again = int(config.gba.beta > 0 and group > 1)
     held = {**setup.training_bytes(largest.tokens, largest.scored, len(cut)), **others}
     return Part(held, device.training(setup, cut, again), 1, fits)
 
@@ -185,8 +221,9 @@ def _caption(config: Config, setup: Setup) -> str:
         f"{asks.images} image(s) of {image:,} tokens and {asks.text_tokens} of text; completions of {width:,} tokens, "
         f"traces of {answer:,}, none of them shorter: at most.",
         f"dsa: {len(config.specialty.names)} expert(s). sampling and update: gba={config.gba.name} from "
-        f"{config.gba.init}. eval: {asks.questions:,} questions to one model. caci: two CPU cores, RAM. tokens of a "
-        "pass: the largest trainer.micro_batch_tokens that fits; all: a whole step.",
+        f"{config.gba.init}. eval: {asks.questions:,} questions to one model. caci: two CPU cores, RAM. distil: the "
+        "merged model and its teachers, on one device. tokens of a pass: the largest trainer.micro_batch_tokens that "
+        "fits; all: a whole step.",
         HELD,
     ]
     return "\n".join(lines)

@@ -66,14 +66,16 @@ def written(config: Config, start: Run | None) -> Run:
     base = base_of(config)
 
     def work(run: Run) -> Mapping[str, float]:
-        told = replace(loading(config), device="cpu")
-        model, encoder = load_model(base.folder, told), load_encoder(base.folder, told)
+        here = replace(loading(config), device="cpu")
+        model, encoder = load_model(base.folder, here), load_encoder(base.folder, here)
+        lost = None
         if start:
             adapter = LoraAdapter.load(start.folder / "adapter")
-            apply_deltas_(model, ((name, adapter.delta(name)) for name in adapter.modules))
+            lost = apply_deltas_(model, ((name, adapter.delta(name)) for name in adapter.modules))
         with new_folder(run.folder / "model", model.get_memory_footprint(), replace=True) as folder:
             save_backbone(folder, model, encoder)
-        return {"gigabytes": sum(file.stat().st_size for file in (run.folder / "model").iterdir()) / 1e9}
+        told = {} if lost is None else {"rounding_lost": lost}
+        return {"gigabytes": sum(file.stat().st_size for file in (run.folder / "model").iterdir()) / 1e9, **told}
 
     inputs = {"base": base.identity, **({"start": start.run_id} if start else {})}
     # what changes the folder alone: servers and trainers may be other machines, and a base is the same for every seed

@@ -61,7 +61,7 @@ def subjects_of(config: Config) -> list[Subject]:
         if wanted is None or set(wanted) & set(group):
             known |= {name: _adapted(name, r, base) for name, r in make().items()}
     if wanted is None or config.merge.name in wanted:
-        known |= {name: Subject(name, r.run_id, r.folder / "model", made_by=r) for name, r in caci.run(config).items()}
+        known |= {name: _merged(config, name, r, base) for name, r in caci.run(config).items()}
     for name in wanted or []:
         if steps := config.dsa.steps if name == MULTI_TASK else multi_task_steps(name):
             longer = replace(config, dsa=replace(config.dsa, steps=steps))
@@ -96,6 +96,12 @@ def _start(config: Config) -> dict[str, Run]:
 
 def _adapted(name: str, run: Run, base: Base) -> Subject:
     return Subject(name, run.run_id, base.folder, run.folder / "adapter", made_by=run)
+
+
+def _merged(config: Config, name: str, run: Run, base: Base) -> Subject:
+    if config.merge.exact:
+        return Subject(name, run.run_id, base.folder, run.folder / "exact", made_by=run)
+    return Subject(name, run.run_id, run.folder / "model", made_by=run)
 
 
 def _served(config: Config) -> Subject:
