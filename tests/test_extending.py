@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SECTIONS = re.findall(r"^## (.+?)\n.*?```diff\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
 USED = {
-    "A reward": "from mmedexpert.training.rewards import outcome; print(outcome(['x'], options=[None], answer=['y'], "
-    "weights={'brevity': 2.0})[0])",
+    "A reward": "from mmedexpert.training.rewards import REWARDS, outcome; "
+    "print(outcome([], record=[], weights={'brevity': 2.0})[0], REWARDS['brevity'](['x']))",
     "A perspective": "from mmedexpert.guidelines import PERSPECTIVES, adherence; print(len(PERSPECTIVES), "
     "adherence('<think>Fluid fills the lower lobe of the left lung. Fluid also lies behind the stiff heart.</think>"
     "<answer>A</answer>', {'A': 'Edema', 'B': 'Fracture'}, PERSPECTIVES[4]))",
@@ -30,7 +30,7 @@ USED = {
     "A specialty": "",
 }
 SHOWN = {
-    "A reward": "[2.0]",
+    "A reward": "[] [1.0]",
     "A perspective": "5 1.0",
     "A merge method": "[-2.0, -3.0]",
     "A benchmark": "load",

@@ -297,7 +297,7 @@ def test_what_is_sampled_and_how(tiny, picture, tmp_path, monkeypatch, style, co
     (call,) = calls
     (given,) = paid
     assert given["protocol"] == "medevalkit" and given["weights"] == {"accuracy": 1.0}
-    assert given["answer"] == ["A"] * group + ["B"] * group
+    assert [one.answer for one in given["record"]] == ["A"] * group + ["B"] * group
     settings = {name: call[name] for name in ("max_new_tokens", "num_generations", "temperature", "top_p", "top_k")}
     assert settings == {
         "max_new_tokens": 3, "num_generations": each, "temperature": 0.9, "top_p": 0.8, "top_k": 7,

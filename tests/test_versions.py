@@ -578,8 +578,16 @@ RULES: dict[str, Callable[[Path], Any]] = {
     "sft": sft,
     "sampling": sampling,
     "rewards": lambda _: rewards.outcome(
-        TEXTS, options=[OPTIONS] * len(TEXTS), answer=["B"] * len(TEXTS), weights={"accuracy": 1.0, "format": 0.2}
+        TEXTS, record=[record(0, options=OPTIONS, answer="B")] * len(TEXTS), weights={"accuracy": 1.0, "format": 0.2}
     ),
+    "open_rewards": lambda _: [
+        rewards.outcome(
+            [text for _, text in OPEN],
+            record=[record(0, options=None, answer=gold, kind=kind) for gold, _ in OPEN],
+            weights={"accuracy": 1.0},
+        )
+        for kind in ("open", "closed")
+    ],
     "rubrics": lambda _: [[adherence(text, OPTIONS, name) for name in PERSPECTIVES] for text in TEXTS],
     "advantages": advantages,
     "learned_weights": learned_weights,

@@ -51,7 +51,7 @@ def check_inputs(config: Config) -> Config:
     for where, call, given in _calls(config, work):
         check(call, where, given)
     if "gba" in work:
-        rewards.outcome([], options=[], answer=[], weights=config.reward.weights)  # are they rewards?
+        rewards.outcome([], record=[], weights=config.reward.weights)  # are they rewards?
     if "caci" in work:
         _try_merge(config)
     _check_keys(config, work)

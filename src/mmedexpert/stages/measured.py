@@ -31,7 +31,7 @@ from mmedexpert.stages.common import content_of, device_of, ledger_of, loading, 
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.policy import policy_of, sampler_of, servers_of
 from mmedexpert.stages.pretrain import base_of
-from mmedexpert.stages.reasoner_key import acting_reward, instructed, reward_key
+from mmedexpert.stages.reasoner_key import acting_reward, instructed, read_by, reward_key
 from mmedexpert.training.advantages import followed_and_right
 from mmedexpert.training.batches import step_seed
 from mmedexpert.training.grading import grader_of
@@ -55,7 +55,7 @@ def difficulty(config: Config, name: str, specialties: list[str], start: Run | N
     settings, data = config.gba, dataset(config)
     # weights decide which perspectives are asked for with `prompted_weighted` alone
     weights = ("weights",) if settings.conditioning == "prompted_weighted" else ()
-    key = _key(config, specialties, "keep_rollouts", *weights)
+    key = _key(config, "train", specialties, "keep_rollouts", *weights)
     key["rules"] |= versions("difficulty")
 
     def work(run: Run) -> dict[str, float]:
@@ -84,7 +84,7 @@ def learned_weights(config: Config, name: str, specialties: list[str], start: Ru
     """
     uniform = with_weights(config, [1.0] * len(PERSPECTIVES))
     settings, data = uniform.gba, dataset(config)
-    key = _key(uniform, specialties, "num_generations")
+    key = _key(uniform, "val", specialties, "num_generations")
     key["rules"] |= versions("rubrics", "advantages", "learned_weights")
     key["reward"] = reward_key(replace(uniform, reward=replace(config.reward, weights={}, judge_weight=0.0)))
     key["guidelines"] = {part: text_of(part) for part in DATA}
@@ -148,7 +148,7 @@ def within(records: Sequence[Record], counts: Mapping[str, int], keep: Sequence[
     return kept
 
 
-def _key(config: Config, specialties: list[str], *asked: str) -> dict[str, Any]:
+def _key(config: Config, split: str, specialties: list[str], *asked: str) -> dict[str, Any]:
     """What decides completions sampled from the start."""
     settings = config.gba
     names = ("conditioning", "temperature", "top_p", "top_k", *asked)
@@ -156,7 +156,7 @@ def _key(config: Config, specialties: list[str], *asked: str) -> dict[str, Any]:
         "specialties": specialties,
         "sampled": {name: getattr(settings, name) for name in names},
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "rules": versions("prompts", "sampling", "rewards", config.reward.protocol),
+        "rules": versions("prompts", "sampling", "rewards", *read_by(config, specialties, split)),
         "instructions": instructed(config),
         **({"sampler": "vllm"} if config.sampler.name == "vllm" else {}),
     }

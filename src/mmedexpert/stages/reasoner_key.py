@@ -10,7 +10,8 @@ from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.versions import digest, text_of, versions
 from mmedexpert.schema import Config, RewardConfig
-from mmedexpert.stages.common import model_key, training_key
+from mmedexpert.stages.common import model_key, records_of, training_key
+from mmedexpert.stages.data import dataset
 from mmedexpert.training.judge import VERSION
 
 RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
@@ -25,11 +26,17 @@ def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
         "reward": reward_key(config),
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "trainer": training_key(config, dropout=False),
-        "rules": versions(*RULES, config.reward.protocol, *(("rubrics",) if weighted(config) else ())),
+        "rules": versions(*RULES, *read_by(config, specialties), *(("rubrics",) if weighted(config) else ())),
         **sampler_key(config),
         "instructions": instructed(config),
         "guidelines": {name: text_of(name) for name in DATA} if weighted(config) else None,
     }
+
+
+def read_by(config: Config, specialties: list[str], split: str = "train") -> list[str]:
+    """The rules by which completions to these questions are right or wrong."""
+    asked = records_of(dataset(config), split, specialties)[0]
+    return [config.reward.protocol, *(["open_rewards"] if any(one.asked_as != "choice" for one in asked) else [])]
 
 
 def instructed(config: Config) -> str:

@@ -8,40 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmedexpert.data.record import Record
 from mmedexpert.errors import UserError, suggestion
-from mmedexpert.scoring import Protocol, score_choice
+from mmedexpert.scoring import Protocol, medevalkit, robust
 from mmedexpert.scoring.choice import has_format
-from mmedexpert.scoring.robust import read_text
-from mmedexpert.scoring.text import tokens
 
-Options = Mapping[str, str] | None
+JUDGES = {"robust": robust.judge, "medevalkit": medevalkit.judge}
 
 
 def accuracy(
-    completions: Sequence[str],
-    *,
-    options: Sequence[Options],
-    answer: Sequence[str],
-    protocol: Protocol = "robust",
-    **_: Any,
+    completions: Sequence[str], *, record: Sequence[Record], protocol: Protocol = "robust", **_: Any
 ) -> list[float | None]:
-    """1.0 where the completion picks the gold answer, else 0.0; the columns are aligned with `completions`.
+    """1.0 where evaluation would call the completion right, else 0.0; `record` is aligned with `completions`.
 
-    With options, `answer` is a letter and `protocol` reads the pick (`scoring.score_choice`). For an open question
-    (None) the text read as in evaluation must equal the answer after normalisation (`scoring.robust`). # ours
-    Raises ValueError where columns differ in length or an answer is not the letter of an option.
+    `protocol` says whose verdict counts: of letters, yes or no, closed and open answers in the record's language.
+    Raises ValueError where columns differ in length, for a gold answer that is no option, or neither yes nor no where
+    that is asked.
     """
-    return [
-        float(_right(text, choices, gold, protocol))
-        for text, choices, gold in zip(completions, options, answer, strict=True)
-    ]
-
-
-def _right(completion: str, options: Options, gold: str, protocol: Protocol) -> bool:
-    if options:
-        choices = [f"{letter}. {text}" for letter, text in options.items()]
-        return score_choice(completion, choices, gold, protocol).correct
-    return read_text(completion, "en") == " ".join(tokens(gold, "en"))
+    judge = JUDGES[protocol]
+    return [float(judge(one, text).correct) for text, one in zip(completions, record, strict=True)]
 
 
 def answer_format(completions: Sequence[str], **_: Any) -> list[float | None]:
@@ -56,8 +41,7 @@ REWARDS: dict[str, Callable[..., list[float | None]]] = {"accuracy": accuracy, "
 def outcome(
     completions: Sequence[str],
     *,
-    options: Sequence[Options],
-    answer: Sequence[str],
+    record: Sequence[Record],
     weights: Mapping[str, float],
     protocol: Protocol = "robust",
 ) -> tuple[list[float], dict[str, list[float]]]:
@@ -68,7 +52,7 @@ def outcome(
     if unknown := sorted(set(weights) - set(REWARDS)):
         fix = suggestion(unknown[0], list(REWARDS)) or f": give weights to {', '.join(REWARDS)}"
         raise UserError(f"reward.weights: no reward is called {unknown[0]!r}{fix}")
-    columns: dict[str, Any] = {"options": options, "answer": answer, "protocol": protocol}
+    columns: dict[str, Any] = {"record": record, "protocol": protocol}
     rewards = {name: reward(completions, **columns) for name, reward in REWARDS.items()}
     parts = {name: [float(value or 0.0) for value in values] for name, values in rewards.items()}
     total = [sum(weights[name] * parts[name][i] for name in weights) for i in range(len(completions))]

@@ -200,13 +200,7 @@ def roll_out(
     group = sampling.num_generations
     repeated = [record for record in records for _ in range(group)]
     perspectives = asked * len(records)
-    outcome, parts = rewards.outcome(
-        texts,
-        options=[record.options for record in repeated],
-        answer=[record.answer for record in repeated],
-        weights=reward_weights,
-        protocol=protocol,
-    )
+    outcome, parts = rewards.outcome(texts, record=repeated, weights=reward_weights, protocol=protocol)
     grading = grader(
         [
             Case(record, text, name, tuple(image_root / image for image in record.images))
