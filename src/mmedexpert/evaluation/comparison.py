@@ -17,6 +17,7 @@ from mmedexpert.evaluation.stats import (
     holm,
     mcnemar_exact,
     paired_cluster_bootstrap,
+    student_p,
 )
 
 PAIRED_RESAMPLES = 10_000  # ours: the smallest p is 0.0002, so that Holm over 100 comparisons can still find one
@@ -108,12 +109,7 @@ def paired(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -> tuple[lis
                     "ci_low": low, "ci_high": high, "wins": int((a & ~b).sum()), "losses": int((b & ~a).sum()),
                     "p_mcnemar": mcnemar_exact(a, b), "p_bootstrap": None if math.isnan(p) else p,
                 })  # fmt: skip
-    for protocol in PROTOCOLS:
-        family = [number for number in numbers if number["protocol"] == protocol]
-        for kind in ("mcnemar", "bootstrap"):
-            values = [math.nan if number[f"p_{kind}"] is None else number[f"p_{kind}"] for number in family]
-            for number, adjusted in zip(family, holm(values), strict=True):
-                number[f"holm_{kind}"] = None if math.isnan(adjusted) else adjusted
+    _adjust(numbers, ("mcnemar", "bootstrap"))
     return numbers, notes
 
 
@@ -130,8 +126,9 @@ def paired_over_seeds(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -
     """Each family that ran under two or more of the reference's seeds, minus the reference: of every question the mean
     over the seeds is compared, and the spread of the difference over seeds stands beside it.  # ours
 
-    `half` is half the 95% interval over seeds (Student's t: what training does), as in an experiment's table; the other
-    interval (95%, paired bootstrap clustered on images) says what questions do.
+    `half` is half the 95% interval over seeds (Student's t: what training does), as in an experiment's table, and
+    `p_seeds` its p, adjusted by Holm over all of these under one protocol; the other interval and p (95%, paired
+    bootstrap clustered on images) say what questions do.
     """
     numbers: list[Number] = []
     for benchmark, members in by_benchmark(runs):
@@ -155,6 +152,17 @@ def paired_over_seeds(runs: Sequence[EvalRun], against: EvalRun, *, seed: int) -
                     "table": "paired_seeds", "benchmark": benchmark, "model": family, "against": against.family,
                     "protocol": protocol, "n": len(clusters), "seeds": count, "difference": difference,
                     "ci_low": low, "ci_high": high, "std": std, "half": half_width(each),
-                    "p_bootstrap": None if math.isnan(p) else p,
+                    "p_seeds": student_p(each), "p_bootstrap": None if math.isnan(p) else p,
                 })  # fmt: skip
+    _adjust(numbers, ("seeds",))
     return numbers
+
+
+def _adjust(numbers: Sequence[Number], kinds: Sequence[str]) -> None:
+    """Holm's p beside each, over all comparisons under one protocol."""
+    for protocol in PROTOCOLS:
+        family = [number for number in numbers if number["protocol"] == protocol]
+        for kind in kinds:
+            values = [math.nan if number[f"p_{kind}"] is None else number[f"p_{kind}"] for number in family]
+            for number, adjusted in zip(family, holm(values), strict=True):
+                number[f"holm_{kind}"] = None if math.isnan(adjusted) else adjusted

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmedexpert.evaluation.seeds import KIND, Arm, Paired
-from mmedexpert.evaluation.stats import half_width
+from mmedexpert.evaluation.stats import detectable, half_width
 from mmedexpert.guidelines import PERSPECTIVES
 from mmedexpert.reporting.tables import Row, short_names
 from mmedexpert.runtime.drawing import save_drawing
@@ -20,6 +20,14 @@ SAID = (
     "of the same seed on the same questions; first the 95% interval by Student's t over seeds (what training does), "
     "then by bootstrap over images of each question's mean over seeds (what questions do). The largest of several "
     "rows flatters itself."
+)
+VOTED = "Each question was asked under all four perspectives: an answer here is their vote."
+TOGETHER = (
+    "mean: of the four alone. best: the one with most right answers, picked in each seed on these questions, which "
+    "flatters it. oracle: any of the four right."
+)
+MATRIX = (
+    "own - next: its own perspective minus the best other one, which is picked in each seed on these very questions."
 )
 
 
@@ -32,7 +40,7 @@ def rows_of(arms: Sequence[Arm], against: Mapping[str, Paired | None], reference
         row = {"model": arm.label, "seeds": str(len(scores))}
         row |= {short[value]: f"{x:.1f}" for (group, value), x in arm.parts().items() if group == "specialty"}
         row["mean"] = f"{np.mean(scores):.1f}"
-        row["spread"] = f"{np.std(scores, ddof=1):.1f}" if len(scores) > 1 else "-"
+        row["spread"] = f"{np.std(scores, ddof=1):.1f}" if len(set(scores)) > 1 else "-"  # one: no training in it
         if reference:
             row[f"against {reference}"] = shown(against[arm.label])
         row["each seed"] = ", ".join(f"{score:.1f}" for score in scores)
@@ -103,7 +111,7 @@ def _perspectives(summary: Mapping[str, Any]) -> tuple[dict[str, float], dict[st
 def _over(values: Sequence[float]) -> str:
     """`+35.9 [+35.3, +36.6]`: the mean over seeds with Student's 95%."""
     half = half_width(values)
-    told = "" if half is None else f" [{np.mean(values) - half:+.1f}, {np.mean(values) + half:+.1f}]"
+    told = "" if not half else f" [{np.mean(values) - half:+.1f}, {np.mean(values) + half:+.1f}]"
     return f"{np.mean(values):+.1f}{told}"
 
 
@@ -112,15 +120,22 @@ def shown(one: Paired | None) -> str:
     if one is None:
         return "-"
     over = "-"
-    if one.half is not None:
+    if one.half:
         over = f"[{one.difference - one.half:+.1f}, {one.difference + one.half:+.1f}]"
     return f"{one.difference:+.1f} {over} [{one.low:+.1f}, {one.high:+.1f}]"
 
 
 def resolution(against: Mapping[str, Paired | None]) -> str:
     """What the table can tell apart, in a sentence; empty where no pair has several seeds."""
-    halves = [one.half for one in against.values() if one and one.half]  # 0: neither is trained
-    return f"The median pair resolves a difference of {np.median(halves):.1f} points over seeds." if halves else ""
+    pairs = [(one.half, len(one.seeds)) for one in against.values() if one and one.half]  # 0: neither is trained
+    if not pairs:
+        return ""
+    half = float(np.median([half for half, _ in pairs]))
+    found = float(np.median([half * detectable(seeds) for half, seeds in pairs]))
+    return (
+        f"Half the interval over seeds: {half:.1f} points for the median pair, of which a true difference of "
+        f"{found:.1f} would be found four times in five."
+    )
 
 
 def as_json(arms: Sequence[Arm], against: Mapping[str, Paired | None], reference: str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from typing import Any
 from mmedexpert.evaluation.finished import EvalRun, aligned, by_benchmark, read_runs
 from mmedexpert.evaluation.seeds import Arm, arms_of, best_first, named, paired
 from mmedexpert.reporting.arms import (
+    MATRIX,
     SAID,
+    TOGETHER,
+    VOTED,
     as_json,
     figure,
     kind_rows,
@@ -88,20 +91,21 @@ def _tell(
         arm.label: paired(arm, one, seed=config.seed) if (one := references[arm.label]) else None for arm in arms
     }
     rows, place = rows_of(arms, against, name), re.sub(r"\W+", "_", benchmark)
-    said = [*filter(None, [SAID, resolution(against), *notes])]
+    said = [*filter(None, [SAID, VOTED if together_rows(arms) else "", resolution(against), *notes])]
     print_table(rows, title, "\n".join([*said, f"{folder}"]))
     tables.append((benchmark, " ".join(said), rows))
     text = [f"## {benchmark}\n", markdown(rows), "\n\n".join(said) + "\n"]
+    together = together_rows(arms)
     more = {
-        "by kind of question": kind_rows(arms),
-        "asked under every perspective": together_rows(arms),
-        "what a question needs, and what it is asked under": matrix_rows(arms),
+        "by kind of question": (kind_rows(arms), VOTED if together else ""),
+        "asked under every perspective": (together, TOGETHER),
+        "what a question needs, and what it is asked under": (matrix_rows(arms), MATRIX),
     }
-    for what, found in more.items():
+    for what, (found, caption) in more.items():
         if found:
-            print_table(found, f"{title}: {what}")
-            tables.append((f"{benchmark}: {what}", "", found))
-            text += [f"### {what[0].upper()}{what[1:]}\n", markdown(found)]
+            print_table(found, f"{title}: {what}", caption)
+            tables.append((f"{benchmark}: {what}", caption, found))
+            text += [f"### {what[0].upper()}{what[1:]}\n", markdown(found), *([caption + "\n"] if caption else [])]
     write_atomic(folder / f"{place}.tex", latex(rows).encode())
     numbers[benchmark] = as_json(arms, against, name)
     for kind in ("png", "svg"):
