@@ -231,6 +231,11 @@ def test_what_leaks_is_said_and_the_clean_part_is_shown(outputs, tmp_path):
         Image.open(path).save(folder / "figures" / f"fig{i}.png")
     done = run(outputs, "stage=eval", "benchmark=pmc_vqa", f"benchmark.pmc_vqa.root={folder}")
     assert "LEAK: the images of 6 of 8 questions" in done.stdout and "(2)" in done.stdout
+    assert "data=phantom" in done.stdout
+    asked = {path: path.read_text() for path in outputs.glob("eval/base-pmc_vqa-*/predictions.jsonl")}
+    done = run(outputs, "stage=eval", "benchmark=pmc_vqa", f"benchmark.pmc_vqa.root={folder}", "data.seed=1")
+    assert "LEAK" not in done.stdout  # other training data: looked for anew, without asking
+    assert asked == {path: path.read_text() for path in outputs.glob("eval/base-pmc_vqa-*/predictions.jsonl")}
 
 
 @pytest.mark.parametrize(

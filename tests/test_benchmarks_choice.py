@@ -680,3 +680,14 @@ def test_what_cannot_be_asked_is_left_out_and_what_was_changed_is_counted(tmp_pa
         "images: deep grey, scaled by its bit depth": 1,
         "questions: the right answer stands under two letters": 1,
     }
+
+
+def test_gmai_reads_what_stands_in_an_answer_tag(tmp_path):
+    """VLMEvalKit's reader takes `<answer>B</answer>` for one word, and what was trained to answer so for wrong."""
+    table(tmp_path / gmai.FILE, [gmai_row(0, picture(3), answer="B")], "\t")
+    (one,), *_ = gmai.load(tmp_path, tmp_path / "out")
+    thought = "<think>" + "A wide heart, not a slim one. " * 20 + "</think>"
+    for said, right in (("<answer>B</answer>", True), ("<answer>B.</answer>", True), ("<answer>A</answer>", False)):
+        found = gmai.judge(one, thought + said)
+        assert found.parsed and found.correct == right
+    assert gmai.judge(one, "B").correct

@@ -257,6 +257,10 @@ def test_merge_methods_instantiate(path):
         ("data.limit=0", ["data.limit", "null"]),
         ("model.min_pixels=20000", ["model.min_pixels", "model.max_pixels"]),
         ("trainer.precision=bf15-mixed", ["trainer.precision", "bf16-mixed"]),
+        ("trainer.precision=16-mixed", ["trainer.precision", "bf16-mixed"]),
+        ("gba.weights_from=validation  eval.split=val", ["gba.weights_from", "eval.split=test"]),
+        ("eval.max_pixels=0", ["eval.max_pixels"]),
+        ("engine=vllm  engine.base_urls=[http://a]  eval.max_pixels=9", ["eval.max_pixels", "stage=serve"]),
         ("trainer.accelerator=cuda0", ["trainer.accelerator", "cuda"]),
         ("trainer.threads=-1", ["trainer.threads"]),
         ("gba.epsilon_high=0", ["gba.epsilon_high"]),
@@ -264,7 +268,7 @@ def test_merge_methods_instantiate(path):
 )
 def test_a_mistake_is_one_line_with_its_key(override, words):
     with pytest.raises(Exception) as caught:
-        composed(override)
+        composed(*override.split("  "))
     line = one_line(caught.value)
     assert "\n" not in line and len(line) < 320
     for word in words:
@@ -350,3 +354,16 @@ def test_a_mistake_is_found_without_the_libraries_of_training():
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert told == "[]\n"
+
+
+def test_questions_of_a_server_and_of_the_funnel_stand_behind_the_same_system_prompt():
+    found = composed(
+        "stage=eval",
+        "data=mmedexpert",
+        "data.root=.",
+        "engine=openai",
+        "engine.endpoint.model=m",
+        "model=qwen2_5_vl_7b",
+    )
+    asked = (found.engine.endpoint, found.data.curate.blind, found.data.curate.difficulty)
+    assert {one.system_prompt for one in asked} == {found.model.system_prompt} != {None}

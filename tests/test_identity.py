@@ -58,6 +58,8 @@ def changed(before: dict[str, str], outputs: Path, *overrides: str) -> set[str]:
         ("eval.perspectives=none", {"eval/base-phantom-test"}, {"gba/default", "eval/majority-phantom-test"}),
         ("model.system_prompt=Think", {"dsa/adult_medicine", "eval/base-phantom-test"}, {"pretrain/tiny"}),
         ("model.max_new_tokens=20", {"gba/default", "eval/base-phantom-test"}, {"dsa/adult_medicine"}),
+        ("eval.max_new_tokens=20", {"eval/base-phantom-test"}, {"gba/default", "distil/caci", "dsa/adult_medicine"}),
+        ("eval.max_pixels=9000", {"eval/base-phantom-test"}, {"gba/default", "distil/caci", "dsa/adult_medicine"}),
         ("model.lora.dropout=0.1", {"dsa/adult_medicine", "gba/default"}, {"pretrain/tiny"}),
         # what was trained does not depend on the questions it is tested with
         ("data.source.test=6", {"data/phantom", "eval/base-phantom-test"}, {"dsa/adult_medicine", "caci/caci"}),

@@ -170,3 +170,14 @@ def test_report_tells_how_often_each_letter_is_right() -> None:
     assert rows[0]["value"] == 3.0
     assert rows[1] == {"letters": "before", "options": 4, "records": 4, "right": {"A": 0.75, "B": 0.25}}
     assert rows[2] == {"letters": "after", "options": 2, "records": 1, "right": {"B": 1.0}}
+
+
+def test_labels_of_their_own_go_before_options_are_shuffled() -> None:
+    """As PMC-VQA has them: a label that stays with its text would name another letter."""
+    labelled = {letter: f" {letter}:{text}" for letter, text in FOUR.items()}
+    for number in range(20):
+        found, bare = (shuffled(record(id=str(number), options=one, answer="C")) for one in (labelled, FOUR))
+        assert sorted(found.options.values()) == sorted(FOUR.values())
+        assert found.options[found.answer] == FOUR["C"] == bare.options[bare.answer]
+    some = {**labelled, "B": "Oedema"}  # not of all: a part of the texts
+    assert sorted(shuffled(record(options=some)).options.values()) == sorted(some.values())

@@ -101,6 +101,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     # what a function reads of a server, it reads of every kind of server
     kinds = {(name, kind.__name__) for name, one in DATA.items() for kind in one.__mro__}
     read |= {(name, key) for name, kind in kinds for owner, key in read if owner == kind}
+    read |= {(kind, key) for name, kind in kinds for owner, key in read if owner == name}  # and of what it comes from
     read |= {("BenchmarkConfig", "pairs")}  # of each benchmark in a loop
     read |= {("PairsConfig", part) for part in ("train", "val")}  # by name, in stages/train_judge.py
     # conf/dsa, conf/gba, conf/engine: rates, steps and sizes come with the model

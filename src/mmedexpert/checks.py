@@ -147,6 +147,10 @@ def check(config: Config) -> None:
             f"gba.num_generations={gba.num_generations} is too small for {asked} prompted perspectives, whose "
             f"completions are compared with each other: give at least {2 * asked}, or gba.conditioning=free"
         )
+    if gba.weights_from == "validation" and config.eval.split == "val":
+        raise UserError(
+            "gba.weights_from=validation learns from the split val: measure on another one, eval.split=test"
+        )
     if gba.weights_from == "validation" and gba.conditioning == "prompted_weighted":
         raise UserError(
             "gba.conditioning=prompted_weighted asks for perspectives with weight, and gba.weights_from=validation "
@@ -200,6 +204,10 @@ def check(config: Config) -> None:
             raise UserError(f"benchmark.{name}.root={one.root} is not a folder: give the folder of the published files")
     if config.engine.name == "openai" and not (config.engine.endpoint.base_url and config.engine.endpoint.model):
         raise UserError("engine=openai needs engine.endpoint.base_url=<...>/v1 and engine.endpoint.model=<served name>")
+    if config.engine.name == "vllm" and config.eval.max_pixels is not None:
+        raise UserError(
+            "eval.max_pixels: the limit of servers is theirs, model.max_pixels of stage=serve; use engine=transformers"
+        )
     if config.engine.name == "openai" and config.stage.name in ("pipeline", "judge"):
         raise UserError("engine=openai asks a served model and trains none: add stage=eval")
     if config.merge.method is None and config.stage.name == "caci":

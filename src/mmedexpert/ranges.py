@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logger.name": ("wandb", "csv", "none"),
     "trainer.strategy": ("ddp", "fsdp"),
     "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "32", "bf16", "16"),
+    "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.attn_implementation": ("auto", "sdpa", "eager", "flash_attention_2"),
 }
@@ -68,6 +68,8 @@ ABOVE_0_OR_NULL = (
         for limit in ("requests_per_minute", "tokens_per_minute", "max_requests", "max_cost")
     ),
     "data.limit",
+    "eval.max_pixels",
+    "eval.max_new_tokens",
     "trainer.threads",
     "trainer.processes",
     "gba.epsilon_high",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmedexpert.names import BASELINES
 from mmedexpert.schema import Config, SamplerConfig
-from mmedexpert.schema_data import AnsweringConfig
+from mmedexpert.schema_data import QuestionedConfig
 
 TRAINED = ("pretrain", "dsa", "gba", "judge")
 # what stage=plan does not read of dsa and gba
@@ -181,7 +181,7 @@ RULES = (
     Rule(
         ("eval.models", "engine.batch_size", "model.name_or_path", "model.revision", "model.dtype",
          "model.attn_implementation", "model.min_pixels", "model.max_pixels", "model.max_new_tokens",
-         "model.instructions"), _served,
+         "model.instructions", "model.system_prompt", "eval.max_pixels", "eval.max_new_tokens"), _served,
         "engine=openai asks the one model of the server, engine.endpoint.model={config.engine.endpoint.model}",
         ("engine",),
     ),
@@ -194,7 +194,7 @@ RULES = (
         "engine={config.engine.name} asks no vLLM servers: add engine=vllm", ("engine",),
     ),
     Rule(
-        tuple(f"engine.endpoint.{one.name}" for one in fields(AnsweringConfig) if one.name not in OF_VLLM),
+        tuple(f"engine.endpoint.{one.name}" for one in fields(QuestionedConfig) if one.name not in OF_VLLM),
         lambda c, _: c.engine.name == "vllm", "engine=vllm asks engine.base_urls: only " + ", ".join(OF_VLLM),
         ("engine",),
     ),

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mmedexpert.schema_data import AnsweringConfig, DataConfig, EndpointConfig
+from mmedexpert.schema_data import AnsweringConfig, DataConfig, EndpointConfig, QuestionedConfig
 
 
 @dataclass
@@ -200,7 +200,7 @@ class EngineConfig:
     name: str = MISSING
     batch_size: int = 64
     base_urls: list[str] = field(default_factory=list)
-    endpoint: AnsweringConfig = field(default_factory=AnsweringConfig)
+    endpoint: QuestionedConfig = field(default_factory=QuestionedConfig)
 
 
 @dataclass
@@ -238,6 +238,8 @@ class BenchmarkConfig:
 class EvalConfig:
     split: str = MISSING
     perspectives: str = MISSING
+    max_pixels: int | None = None
+    max_new_tokens: int | None = None
     num_resamples: int = MISSING
     models: list[str] | None = None
     specialties: list[str] | None = None

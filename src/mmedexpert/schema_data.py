@@ -43,7 +43,14 @@ class AnsweringConfig(EndpointConfig):
 
 
 @dataclass
-class AskedConfig(AnsweringConfig):
+class QuestionedConfig(AnsweringConfig):
+    """A server whose model answers questions, and what stands before each of them."""
+
+    system_prompt: str | None = None
+
+
+@dataclass
+class AskedConfig(QuestionedConfig):
     """A model that a step of the funnel asks: the one at an address, or with `local` the command's own."""
 
     local: bool = False

@@ -14,6 +14,7 @@ from typing import Any
 
 from mmedexpert.curation.replies import BATCH, UNJUDGED, Question, asked, passed, refusals, rows_of, unjudged
 from mmedexpert.curation.steps import Verdict, checked
+from mmedexpert.curation.structure import unlabelled
 from mmedexpert.data.record import Record
 from mmedexpert.engines.asking import Ask, Engine
 from mmedexpert.models.encode import prompt_text
@@ -76,7 +77,7 @@ def reordered(record: Record, number: int) -> Record:
     So the right one stands under another letter in each of the first n tries. Options that name others by their letters
     stay in place.  # ours
     """
-    options = _unlabelled(record.options or {})
+    options = unlabelled(record.options or {})
     if not options or any(_LETTERS.search(text) for text in options.values()):
         return record
     letters, size = list(options), len(options)
@@ -137,10 +138,3 @@ def _solved(found: dict[str, Any], tries: int) -> str:
 
 def _is_text(record: Record) -> bool:
     return record.modality == "text" or not record.images
-
-
-def _unlabelled(options: dict[str, str]) -> dict[str, str]:
-    """The options without labels of their own ("A: ..."), where all carry one: it would belong to another letter."""
-    found = {letter: re.match(rf"\s*\(?{re.escape(letter)}[.):]\s*", text) for letter, text in options.items()}
-    labels = {letter: match.end() for letter, match in found.items() if match}
-    return {letter: options[letter][end:] for letter, end in labels.items()} if len(labels) == len(options) else options

@@ -51,10 +51,11 @@ def structure(records: Records, *, blank: float = BLANK_STD, shuffle_options: bo
 def shuffled(record: Record) -> Record:
     """The record with its options ordered by a hash of its id and their texts, so that no letter is right more often.
 
+    Labels that options carry themselves ("A: ...") go, as they would stay with their texts and name another letter.
     Options that speak of the others ("none of the above") keep their place, and so do all where they are numbers in
     order, where letters are named, or where there is a trace, which may name them. Done twice, it changes nothing.
     """
-    options = record.options
+    options = unlabelled(record.options or {})
     if not options or record.trace or not _free(record.question, list(options.values())):
         return record
     places = [letter for letter, text in options.items() if not REFERS.fullmatch(text.strip(" .;:"))]
@@ -64,6 +65,13 @@ def shuffled(record: Record) -> Record:
     answer = next(letter for letter in options if came_from.get(letter, letter) == record.answer)
     order = "".join(came_from.get(letter, letter) for letter in options)
     return checked(replace(record, options=texts, answer=answer), "structure", order=order)
+
+
+def unlabelled(options: dict[str, str]) -> dict[str, str]:
+    """The options without labels of their own ("A: ..."), where all carry one."""
+    found = {letter: re.match(rf"\s*\(?{re.escape(letter)}[.):]\s*", text) for letter, text in options.items()}
+    labels = {letter: match.end() for letter, match in found.items() if match}
+    return {letter: options[letter][end:] for letter, end in labels.items()} if len(labels) == len(options) else options
 
 
 def report(before: Iterable[Record], after: Iterable[Record], *, blank: float = BLANK_STD) -> list[dict[str, Any]]:

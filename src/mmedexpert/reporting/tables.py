@@ -197,6 +197,8 @@ def print_benchmarks(summaries: Mapping[str, Mapping[str, Any]]) -> None:
         said[asked["name"]] = f"{asked['name']}: {', '.join(asked['source'])}; led by protocol {one['protocol']}"
         if asked["left_out"]:
             said[asked["name"]] += f"; {asked['left_out']} left out, see manifest.json in {asked['folder']}"
+        if found and (compared := one.get("compared_with")):
+            said[asked["name"]] += f"; clean: not in the training part of data={compared}, the only one looked at"
         if own := asked["own_training_part"]:
             said[asked["name"]] += (
                 f"\n  its own training part shows {own['images_seen']:.0f} of its {own['images']:.0f} test images"

@@ -20,7 +20,7 @@ VERSIONS: dict[str, int] = {
     "phantom": 2,  # drawings, questions, traces
     "labelled_images": 2,
     "medr1": 2,
-    "gmai": 1,  # what is read, asked and how it is judged
+    "gmai": 2,  # what is read, asked and how it is judged; 1: an answer tag hid its letter
     "medxpertqa": 1,
     "mmmu": 1,
     "omnimedvqa": 2,  # 1: did not say of which set a question is
@@ -39,7 +39,7 @@ VERSIONS: dict[str, int] = {
     "ingest": 1,
     "duplicates": 1,
     "decontaminate": 1,
-    "structure": 1,
+    "structure": 2,  # 1: options were shuffled with labels of their own on them
     "specialties": 1,
     "label": 1,
     "needs_image": 1,

@@ -12,6 +12,7 @@ from pathlib import Path
 from mmedexpert.data.record import Record
 from mmedexpert.data.validation import Bad
 from mmedexpert.errors import UserError
+from mmedexpert.scoring.choice import answer_tags
 from mmedexpert.scoring.judged import Judged
 from mmedexpert.sources.unpack import lettered, read_rows, write_image
 
@@ -77,11 +78,14 @@ def ask(record: Record) -> str:
 def judge(record: Record, response: str) -> Judged:
     """The verdict of VLMEvalKit (e8e78f0, `can_infer`, exact matching); a response with no match is unparsed, wrong.
 
+    Of a response with an answer tag what stands in it is read, as MedEvalKit's and MMMU's readers do: to VLMEvalKit's
+    the tag and its letter are one word, and a model trained to answer so would be wrong everywhere.  # ours
+
     Raises ValueError for a record without options.
     """
     if not record.options:
         raise ValueError(f"record {record.id!r} has no options")
-    picked = _pick(response, record.options)
+    picked = _pick(answer_tags(response) or response, record.options)
     return Judged(correct=picked == record.answer, picked=picked, parsed=picked is not None)
 
 

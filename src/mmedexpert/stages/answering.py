@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,13 @@ def longest_reply(config: Config, subject: Subject) -> int:
     if subject.judge is not None:
         return int(subject.judge["max_new_tokens"])
     return config.engine.endpoint.max_new_tokens if subject.served else config.model.max_new_tokens
+
+
+def asking(config: Config) -> Config:
+    """The config that a model is asked with, where evaluation has other limits than training."""
+    model, limits = config.model, config.eval
+    pixels, tokens = limits.max_pixels or model.max_pixels, limits.max_new_tokens or model.max_new_tokens
+    return replace(config, model=replace(model, max_pixels=pixels, max_new_tokens=tokens))
 
 
 def style_of(config: Config, subject: Subject) -> str:

@@ -11,13 +11,22 @@ from mmedexpert.stages.common import ledger_of, loading, model_key
 from mmedexpert.stages.pretrain import base_of
 
 
+def prompt_of(config: Config, asked: AskedConfig) -> str | None:
+    """What stands before a step's questions: a step that has them answered asks the command's own model under its own,
+    one that wants JSON (labels, teacher, verifier) under none."""
+    return config.model.system_prompt if asked.local and asked.system_prompt else asked.system_prompt
+
+
 def identity_of(config: Config, asked: AskedConfig) -> dict[str, Any] | None:
     """What of a step's model decides its replies, not where it is served; None where the step has none."""
+    prompt = prompt_of(config, asked)
     if asked.local:
-        return {"base": base_of(config).identity, **model_key(config), "max_new_tokens": asked.max_new_tokens}
+        told = {**model_key(config), "system_prompt": prompt, "max_new_tokens": asked.max_new_tokens}
+        return {"base": base_of(config).identity, **told}
     if asked.base_url is None:
         return None
-    return {"model": asked.model, "revision": asked.revision, "max_new_tokens": asked.max_new_tokens}
+    told = {"model": asked.model, "revision": asked.revision, "max_new_tokens": asked.max_new_tokens}
+    return told | ({"system_prompt": prompt} if prompt else {})
 
 
 def engine_for(config: Config, asked: AskedConfig, where: str, *, temperature: float = 0.0) -> Engine | None:
@@ -27,9 +36,10 @@ def engine_for(config: Config, asked: AskedConfig, where: str, *, temperature: f
         from mmedexpert.models.backbone import load_encoder, load_model
 
         base = base_of(config)
-        model = load_model(base.folder, loading(config)).requires_grad_(False)
+        model, encoder = load_model(base.folder, loading(config)), load_encoder(base.folder, loading(config))
+        encoder.system_prompt = prompt_of(config, asked)
         return TransformersEngine(
-            model, load_encoder(base.folder, loading(config)), batch_size=config.engine.batch_size,
+            model.requires_grad_(False), encoder, batch_size=config.engine.batch_size,
             max_new_tokens=asked.max_new_tokens, temperature=temperature, seed=config.data.seed,
         )  # fmt: skip
     if asked.base_url is None:
@@ -38,6 +48,6 @@ def engine_for(config: Config, asked: AskedConfig, where: str, *, temperature: f
 
     return engine_of(
         asked, f"data.curate.{where}", max_new_tokens=asked.max_new_tokens, temperature=temperature,
-        seed=config.data.seed, ledger=ledger_of(config),
+        seed=config.data.seed, ledger=ledger_of(config), system_prompt=prompt_of(config, asked) or "",
         retry_refused=config.data.curate is not None and config.data.curate.retry_refused,
     )  # fmt: skip

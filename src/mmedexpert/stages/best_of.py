@@ -30,6 +30,7 @@ from mmedexpert.schema import Config
 from mmedexpert.stages.answering import (
     Subject,
     answering_key,
+    asking,
     engine_of,
     is_reward_model,
     longest_reply,
@@ -80,7 +81,8 @@ def run(
 
 def _samples(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's samples of one question set."""
-    settings, questions, protocol = config.eval, asked.questions, protocol_of(config, asked)
+    config, settings, questions = asking(config), config.eval, asked.questions
+    protocol = protocol_of(config, asked)
     asks = asks_of(questions, protocol=protocol, perspectives=settings.perspectives, style=style_of(config, subject))
     prompt = system_prompt_of(config, protocol)
     key = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -76,8 +77,6 @@ def launch(config: Config) -> None:
     ):  # fmt: skip
         if size < wanted:
             raise UserError(f"{key}={size} leaves some of {wanted} devices without work: give at least {wanted}")
-    if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
-        raise UserError("trainer.precision=16-mixed does not go with trainer.strategy=fsdp: use bf16-mixed")
     if not met:
         from lightning.fabric import Fabric
 
@@ -183,6 +182,13 @@ def training_key(config: Config, *, dropout: bool = True) -> dict[str, Any]:
     return key
 
 
+def tidy() -> None:
+    """Free what a finished stage leaves on a GPU: a trained module and its trainer hold each other until collected."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def stage_run(
     config: Config,
     stage: str,
@@ -204,6 +210,7 @@ def stage_run(
         with stage_logger(config, run) as run.logger:
             metrics = work(run)
             tell_end(config, run, metrics, sources or {})
+        tidy()
         return metrics
 
     made = execute(

@@ -26,7 +26,7 @@ from mmedexpert.runtime.versions import rule_followed_by, text_of, versions
 from mmedexpert.schema import Config
 from mmedexpert.schema_data import EndpointConfig
 from mmedexpert.stages import benchmark, best_of, judging
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, style_of, tell_kept
+from mmedexpert.stages.answering import Subject, answering_key, asking, engine_of, style_of, tell_kept
 from mmedexpert.stages.common import content_of, ledger_of, records_of, stage_run, together
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.logged import tell_evaluated
@@ -94,7 +94,7 @@ def _shown(subject: Subject, questions: QuestionSet, folder: Path) -> dict[str, 
 
 def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
-    settings, questions = config.eval, asked.questions
+    config, settings, questions = asking(config), config.eval, asked.questions
     protocol = protocol_of(config, asked)
     perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
     asks = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style_of(config, subject))
@@ -114,6 +114,9 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         key |= answering_key(config, subject, system_prompt_of(config, protocol))
     data = dataset(config) if settings.contamination or subject.baseline == MAJORITY else None
 
+    # own questions have their own training part beside them; those of a benchmark any that the command names
+    rules = _rules(config, questions, data.run_id if data and settings.contamination and asked.public else None)
+
     def summarise(rows: list[Prediction]) -> dict[str, Any]:
         overlap = clean_part(config, data, questions, asked.identity) if data and settings.contamination else None
         numbers = Summary(num_resamples=settings.num_resamples, seed=config.seed)
@@ -129,7 +132,8 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
             "own_training_part": asked.source.manifest.get("own_training_part"),
         }  # fmt: skip
         found["contamination"] = overlap["found"] if overlap else None
-        found["judged_by"] = _rules(config, questions)
+        found["compared_with"] = data.name if data and overlap else None
+        found["judged_by"] = rules
         return found
 
     def work(run: Run) -> dict[str, float]:
@@ -148,7 +152,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     sources = {"questions": asked.source}
     done = stage_run(config, "eval", f"{subject.name}-{questions.name}", key, work, inputs, sources=sources)
     tell_kept(subject, done)
-    if rank() == 0 and done.reused and done.summary["judged_by"] != _rules(config, questions):
+    if rank() == 0 and done.reused and done.summary["judged_by"] != rules:
         rows = judge_again(done.folder / "predictions.jsonl", questions)
         found = summarise(rows)
         write_json(done.folder / "metrics.json", flatten(found))
@@ -187,8 +191,9 @@ def _second_opinion(
     return mean, judge.refused
 
 
-def _rules(config: Config, questions: QuestionSet) -> str:
-    """What verdicts and numbers depend on beside the replies: rules, guidelines and the settings of the summary."""
+def _rules(config: Config, questions: QuestionSet, compared_with: str | None) -> str:
+    """What verdicts and numbers depend on beside the replies: rules, guidelines, the settings of the summary, and the
+    data set in which test images were looked for."""
     settings = {**asdict(config.eval), "protocol": config.protocol}
     settings["llm_judge"] = _without_secrets(config.eval.llm_judge)
     told = {
@@ -199,6 +204,7 @@ def _rules(config: Config, questions: QuestionSet) -> str:
         "guidelines": {name: text_of(name) for name in DATA},
         "settings": {k: settings[k] for k in ("num_resamples", "contamination", "llm_judge", "protocol")},
         "seed": config.seed,
+        **({"compared_with": compared_with} if compared_with else {}),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

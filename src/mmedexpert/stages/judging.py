@@ -40,7 +40,15 @@ from mmedexpert.runtime.ranks import rank
 from mmedexpert.runtime.runs import Run, console, write_json
 from mmedexpert.runtime.versions import rule_of, text_of, versions
 from mmedexpert.schema import BenchmarkConfig, Config
-from mmedexpert.stages.answering import Subject, answering_key, engine_of, is_reward_model, reward_model_of, style_of
+from mmedexpert.stages.answering import (
+    Subject,
+    answering_key,
+    asking,
+    engine_of,
+    is_reward_model,
+    reward_model_of,
+    style_of,
+)
 from mmedexpert.stages.common import stage_run
 
 STAGE = "verdicts"
@@ -89,10 +97,12 @@ def protocol_of(config: Config) -> str:
 def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
     benchmark, source, pairs, name = asked.benchmark, asked.source, asked.pairs, asked.benchmark.name
-    protocol, control = protocol_of(config), subject.baseline
+    config, protocol, control = asking(config), protocol_of(config), subject.baseline
     scalar = is_reward_model(subject)
     style = style_of(config, subject)
-    prompt = config.model.system_prompt if scalar else _system_prompt(config)
+    # a trained judge as it was trained, but under their protocol; another is told by the question what to write
+    theirs = protocol == "med_rewardbench" and not scalar
+    prompt = config.model.system_prompt if subject.judge is not None and not theirs else None
     asks = [] if control or scalar else asks_of(
         pairs, asked.image_root, protocol=protocol, seed=config.seed, style=style, blind=blind
     )  # fmt: skip
@@ -156,10 +166,6 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
         write_json(done.folder / "metrics.json", flat(found))
         write_json(done.folder / "summary.json", found)  # last: a kill before it has all judged again
     return done
-
-
-def _system_prompt(config: Config) -> str | None:
-    return None if protocol_of(config) == "med_rewardbench" else config.model.system_prompt
 
 
 def _rules(config: Config, benchmark: BenchmarkConfig) -> str:

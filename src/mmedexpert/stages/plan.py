@@ -70,7 +70,7 @@ def setup_of(config: Config) -> Setup:
     weights, trained = ENTRY[model.dtype], 4
     if trainer.precision in ("bf16-true", "16-true", "64-true"):  # Lightning converts all
         weights = trained = 8 if trainer.precision == "64-true" else 2
-    computed = 2 if trainer.precision in ("bf16-mixed", "16-mixed", "bf16", "16") else weights
+    computed = 2 if trainer.precision in ("bf16-mixed", "bf16") else weights
     devices = (trainer.devices or max(1, torch.cuda.device_count())) * trainer.num_nodes
     return Setup(
         shape, lora.r, shape.lora(lora.r, lora.target_modules), weights, trained, computed, lora.dropout > 0,

@@ -55,8 +55,10 @@ def protocol_of(config: Config, asked: QuestionSource) -> str:
 
 
 def system_prompt_of(config: Config, protocol: str) -> str | None:
-    """The model's own; MedEvalKit asks without."""
-    return None if protocol == "medevalkit" else config.model.system_prompt
+    """The model's own, a served one's that of its endpoint; MedEvalKit asks without."""
+    if protocol == "medevalkit":
+        return None
+    return config.engine.endpoint.system_prompt if config.engine.name == "openai" else config.model.system_prompt
 
 
 def words_of(asks: Sequence[tuple[Record, str | None, Ask]]) -> str:

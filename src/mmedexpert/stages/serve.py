@@ -35,12 +35,14 @@ def run(config: Config) -> dict[str, Run]:
 
 def adapters_of(config: Config, adapter: Path | None, made_by: Run | None) -> dict[str, Path | None]:
     """As what a model can be asked of servers: by the name of what they serve, the adapter to load there. On the base
-    its own; a reasoner on the model that RL starts from its update alone, as in training."""
+    its own; a reasoner on the model that RL starts from its update alone, where that model is not rounded to 16 bits:
+    else it would be another than the adapter that is asked in process."""
     from mmedexpert.stages.gba import start
 
     plain = replace(config, gba=replace(config.gba, init="base"))
     found = {served_name(plain, None): adapter}
-    if made_by is not None and made_by.stage == "gba" and config.gba.init not in ("base", "each"):
+    whole = config.model.dtype == "float32"
+    if whole and made_by is not None and made_by.stage == "gba" and config.gba.init not in ("base", "each"):
         found[served_name(config, start(config))] = made_by.folder / "update"
     return found
 

@@ -62,7 +62,7 @@ class TrainingModule(L.LightningModule):
     def on_train_start(self) -> None:
         if not self.passes.auto or self.passes.found:
             return
-        computed = 2 if self.trainer.precision in ("bf16-mixed", "16-mixed") else None
+        computed = 2 if self.trainer.precision in ("bf16-mixed", "bf16") else None
         begun, devices = self.global_step > 0, self.trainer.world_size
         tokens = fitting(self.model, self.device, computed=computed, begun=begun, devices=devices)
         if tokens is not None:  # all ranks take the smallest
