@@ -16,6 +16,7 @@ from mmedexpert.runtime.runs import Run, console
 from mmedexpert.runtime.versions import versions
 from mmedexpert.schema import Config
 from mmedexpert.stages.common import loading, stage_run
+from mmedexpert.stages.merge import TOLD
 from mmedexpert.stages.pretrain import base_of
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
@@ -29,6 +30,11 @@ def run(config: Config) -> dict[str, Run]:
 
     made = written(config, start(config))
     if not config.runs.explain:
+        if (lost := made.metrics.get("rounding_lost", 0.0)) > TOLD:
+            console.print(
+                f"[yellow]its 16 bits change the start by {100 * lost:.0f}% of its squared norm: what is sampled of it "
+                "is weighed against the policy by sampler.correction[/yellow]", highlight=False, soft_wrap=True,
+            )  # fmt: skip
         print_command(config, made.folder / "model", name_of(made))
     return {"serve": made}
 
