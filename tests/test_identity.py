@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from test_config import composed
 
 from mmedexpert.runtime import runs, versions
 from mmedexpert.runtime.identity import differences, labels_of, why_anew
 from mmedexpert.runtime.runs import execute
-from mmedexpert.stages import pipeline
+from mmedexpert.stages import evaluation, pipeline
 
 SMALL = ("data.source.train=8", "data.source.val=4", "data.source.test=4", "eval.contamination=false", "logger=none")
 TRAINED = {"dsa/adult_medicine", "gba/default", "caci/caci", "eval/base-phantom-test", "eval/reasoner-phantom-test"}
@@ -193,3 +194,14 @@ def test_labels_look_into_inputs_but_not_at_seeds(tmp_path):
         (folder / "identity.json").write_text(json.dumps(tree))
     folders = {number: tmp_path / "eval" / f"m-{number}" for number in (0, 1)}
     assert labels_of(folders) == {0: "lr=1.0", 1: "lr=2.0"}
+
+
+def test_a_run_repeats_with_the_limits_of_training(outputs):
+    """Those of asking stand under eval in its config.yaml, and under model what experts are known by."""
+    limits = ("eval.max_new_tokens=5", "eval.max_pixels=9000", "eval.models=[base]", "stage=eval")
+    (done,) = evaluation.run(composed(*SMALL, f"paths.outputs={outputs}", *limits)).values()
+    told = yaml.safe_load((done.folder / "config.yaml").read_text())
+    assert told["eval"]["max_new_tokens"] == 5 and told["eval"]["max_pixels"] == 9000
+    assert told["model"]["max_new_tokens"] == 64 and told["model"]["max_pixels"] == 12544
+    rows = [json.loads(line) for line in (done.folder / "predictions.jsonl").read_text().splitlines()]
+    assert rows and all(row["tokens"] <= 5 for row in rows)

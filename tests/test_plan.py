@@ -110,9 +110,15 @@ def test_distillation_holds_both_models_and_the_merge(merge):
         setup = stage.setup_of(config)
         found[more] = stage.parts(config, stage.card_of(config), setup)["distil"]
         assert found[more].times == 9 and found[more].held["teacher"] > stage.teacher_bytes(setup, 4)
+    rows_bytes = 2 * sum(one.weights for one, _ in setup.lora)
+    exact = stage.parts(composed(*seven, "merge.exact=true"), H100, setup)["eval"]
+    longer = stage.parts(composed(*seven, "merge.exact=true", "eval.max_new_tokens=8192"), H100, setup)["eval"]
+    assert longer.held["KV of completions"] > 7 * exact.held["KV of completions"]
+    plain = stage.parts(composed(*seven, "merge.exact=false"), H100, setup)["eval"]
+    beside = rows_bytes if merge == "ties" else 6 * setup.lora_parameters * 2  # taught
+    assert exact.total - plain.total == pytest.approx(beside, rel=0.01)
     added = found["merge.exact=true"].total - found["merge.exact=false"].total
-    rows = 2 * sum(one.weights for one, _ in setup.lora)
-    assert added == pytest.approx(5 * setup.lora_parameters * 2 if merge == "caci" else rows, rel=0.01)
+    assert added == pytest.approx(5 * setup.lora_parameters * 2 if merge == "caci" else rows_bytes, rel=0.01)
     assert "distil" not in stage.parts(composed(*seven, "merge.distil_steps=0"), H100, setup)
 
 

@@ -124,6 +124,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"model.min_pixels={config.model.min_pixels} is above model.max_pixels={config.model.max_pixels}"
         )
+    if (pixels := config.eval.max_pixels) is not None and pixels < config.model.min_pixels:
+        raise UserError(f"eval.max_pixels={pixels} is below model.min_pixels={config.model.min_pixels}")
     _check_passes(config.trainer)
     gba = config.gba
     if len(gba.weights) != len(PERSPECTIVES):

@@ -60,6 +60,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "eval.perspectives": ("eval", "search"),
     "eval.specialties": ("own",),
     "eval.num_resamples": ("eval", "search", "judge", "report"),
+    "eval.max_pixels": ("eval", "judge", "plan"),
+    "eval.max_new_tokens": ("eval", "judge", "plan"),
     "eval.image_blind": ("eval", "judge"),
     "engine": ("eval", "search", "judge"),
     "engine.batch_size": ("eval", "search", "judge", "plan"),
@@ -181,7 +183,7 @@ RULES = (
     Rule(
         ("eval.models", "engine.batch_size", "model.name_or_path", "model.revision", "model.dtype",
          "model.attn_implementation", "model.min_pixels", "model.max_pixels", "model.max_new_tokens",
-         "model.instructions", "model.system_prompt", "eval.max_pixels", "eval.max_new_tokens"), _served,
+         "model.instructions", "model.system_prompt", "eval.max_pixels"), _served,
         "engine=openai asks the one model of the server, engine.endpoint.model={config.engine.endpoint.model}",
         ("engine",),
     ),
@@ -229,6 +231,16 @@ RULES = (
         ("model.system_prompt",), lambda c, work: not work & {"dsa", "gba"} and _only_medevalkit(c, work),
         "protocol medevalkit asks without a system prompt: add protocol=robust",
         ("protocol", "benchmark"),
+    ),
+    Rule(
+        ("engine.endpoint.system_prompt",),
+        lambda c, work: _only_medevalkit(c, work) or ("eval" in work and pairs_alone(c, work)),
+        "protocol medevalkit, and pairs of answers, are asked without a system prompt", ("protocol", "benchmark"),
+    ),
+    Rule(
+        ("model.system_prompt",),
+        lambda c, work: "eval" in work and pairs_alone(c, work) and not work & {"dsa", "gba", "own", "judge"},
+        "a judge of pairs that was not trained here is asked without a system prompt", ("benchmark",),
     ),
     Rule(
         tuple(f"eval.llm_judge.{key}" for key in OF_A_SERVER), lambda c, _: c.eval.llm_judge.base_url is None,

@@ -15,13 +15,16 @@ PAPER = "[MMedExpert-R1](https://arxiv.org/abs/2601.10949)"
 NOT_RUN = "-"
 INTERVAL = "Intervals: 95%, bootstrap over images."
 
-Kind = Literal["adapter", "merged", "base"]
+Kind = Literal["adapter", "update", "merged", "base"]
 WHAT: dict[Kind, str] = {
     "adapter": "A LoRA adapter in PEFT's format; it needs its base model.",
+    "update": "Changes of its base model's matrices, row by row, that no adapter holds; it needs its base model.",
     "merged": "A complete vision-language model: the base with the updates of several adapters merged into it.",
     "base": "A complete vision-language model, the base that adapters are trained on.",
 }
-RELATION: dict[Kind, str] = {"adapter": "adapter", "merged": "merge", "base": "finetune"}  # the hub's words
+RELATION: dict[Kind, str] = {  # the hub's words
+    "adapter": "adapter", "update": "merge", "merged": "merge", "base": "finetune"
+}  # fmt: skip
 LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -30,6 +33,15 @@ model = PeftModel.from_pretrained(base, "<this folder>")"""
 LOAD_MODEL = """from transformers import AutoModelForImageTextToText
 
 model = AutoModelForImageTextToText.from_pretrained("<this folder>")"""
+LOAD_UPDATE = """from mmedexpert.models.dense import DenseUpdate
+from mmedexpert.models.lean import start_from_
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{base}")
+start_from_(model, DenseUpdate.load("<this folder>"))"""
+LOAD: dict[Kind, str] = {
+    "adapter": LOAD_ADAPTER, "update": LOAD_UPDATE, "merged": LOAD_MODEL, "base": LOAD_MODEL
+}  # fmt: skip
 LIMITS = """**Not for clinical use.** This is a research artefact. Nobody may use it for diagnosis, treatment, triage
 or advice to patients. It is no medical device and has not been validated on patients, and:
 
@@ -51,7 +63,7 @@ def write_card(
     specialty: str | None,
     ingredients: Mapping[str, str],
     metrics: Mapping[str, float] | None,
-    library_name: Literal["peft", "transformers"],
+    library_name: Literal["peft", "transformers"] | None,
 ) -> Path:
     """Write the model card `README.md` of a saved model, with the Hugging Face hub's metadata; returns its path.
 
@@ -64,7 +76,7 @@ def write_card(
         base = f"`{on_hub or Path(base_model).name}`"
     else:
         base = "none: trained from random weights" if kind == "base" else "unnamed: see its fingerprint"
-    load = LOAD_ADAPTER.format(base=on_hub or "<folder of the base model>") if kind == "adapter" else LOAD_MODEL
+    load = LOAD[kind].format(base=on_hub or "<folder of the base model>")
     metadata = ModelCardData(
         base_model=on_hub,
         library_name=library_name,

@@ -58,7 +58,7 @@ VERSIONS: dict[str, int] = {
     "rewards": 2,
     "rubrics": 6,  # 1: the phantoms' wording alone; 3: no threshold was no false one; 5: none on a cut was seen
     "advantages": 2,  # 1: weights divided by their sum, not centred behind the gate
-    "open_rewards": 2,  # of questions without options; 1: exact text, read as English, also where yes or no is asked
+    "open_rewards": 2,  # of no or labelled options; 1: exact text, read as English, also of yes or no
     "losses": 1,
     "learned_weights": 1,  # of the perspectives, from verdicts and adherences
     "gba": 2,  # how an update uses a rollout

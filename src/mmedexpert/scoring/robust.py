@@ -31,7 +31,7 @@ def judge(record: Record, response: str) -> Judged:
     as scores. Raises ValueError for a yes/no question whose gold answer is neither.
     """
     if record.asked_as == "choice":
-        texts = choice_texts(record, _own_letters(record.options or {}))
+        texts = choice_texts(record, own_letters(record.options or {}))
         verdict = score_choice(response, texts, record.answer, "robust")
         return Judged(verdict.correct, verdict.picked, verdict.parsed)
 
@@ -73,7 +73,7 @@ _CLAIM_ZH = re.compile(
 )
 
 
-def _own_letters(options: dict[str, str]) -> bool:
+def own_letters(options: dict[str, str]) -> bool:
     """Whether an option carries its own `A:`, whatever the data set."""
     return any(text.lstrip().startswith(f"{letter}:") for letter, text in options.items())
 

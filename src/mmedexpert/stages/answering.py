@@ -70,9 +70,10 @@ def from_folder(folder: Path, base: Base) -> Subject:
 def judge_subject(config: Config, run: Run, base: Base) -> Subject:
     """A judge that `train_judge.trained` made; how long its replies may get says this command."""
     adapter = run.folder / "adapter"
-    told = None
-    if not config.runs.explain:
-        told = {**(judge_in(adapter) or {}), "max_new_tokens": config.judge.max_new_tokens}
+    settings = config.judge  # of one that `runs.explain` does not train, what decides how it would be asked
+    style = None if settings.name == "scalar" else config.model.instructions
+    told = {"kind": settings.name, "style": style, **(judge_in(adapter) or {})}
+    told["max_new_tokens"] = settings.max_new_tokens
     return Subject(f"judge_{run.name}", run.run_id, base.folder, adapter, made_by=run, judge=told)
 
 
@@ -160,7 +161,9 @@ def longest_reply(config: Config, subject: Subject) -> int:
     """The most tokens of an answer: a trained judge's verdicts take what it was trained with."""
     if subject.judge is not None:
         return int(subject.judge["max_new_tokens"])
-    return config.engine.endpoint.max_new_tokens if subject.served else config.model.max_new_tokens
+    if subject.served:
+        return config.eval.max_new_tokens or config.engine.endpoint.max_new_tokens
+    return config.model.max_new_tokens
 
 
 def asking(config: Config) -> Config:

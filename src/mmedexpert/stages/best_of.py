@@ -81,17 +81,16 @@ def run(
 
 def _samples(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's samples of one question set."""
-    config, settings, questions = asking(config), config.eval, asked.questions
-    protocol = protocol_of(config, asked)
+    settings, questions, protocol = config.eval, asked.questions, protocol_of(config, asked)
     asks = asks_of(questions, protocol=protocol, perspectives=settings.perspectives, style=style_of(config, subject))
     prompt = system_prompt_of(config, protocol)
     key = {
         "asked": words_of(asks), "engine": config.engine.name, "count": settings.best_of,
-        "temperature": settings.temperature, "top_p": settings.top_p, **answering_key(config, subject, prompt),
+        "temperature": settings.temperature, "top_p": settings.top_p, **answering_key(asking(config), subject, prompt),
     }  # fmt: skip
 
     def work(run: Run) -> dict[str, float]:
-        engine = engine_of(config, subject, prompt, temperature=settings.temperature, top_p=settings.top_p)
+        engine = engine_of(asking(config), subject, prompt, temperature=settings.temperature, top_p=settings.top_p)
         with run.phase("ask"):
             rows = sample(
                 engine, asks, run.folder / FILE, count=settings.best_of, title=f"{subject.name} {questions.name}"

@@ -28,7 +28,7 @@ from mmedexpert.stages.common import (
 )
 from mmedexpert.stages.data import dataset
 from mmedexpert.stages.dsa import licences, save_adapter, save_sum
-from mmedexpert.stages.merge import tell_rounding
+from mmedexpert.stages.merge import held_in, tell_rounding
 from mmedexpert.stages.pretrain import base_of
 
 if TYPE_CHECKING:
@@ -108,9 +108,10 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
             save_sum(run.folder / "adapter", parts, [1.0, 1.0], base.folder, config)
         way = "completions of its own" if on_policy else "the records' traces"
         adapters = {name: LoraAdapter.load(expert.folder / "adapter") for name, expert in experts.items()}
-        for part in ("update", "model", *(("exact",) if exact else ())):
+        for part in ("update", "model", *(part for part in ("adapter", "exact") if (run.folder / part).is_dir())):
+            kind, library = held_in(run.folder / part)
             write_card(
-                run.folder / part, kind="adapter" if part == "update" else "merged",
+                run.folder / part, kind=kind,
                 title=f"merged model ({merged.name}), distilled" + (": what it learnt" if part == "update" else ""),
                 base_model=config.model.name_or_path, base_fingerprint=fingerprint_base(base.folder), specialty=None,
                 method=f"{steps} steps of KL to each expert on its own training records, on {way}",
@@ -118,7 +119,7 @@ def distilled(config: Config, merged: Run, experts: Mapping[str, Run]) -> Run:
                       licences([record for records in own.values() for record in records])},
                 ingredients={f"merge ({merged.name})": fingerprint_base(merged.folder / "model"),
                              **{name: adapter.fingerprint for name, adapter in adapters.items()}},
-                metrics=None, library_name="transformers" if part == "model" else "peft",
+                metrics=None, library_name=library,
             )  # fmt: skip
         return metrics
 

@@ -94,7 +94,7 @@ def _shown(subject: Subject, questions: QuestionSet, folder: Path) -> dict[str, 
 
 def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
     """One model's run on one question set; judged anew, without asking, where the rules or settings changed since."""
-    config, settings, questions = asking(config), config.eval, asked.questions
+    settings, questions = config.eval, asked.questions
     protocol = protocol_of(config, asked)
     perspectives = "none" if subject.baseline == MAJORITY else settings.perspectives
     asks = asks_of(questions, protocol=protocol, perspectives=perspectives, style=style_of(config, subject))
@@ -111,7 +111,7 @@ def _evaluate(config: Config, subject: Subject, asked: QuestionSource) -> Run:
         key["rules"] = versions("majority")
         inputs["train"] = content_of(dataset(config), "train", config.specialty.names)
     else:
-        key |= answering_key(config, subject, system_prompt_of(config, protocol))
+        key |= answering_key(asking(config), subject, system_prompt_of(config, protocol))
     data = dataset(config) if settings.contamination or subject.baseline == MAJORITY else None
 
     # own questions have their own training part beside them; those of a benchmark any that the command names
@@ -173,7 +173,7 @@ def _engine(config: Config, subject: Subject, questions: QuestionSet, protocol: 
     if subject.baseline == MAJORITY:
         train, _ = records_of(dataset(config), "train", config.specialty.names)
         return majority_engine(train, questions.records)
-    return engine_of(config, subject, system_prompt_of(config, protocol))
+    return engine_of(asking(config), subject, system_prompt_of(config, protocol))
 
 
 def _second_opinion(

@@ -98,7 +98,9 @@ def _merge_of_experts(config: Config) -> Run:
     asks for a rule on factors."""
     merge.ready(config)
     experts = dsa.run(config)
-    settings = replace(config.merge, lora_rank=config.model.lora.r * len(experts))
+    merging = config.merge
+    exact = merging.exact and merging.distil_steps > 0  # else the adapter, which RL starts from, is the merge as it is
+    settings = replace(merging, lora_rank=config.model.lora.r * len(experts), exact=exact)
     made = merge.merged(replace(config, merge=settings), experts, {})
     return distilled(config, made, experts) if settings.distil_steps else made
 

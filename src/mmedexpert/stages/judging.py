@@ -97,7 +97,7 @@ def protocol_of(config: Config) -> str:
 def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     """One judge on one set of pairs; read anew, without asking, where the rules or settings changed since."""
     benchmark, source, pairs, name = asked.benchmark, asked.source, asked.pairs, asked.benchmark.name
-    config, protocol, control = asking(config), protocol_of(config), subject.baseline
+    protocol, control = protocol_of(config), subject.baseline
     scalar = is_reward_model(subject)
     style = style_of(config, subject)
     # a trained judge as it was trained, but under their protocol; another is told by the question what to write
@@ -110,7 +110,7 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
     if control is None:
         words = json.dumps([[ask.id, ask.text, list(names)] for _, _, ask, names in asks])
         key["asked"] = hashlib.sha256(words.encode()).hexdigest()[:16]
-        key |= answering_key(config, subject, prompt)
+        key |= answering_key(asking(config), subject, prompt)
     inputs = {"questions": asked.identity, "model": subject.identity}
     trained = set((subject.judge or {}).get("trained_groups", ()))
 
@@ -138,12 +138,13 @@ def _judged(config: Config, asked: Set, subject: Subject, blind: bool) -> Run:
             if control is not None:
                 rows = controlled(control, pairs, protocol=protocol, seed=config.seed)
             elif scalar:
+                model = reward_model_of(asking(config), subject)
                 rows = scored(
-                    reward_model_of(config, subject), pairs, asked.image_root, run.folder / FILE, protocol=protocol,
-                    blind=blind, title=f"{subject.name} {name}",
+                    model, pairs, asked.image_root, run.folder / FILE, protocol=protocol, blind=blind,
+                    title=f"{subject.name} {name}",
                 )  # fmt: skip
             else:
-                engine = engine_of(config, subject, prompt)
+                engine = engine_of(asking(config), subject, prompt)
                 rows = judge(engine, asks, run.folder / FILE, protocol=protocol, title=f"{subject.name} {name}")
         with run.phase("summarise"):
             found = summarise(run, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmedexpert.data.records import fingerprint
 from mmedexpert.engines.transformers import TransformersEngine
@@ -19,9 +19,11 @@ from mmedexpert.merging.grams import Grams
 from mmedexpert.merging.rule import declared
 from mmedexpert.merging.search import best_of, grid_points, merged_in_place
 from mmedexpert.merging.stream import load_update
+from mmedexpert.models.adapters import CONFIG
 from mmedexpert.models.backbone import load_encoder, load_model
 from mmedexpert.models.checkpoint import fingerprint_base
-from mmedexpert.reporting.cards import write_card
+from mmedexpert.models.dense import FILE as DENSE
+from mmedexpert.reporting.cards import Kind, write_card
 from mmedexpert.reporting.tables import csv_text
 from mmedexpert.reporting.tracking import log_table
 from mmedexpert.runtime.build import build, values_of
@@ -106,13 +108,14 @@ def merged(
         ingredients = {n: load_update(path, base.folder).fingerprint for n, path in {**sources, **updates}.items()}
         for part in MERGED:
             if (run.folder / part).is_dir():
+                kind, library = held_in(run.folder / part)
                 write_card(
-                    run.folder / part, kind="merged", title=f"merged model ({settings.name})",
+                    run.folder / part, kind=kind, title=f"merged model ({settings.name})",
                     base_model=config.model.name_or_path, base_fingerprint=fingerprint_base(base.folder),
                     method=f"CACI, {chosen.get('_target_', '').rpartition('.')[2]}: {_told(chosen)}"
                     + ("; values chosen on the validation split" if search is not None else ""),
                     data={"data of the experts": "see their cards"}, specialty=None, ingredients=ingredients,
-                    metrics=None, library_name="transformers" if part == "model" else "peft",
+                    metrics=None, library_name=library,
                 )  # fmt: skip
         return metrics
 
@@ -128,6 +131,13 @@ def merged(
         key["search"], inputs["data"] = search.key, search.content
     asked = {"data": search.data} if search is not None else {}
     return stage_run(config, "caci", settings.name, key, work, inputs, sources=asked)
+
+
+def held_in(folder: Path) -> tuple[Kind, Literal["peft", "transformers"] | None]:
+    """What a folder of a merge holds, and the library that loads it, as its card says."""
+    if (folder / CONFIG).is_file():
+        return "adapter", "peft"
+    return ("update", None) if (folder / DENSE).is_file() else ("merged", "transformers")
 
 
 def tell_rounding(config: Config, metrics: Mapping[str, float], folder: Path) -> None:

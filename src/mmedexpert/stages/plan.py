@@ -19,6 +19,7 @@ from mmedexpert.reporting.tables import Row, print_table
 from mmedexpert.runtime.build import build
 from mmedexpert.runtime.runs import Run
 from mmedexpert.schema import Config
+from mmedexpert.stages.answering import asking
 from mmedexpert.stages.pretrain import SHIPPED
 from mmedexpert.training.rollouts import assign_perspectives
 
@@ -84,21 +85,29 @@ def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
     Completions are of full length, and no row ends before: at most.
     """
     asks, dsa, gba, experts = config.plan, config.dsa, config.gba, len(config.specialty.names)
-    width, prompt = _width(config), _prompt(config, setup)
-    image = asks.images * setup.shape.image_tokens(config.model.max_pixels)
-    seeing = asks.images * device.seeing(setup, config.model.max_pixels // setup.shape.patch**2)
-    started = replace(setup, started={"merged_experts": experts, "caci": experts, "base": 0}.get(gba.init, 1))
+    one, tested = _question(config, device, setup), _question(asking(config), device, setup)
+    width, prompt, seeing = one.width, one.prompt, one.seeing
+    taught_merge = experts + (config.merge.distil_steps > 0)
+    started = replace(setup, started={"merged_experts": experts, "caci": taught_merge, "base": 0}.get(gba.init, 1))
     records, asked = _share(gba.prompts_per_step, setup), config.engine.batch_size
     rollouts = gba.steps / gba.num_iterations * (experts if gba.init == "each" else 1)
     layout = set(assign_perspectives(gba.weights, gba.num_generations, gba.conditioning))
 
-    def kept(questions: float) -> dict[str, float]:
-        return {"images": setup.image_bytes(round(questions), image, CACHE_BYTES), "CUDA": device.own}
+    def kept(questions: float, of: Question = one) -> dict[str, float]:
+        return {"images": setup.image_bytes(round(questions), of.image, CACHE_BYTES), "CUDA": device.own}
 
-    def sampling(by: Setup, prompts: int, rows: int, questions: int, times: float, others: Mapping[str, float]) -> Part:
+    def sampling(
+        by: Setup,
+        prompts: int,
+        rows: int,
+        questions: int,
+        times: float,
+        others: Mapping[str, float],
+        of: Question = one,
+    ) -> Part:
         by = replace(by, computed=by.weights)  # outside of autocast
-        step = (prompts, prompt, rows, width, questions * prompt)
-        return Part({**by.sampling_bytes(*step), **others}, device.sampling(by, *step) + questions * seeing, times)
+        step = (prompts, of.prompt, rows, of.width, questions * of.prompt)
+        return Part({**by.sampling_bytes(*step), **others}, device.sampling(by, *step) + questions * of.seeing, times)
 
     taught, seen = _share(dsa.batch_size, setup), kept(rollouts * records)
     answer = asks.answer_tokens or width
@@ -107,6 +116,7 @@ def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
     update = _training(
         config, device, policy, (prompt, width, gba.num_generations, records), seen, again=int(gba.beta > 0)
     )
+    merged, rows = _with_merge(config, setup, {"": taught_merge + 1, "each": taught_merge + experts})
     merge = told()["merge"]
     changed = sum(one.weights for one, _ in setup.lora) / 1e9
     return {
@@ -116,7 +126,10 @@ def parts(config: Config, device: Card, setup: Setup) -> dict[str, Part]:
             {"AdamW": started.state_bytes, **seen},
         ),
         "update": replace(update, times=rollouts * gba.num_iterations),
-        "eval": sampling(setup, asked, asked, asked, math.ceil(asks.questions / asked), kept(asks.questions)),
+        "eval": sampling(
+            merged, asked, asked, asked, math.ceil(asks.questions / asked), {**rows, **kept(asks.questions, tested)},
+            tested,
+        ),
         "caci": Part({"RAM": merge["ram_gib"] * GIB}, merge["seconds"] * changed, 1),
         **_distilling(config, device, setup, (prompt, answer), seeing),
     }  # fmt: skip
@@ -133,14 +146,21 @@ def _distilling(config: Config, device: Card, setup: Setup, tokens: tuple[int, i
         "teacher": teacher_bytes(alone, experts) + alone.head_bytes(ROWS),
         "images": alone.image_bytes(settings.distil_steps * count, image, CACHE_BYTES), "CUDA": device.own,
     }  # fmt: skip
-    if settings.exact and alone.weights < 4:
-        rule = declared(build(settings.method or {}, "merge.method"))
-        if rule.low_rank or rule.sums:
-            alone = replace(alone, started=experts + 1)
-        else:
-            others["merge"] = sum(one.weights for one, _ in alone.lora) * alone.weights
-    step = _training(config, device, alone, (*tokens, 1, count), others, again=1)
+    alone, rows = _with_merge(config, alone, {"": experts + 1, "caci": experts, "each": 2 * experts})
+    step = _training(config, device, alone, (*tokens, 1, count), {**others, **rows}, again=1)
     return {"distil": replace(step, seconds=step.seconds + count * seeing, times=settings.distil_steps)}
+
+
+def _with_merge(config: Config, setup: Setup, parts: Mapping[str, int]) -> tuple[Setup, dict[str, float]]:
+    """A model that holds the merge beside its 16-bit weights: of so many LoRAs by `gba.init` (""
+    another), or, where no adapter is the merge, its rows."""
+    settings = config.merge
+    if not settings.exact or setup.weights == 4 or settings.method is None:
+        return setup, {}
+    rule = declared(build(settings.method, "merge.method"))
+    if rule.low_rank or rule.sums:
+        return replace(setup, started=parts.get(config.gba.init, parts[""])), {}
+    return setup, {"merge": sum(one.weights for one, _ in setup.lora) * setup.weights}
 
 
 def teacher_bytes(setup: Setup, experts: int) -> int:
@@ -169,16 +189,29 @@ def _training(
     return Part(held, device.training(setup, cut, again), 1, fits)
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question at a model's limits: tokens of its prompt, its images and a completion, and seconds to see it."""
+
+    prompt: int
+    image: int
+    width: int
+    seeing: float
+
+
+def _question(config: Config, device: Card, setup: Setup) -> Question:
+    asks, pixels = config.plan, config.model.max_pixels
+    image = asks.images * setup.shape.image_tokens(pixels)
+    seeing = asks.images * device.seeing(setup, pixels // setup.shape.patch**2)
+    return Question(image + asks.text_tokens, image, _width(config), seeing)
+
+
 def _share(count: int, setup: Setup) -> int:
     return math.ceil(count / setup.devices)
 
 
 def _width(config: Config) -> int:
     return config.plan.completion_tokens or config.model.max_new_tokens
-
-
-def _prompt(config: Config, setup: Setup) -> int:
-    return config.plan.images * setup.shape.image_tokens(config.model.max_pixels) + config.plan.text_tokens
 
 
 def rows_of(work: Mapping[str, Part], memory: float) -> list[Row]:

@@ -10,6 +10,7 @@ from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.versions import digest, text_of, versions
 from mmedexpert.schema import Config, RewardConfig
+from mmedexpert.scoring.robust import own_letters
 from mmedexpert.stages.common import model_key, records_of, training_key
 from mmedexpert.stages.data import dataset
 from mmedexpert.training.judge import VERSION
@@ -36,7 +37,8 @@ def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
 def read_by(config: Config, specialties: list[str], split: str = "train") -> list[str]:
     """The rules by which completions to these questions are right or wrong."""
     asked = records_of(dataset(config), split, specialties)[0]
-    return [config.reward.protocol, *(["open_rewards"] if any(one.asked_as != "choice" for one in asked) else [])]
+    other = any(one.asked_as != "choice" or own_letters(one.options or {}) for one in asked)
+    return [config.reward.protocol, *(["open_rewards"] if other else [])]
 
 
 def instructed(config: Config) -> str:

@@ -93,8 +93,9 @@ def written(config: Config, start: Run | None) -> Run:
 
 def print_command(config: Config, folder: Path, name: str) -> None:
     """How to start a server; one for each GPU that samples, each on a port of its own."""
-    # on the base a reasoner is as wide as the experts that it starts from and its own update
-    parts = len(config.specialty.names) + 1 if config.gba.init == "base" else 1
+    # on the base a reasoner is as wide as the experts that it starts from and its own update, a taught merge wider
+    taught = config.merge.exact and config.merge.distil_steps > 0
+    parts = len(config.specialty.names) + 1 + taught if config.gba.init == "base" else 1
     rank = next((rank for rank in RANKS if rank >= config.model.lora.r * parts), RANKS[-1])
     longest = config.model.max_pixels // 28**2 + TEXT + config.model.max_new_tokens
     words = [
