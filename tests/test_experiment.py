@@ -301,6 +301,8 @@ def test_a_model_that_some_arms_have_is_called_by_them(tmp_path, capsys):
                 continue
             made = [shared, evaluation(tmp_path, "reasoner", seed, right[1 + place], recipe=arm)]
             made += [evaluation(tmp_path, "caci", seed, right[3])] if arm == "few" else []
+            kinds = (("30", 3), ("90", 4)) if arm == "few" else ()  # two of one model in one arm
+            made += [evaluation(tmp_path, "sft_all", seed, right[place], recipe=kind) for kind, place in kinds]
             config = composed(
                 "results.id=claim", "results.against='reasoner (few)'", "eval.num_resamples=100",
                 "report.published=null", f"paths.outputs={tmp_path / 'out'}", "arms={few:{},many:{}}", f"arm={arm}",
@@ -310,6 +312,7 @@ def test_a_model_that_some_arms_have_is_called_by_them(tmp_path, capsys):
     table = (folder / "table.md").read_text()
     for row in ("| start | 2 |", "| reasoner (few) | 2 |", "| reasoner (many) | 1 |", "| caci | 2 |"):
         assert row in table
+    assert "| sft_all (few) |" not in table and table.count("\n| sft_all") >= 2
     assert "against reasoner (few)" in table and "failed, so not in it: seed=1 arm=many" in table
 
 

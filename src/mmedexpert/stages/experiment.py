@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,9 @@ def _by_arm(evaluations: Sequence[EvalRun], arms_with: Mapping[Path, set[str]], 
         family = run.model if plain or not own else f"{run.model} ({', '.join(sorted(own))})"
         label = f"{family} (seed {run.seed})" if run.seed_of else family
         named.append(replace(run, family=family, label=label, seed_of=run.seed_of and family))
+    # of an arm that has a model in several kinds (sft_all, sft_all@480) these are called by what tells them apart
+    labels = Counter((run.benchmark, run.label) for run in named)
+    named = [run if labels[new.benchmark, new.label] > 1 else new for run, new in zip(evaluations, named, strict=True)]
     return named if every and (len(every) > 1 or always) and _apart(named) else list(evaluations)
 
 
