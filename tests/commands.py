@@ -32,6 +32,8 @@ def words(outputs: Path, *overrides: str, logger: str = "none") -> list[str]:
     given = {word.split("=")[0] for word in rest}
     if "data" in given:  # other sources and models take none of these
         given |= {"data.source.train", "data.source.val", "data.source.test"}
+    if "engine=openai" in rest:  # a served model has a limit of its own
+        given |= {"model.max_new_tokens"}
     if given & {"model", "model.name_or_path"}:
         given |= {word.split("=")[0] for word in SMOKE if word.startswith(("model.architecture", "pretrain"))}
     small = SMOKE[:3] if "stage=report" in rest else [word for word in SMOKE if word.split("=")[0] not in given]

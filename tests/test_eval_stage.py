@@ -217,7 +217,7 @@ def test_every_file_that_adherence_follows_from_has_answers_judged_again(asked, 
     names = sorted(path.name for path in Path(perspectives.__file__).parent.glob("*.yaml"))
     for changed in ["none", *names]:
         monkeypatch.setattr(evaluation, "text_of", lambda name, changed=changed: f"{name} {name == changed}")
-        told.append(evaluation._rules(asked.config, questions))
+        told.append(evaluation._rules(asked.config, questions, None))
     assert len(set(told)) == len(names) + 1 >= 3
 
 

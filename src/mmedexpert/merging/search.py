@@ -15,7 +15,6 @@ from mmedexpert.merging.rule import Method, declared
 from mmedexpert.merging.sparsify import Threshold
 from mmedexpert.merging.stream import Stream, Update
 from mmedexpert.models.deltas import add_delta
-from mmedexpert.models.lean import shift_, unshift_
 
 Point = dict[str, Any]  # parameter of a rule to its value
 Found = dict[tuple[Any, ...], Threshold]
@@ -52,6 +51,8 @@ def merged_in_place(
     other values; thresholds once for each update and density. Updates are read as in `Stream`: experts first, then
     reasoners. ValueError for a tensor which the model has not; UserError for values that the rule refuses.
     """
+    from mmedexpert.models.lean import shift_, unshift_  # lazily, as models/backbone.py says
+
     found: Found = {}
     for point in points:  # every point is tried on one entry before the first is merged
         _CachedStream(updates, experts, functools.partial(method, **point), found=found, grams=grams)
