@@ -131,9 +131,9 @@ def test_precision_refills_protocol_and_system_prompt_reach_the_bottom(answering
             computed.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
             return policy_loss(*args, **options)
 
-        def paid(texts: Any, *, protocol: str, answer: Any, **options: Any) -> Any:
+        def paid(texts: Any, *, protocol: str, **options: Any) -> Any:
             protocols.add(protocol)
-            total, parts = outcome(texts, protocol=protocol, answer=answer, **options)
+            total, parts = outcome(texts, protocol=protocol, **options)
             # all of the first two groups are alike, so that these are refilled
             calm = [0.0 if len(seen) == 0 and row < 16 else float(row % 2) for row in range(len(total))]
             return calm, parts | {"accuracy": [0.0] * len(calm)}

@@ -58,7 +58,7 @@ def test_the_policy_drops_nothing_whatever_sft_does(answering):
     plain, dropping = answering("gba.init=base"), answering("gba.init=base", "model.lora.dropout=0.5")
     policy = policies.policy_of(dropping, base_of(dropping), []).train()
     assert not [one for one in policy.modules() if isinstance(one, torch.nn.Dropout) and one.p]
-    assert reasoner_key(dropping, ["x"]) == reasoner_key(plain, ["x"])
+    assert reasoner_key(dropping, ["pediatrics"]) == reasoner_key(plain, ["pediatrics"])
 
 
 def test_prompts_end_with_the_instruction_each_perspective_asked_alike(arm):
