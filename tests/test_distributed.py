@@ -338,7 +338,6 @@ def composed(*overrides: str) -> Any:
     ("overrides", "told"),
     [
         (("trainer.devices=3", "gba.prompts_per_step=2"), "gba.prompts_per_step=2 leaves some of 3 devices"),
-        (("trainer=fsdp", "trainer.devices=2", "trainer.precision=16-mixed"), "use bf16-mixed"),
         (("trainer.devices=0",), "trainer.devices=0 must be above 0"),
         (("trainer=fsdp", "trainer.devices=2", "gba.dynamic_sampling=2"), "use trainer.strategy=ddp, or gba.dyn"),
     ],
