@@ -99,7 +99,7 @@ def test_an_experiment_overrides_its_groups_and_debug_overrides_it():
     assert list(table.benchmark) == ["medxpertqa_mm", "pmc_vqa", "omnimedvqa"] and table.results.id == "table_main"
     assert composed("experiment=[table_main,at_7b]", "model=tiny", "protocol=robust").model.name == "tiny"
     assert composed("experiment=table_main").model.name == "tiny"
-    assert composed("experiment=medevalkit", "model=qwen2_vl_2b").model.max_new_tokens == 8192
+    assert composed("experiment=medevalkit", "model=qwen2_vl_2b").eval.max_new_tokens == 8192
     assert composed("experiment=ablation_merge", "debug=smoke").dsa.steps == 8
 
 
@@ -260,7 +260,7 @@ def test_merge_methods_instantiate(path):
         ("trainer.precision=16-mixed", ["trainer.precision", "bf16-mixed"]),
         ("gba.weights_from=validation  eval.split=val", ["gba.weights_from", "eval.split=test"]),
         ("eval.max_pixels=0", ["eval.max_pixels"]),
-        ("engine=vllm  engine.base_urls=[http://a]  eval.max_pixels=9", ["eval.max_pixels", "stage=serve"]),
+        ("engine=vllm  engine.base_urls=[http://a]  eval.max_pixels=99999", ["eval.max_pixels", "stage=serve"]),
         ("trainer.accelerator=cuda0", ["trainer.accelerator", "cuda"]),
         ("trainer.threads=-1", ["trainer.threads"]),
         ("gba.epsilon_high=0", ["gba.epsilon_high"]),
