@@ -149,11 +149,13 @@ def test_a_merge_that_may_not_fit_on_the_disk_is_told(with_records, tmp_path, mo
     with_records(*((name, WHOLE) for name in FOUR))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(3000))
-    monkeypatch.setattr(before.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2999}))
+    monkeypatch.setattr(before.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5999}))
     config = composed(f"model.name_or_path={tmp_path}", f"paths.outputs={tmp_path / 'out'}")
     check_inputs(config)
     assert "merged model takes" in capsys.readouterr().err
-    monkeypatch.setattr(before.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3000}))
+    monkeypatch.setattr(
+        before.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 6000})
+    )  # the merge, and what it is taught
     check_inputs(config)
     assert capsys.readouterr().err == ""
 

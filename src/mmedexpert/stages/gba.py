@@ -168,7 +168,7 @@ def reasoner(config: Config, name: str, specialties: list[str], start: Run | Non
         weights = {f"weight/{one}": row for one, row in zip(PERSPECTIVES, acts.gba.weights, strict=True)}
         return {"train_records": float(len(records)), **metrics, **gained, **(weights if learned else {})}
 
-    key, sources = reasoner_key(config, specialties), {"data": data}
+    key, sources = reasoner_key(config, specialties, records_of(data, "train", specialties)[0]), {"data": data}
     return stage_run(config, "gba", name, key, work, inputs, sources=sources, every_rank=True)
 
 

@@ -150,13 +150,16 @@ def within(records: Sequence[Record], counts: Mapping[str, int], keep: Sequence[
 
 def _key(config: Config, split: str, specialties: list[str], *asked: str) -> dict[str, Any]:
     """What decides completions sampled from the start."""
+    questions, _ = records_of(dataset(config), split, specialties)
     settings = config.gba
     names = ("conditioning", "temperature", "top_p", "top_k", *asked)
     return {
         "specialties": specialties,
         "sampled": {name: getattr(settings, name) for name in names},
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "rules": versions("prompts", "sampling", "rewards", *read_by(config, specialties, split)),
+        "rules": versions(
+            "prompts", "sampling", "rewards", *read_by(config, records_of(dataset(config), split, specialties)[0])
+        ),
         "instructions": instructed(config),
         **({"sampler": "vllm"} if config.sampler.name == "vllm" else {}),
     }

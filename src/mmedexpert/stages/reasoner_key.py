@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from mmedexpert.data.record import Record
 from mmedexpert.guidelines import PERSPECTIVES, instructions
 from mmedexpert.guidelines.rubrics import DATA
 from mmedexpert.runtime.privacy import without_password
 from mmedexpert.runtime.versions import digest, text_of, versions
 from mmedexpert.schema import Config, RewardConfig
 from mmedexpert.scoring.robust import own_letters
-from mmedexpert.stages.common import model_key, records_of, training_key
-from mmedexpert.stages.data import dataset
+from mmedexpert.stages.common import model_key, training_key
 from mmedexpert.training.judge import VERSION
 
 RULES = ("prompts", "batches", "optimiser", "sampling", "rewards", "advantages", "losses", "gba")
 
 
-def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
-    """The settings and rules that decide a reasoner."""
+def reasoner_key(config: Config, specialties: list[str], asked: Sequence[Record] = ()) -> dict[str, Any]:
+    """The settings and rules that decide a reasoner that is `asked` these questions."""
     return {
         "specialties": specialties,
         "gba": acting(config),
@@ -27,16 +28,15 @@ def reasoner_key(config: Config, specialties: list[str]) -> dict[str, Any]:
         "reward": reward_key(config),
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
         "trainer": training_key(config, dropout=False),
-        "rules": versions(*RULES, *read_by(config, specialties), *(("rubrics",) if weighted(config) else ())),
+        "rules": versions(*RULES, *read_by(config, asked), *(("rubrics",) if weighted(config) else ())),
         **sampler_key(config),
         "instructions": instructed(config),
         "guidelines": {name: text_of(name) for name in DATA} if weighted(config) else None,
     }
 
 
-def read_by(config: Config, specialties: list[str], split: str = "train") -> list[str]:
+def read_by(config: Config, asked: Sequence[Record]) -> list[str]:
     """The rules by which completions to these questions are right or wrong."""
-    asked = records_of(dataset(config), split, specialties)[0]
     other = any(one.asked_as != "choice" or own_letters(one.options or {}) for one in asked)
     return [config.reward.protocol, *(["open_rewards"] if other else [])]
 
