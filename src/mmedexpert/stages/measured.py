@@ -157,9 +157,7 @@ def _key(config: Config, split: str, specialties: list[str], *asked: str) -> dic
         "specialties": specialties,
         "sampled": {name: getattr(settings, name) for name in names},
         "model": {**model_key(config), "max_new_tokens": config.model.max_new_tokens},
-        "rules": versions(
-            "prompts", "sampling", "rewards", *read_by(config, records_of(dataset(config), split, specialties)[0])
-        ),
+        "rules": versions("prompts", "sampling", "rewards", *read_by(config, questions)),
         "instructions": instructed(config),
         **({"sampler": "vllm"} if config.sampler.name == "vllm" else {}),
     }
