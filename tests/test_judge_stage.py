@@ -33,7 +33,7 @@ def server():
 
 def asked_of(server: Server, root: Path, *more: str) -> list[str]:
     where = [f"benchmark.med_rewardbench.root={root}", f"engine.endpoint.base_url={server.base_url}"]
-    return [*PAIRS, "engine=openai", "engine.endpoint.model=m", *where, *more]
+    return [*PAIRS[:2], "engine=openai", "engine.endpoint.model=m", "engine.endpoint.max_new_tokens=64", *where, *more]
 
 
 def metrics(outputs: Path, judge: str) -> dict[str, float]:
@@ -119,7 +119,7 @@ def test_what_would_be_no_judge_is_told(tmp_path, server):
         out, "stage=eval", "eval.models=[base]", "eval.image_blind=true", code=2
     ).stderr  # fmt: skip
     told = run(out, *asked_of(server, tmp_path / "files", "model.instructions=full"), code=2).stderr
-    assert "a served judge of pairs of answers is asked in full" in told
+    assert "model.instructions is not read here: engine=openai asks the one model" in told
 
 
 def test_two_sets_of_pairs_and_one_of_questions_in_one_command(tmp_path):
