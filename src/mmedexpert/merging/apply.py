@@ -18,7 +18,7 @@ from mmedexpert.merging.rule import Method
 from mmedexpert.merging.stream import Stream, load_update
 from mmedexpert.models.adapters import PREFIX, LoraAdapter, check_compatible, save_lora
 from mmedexpert.models.checkpoint import StoredTensor, check_room, fingerprint_base, new_folder, read_checkpoint
-from mmedexpert.models.deltas import add_delta, rounded, share
+from mmedexpert.models.deltas import add_delta, rounded, share, squared_norm
 from mmedexpert.models.dense import Blocks, save_dense
 from mmedexpert.runtime.progress import Bar, track
 
@@ -119,8 +119,8 @@ def merge_adapters(
                 shapes = {name: stream.shape(name) for name in names}
                 save_dense(out_folder, shapes, blocks, fingerprint_base(base_folder))
                 return {}
-            rounded = write_merged(base_folder, out_folder, names, blocks)
-            return {} if rounded is None else {"rounding_lost": rounded}
+            changed = write_merged(base_folder, out_folder, names, blocks)
+            return {} if changed is None else {"rounding_lost": changed}
 
 
 def _write_lora(stream: Stream, rank: int | None, like: LoraAdapter, out_folder: str | Path) -> float:
@@ -155,7 +155,7 @@ def low_rank_update(stream: Stream, name: str, rank: int | None) -> tuple[Tensor
                 pass
         (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a.T), torch.linalg.qr(b)
         core = r_b @ r_a.T
-        total = _square(core)
+        total = squared_norm(core)
         if rank is None or len(a) <= rank:
             return a, b, total, total
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
@@ -172,7 +172,7 @@ def low_rank_update(stream: Stream, name: str, rank: int | None) -> tuple[Tensor
         projected, total = torch.empty(rows, width), 0.0
         for row, block in stream.blocks(name):
             projected[row : row + len(block)] = block @ v
-            total += _square(block)
+            total += squared_norm(block)
         u, s, vh = torch.linalg.svd(projected, full_matrices=False)
         vh = vh @ v.T
     root = s[:rank].sqrt()
@@ -200,10 +200,6 @@ def _write(tensor: StoredTensor, name: str, blocks: Blocks, out: IO[bytes]) -> I
         _write_all(out, merged.view(-1).view(torch.uint8).numpy().data)
     if out.tell() != tensor.offset + tensor.size:
         raise ValueError(f"the blocks of {name} do not cover it")
-
-
-def _square(delta: Tensor) -> float:
-    return float(torch.linalg.vector_norm(delta)) ** 2
 
 
 def _write_all(out: IO[bytes], data: memoryview) -> None:

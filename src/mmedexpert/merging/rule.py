@@ -37,6 +37,11 @@ class MergeRule:
         return self.takes in ("factors", "factor_roles")
 
     @property
+    def keeps_adapters(self) -> bool:
+        """Whether what it makes of adapters is an adapter, exactly."""
+        return self.low_rank or self.sums
+
+    @property
     def apart(self) -> bool:
         """Whether experts and reasoners are two lists."""
         return self.takes in ("roles", "factor_roles")

@@ -80,7 +80,7 @@ class Stream:
         parameters = inspect.signature(method).parameters
         self.options = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         self.low_rank = self.rule.low_rank
-        self.factored = self.low_rank or (self.rule.sums and all(isinstance(u, LoraAdapter) for u in updates))
+        self.factored = self.rule.keeps_adapters and all(isinstance(u, LoraAdapter) for u in updates)
         self.names = list(dict.fromkeys(name for update in updates for name in update.shapes))
         whole = [str(update.folder) for update in updates if not isinstance(update, LoraAdapter)]
         if self.low_rank and whole:

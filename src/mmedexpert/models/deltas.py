@@ -28,10 +28,14 @@ def add_delta(weight: Tensor, delta: Tensor, name: str) -> Tensor:
     return merged
 
 
+def squared_norm(delta: Tensor) -> float:
+    """The squared norm of an update."""
+    return float(torch.linalg.vector_norm(delta)) ** 2
+
+
 def rounded(weight: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, float]:
     """Squared norms of a delta, and of what rounding weight + delta to `merged` has changed it by."""
-    changed = merged.float() - weight.float() - delta
-    return float(torch.linalg.vector_norm(delta)) ** 2, float(torch.linalg.vector_norm(changed)) ** 2
+    return squared_norm(delta), squared_norm(merged.float() - weight.float() - delta)
 
 
 def share(parts: Iterable[tuple[float, float]]) -> float | None:

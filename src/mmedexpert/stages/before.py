@@ -256,7 +256,7 @@ def _check_space(config: Config, base: Path) -> None:
     outputs = Path(config.paths.outputs)
     outputs.mkdir(parents=True, exist_ok=True)
     rule = declared(build(config.merge.method or {}, "merge.method")) if config.merge.method else None
-    rows = config.merge.exact and rule is not None and not (rule.low_rank or rule.sums)  # else an adapter, a tenth
+    rows = config.merge.exact and rule is not None and not rule.keeps_adapters  # else an adapter, a tenth
     copies = (2 if rows else 1) * (2 if config.merge.distil_steps else 1)
     needed = copies * sum(file.stat().st_size for file in weight_files(base))
     free = shutil.disk_usage(outputs).free

@@ -157,8 +157,7 @@ def _with_merge(config: Config, setup: Setup, parts: Mapping[str, int]) -> tuple
     settings = config.merge
     if not settings.exact or setup.weights == 4 or settings.method is None:
         return setup, {}
-    rule = declared(build(settings.method, "merge.method"))
-    if rule.low_rank or rule.sums:
+    if declared(build(settings.method, "merge.method")).keeps_adapters:
         return replace(setup, started=parts.get(config.gba.init, parts[""])), {}
     return setup, {"merge": sum(one.weights for one, _ in setup.lora) * setup.weights}
 
